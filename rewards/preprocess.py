@@ -1,0 +1,67 @@
+"""Differentiable image preprocessing, written once for every reward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def quantize_pixels(images: Tensor) -> Tensor:
+    """Clamp to [0, 1], round half up (as PIL) to multiples of 1/255; straight-through gradient."""
+    images = images.clamp(0, 1)
+    return images + ((images * 255 + 0.5).floor() / 255 - images).detach()
+
+
+def resize(images: Tensor, height: int, width: int, quantize: bool = False) -> Tensor:
+    """Antialiased bicubic resize (n, 3, H, W) -> (n, 3, height, width), at least float32.
+
+    The filter is PIL's. An axis that already has its size is left untouched, bit for bit.
+    ``quantize`` rounds to 8 bits after each axis, horizontal first, as PIL does.
+    """
+    images = images.to(torch.promote_types(images.dtype, torch.float32))
+    for size in ((images.shape[-2], width), (height, width)):
+        if tuple(images.shape[-2:]) != size:
+            images = F.interpolate(
+                images, size, mode="bicubic", antialias=True, align_corners=False
+            )
+            images = quantize_pixels(images) if quantize else images
+    return images
+
+
+def clip_pixels(
+    images: Tensor,
+    size: int = 224,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    crop: bool = True,
+    quantize: bool = False,
+) -> Tensor:
+    """CLIP's preprocessing, (x - mean) / std of the resized and centre-cropped image.
+
+    (n, 3, H, W) RGB in [0, 1] -> (n, 3, size, size), float32 (float64 for float64 images). The
+    shortest side becomes ``size``, the other int(size * long / short); the crop starts at
+    (long - size) // 2, as in transformers' image processor. (torchvision's CenterCrop rounds half
+    to even, so open_clip's crop can sit one pixel further when the excess is odd.)
+    ``crop=False`` ignores the aspect ratio and resizes both sides to ``size``.
+
+    Leave ``quantize`` off for training. On, the images are first rounded to 8 bits and every
+    resizing pass is clamped and rounded as PIL's is (bicubic overshoots, PIL clips), with a
+    straight-through gradient: for evaluation that must agree with a PIL pipeline.
+    """
+    images = quantize_pixels(images) if quantize else images
+    height, width = images.shape[-2:]
+    if crop:
+        short = min(height, width)
+        images = resize(images, int(size * height / short), int(size * width / short), quantize)
+        top, left = ((n - size) // 2 for n in images.shape[-2:])
+        images = images[..., top : top + size, left : left + size]
+    else:
+        images = resize(images, size, size, quantize)
+    mean_, std_ = (images.new_tensor(v).view(3, 1, 1) for v in (mean, std))
+    return (images - mean_) / std_
