@@ -1,0 +1,607 @@
+"""The configuration of a run: dataclasses, strict YAML and dotted command-line overrides.
+
+A run is a `TrainConfig`. A YAML file gives only what differs from the defaults, and
+`--section.key value` changes one key more. What is unknown or of the wrong type is refused with a
+`ConfigError` that names the key, the place and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import shutil
+import textwrap
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import draccus
+import yaml
+
+T = TypeVar("T")
+
+DTYPES = ("float32", "bfloat16", "float16")
+KERNELS = ("ddim", "ode", "flow_sde", "dance_sde", "cps")
+BASELINES = ("group", "tracker")
+STDS = ("group", "global")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is meant for the user as it stands."""
+
+
+@dataclass
+class ModelConfig:
+    name: str = "assets/emoji-sd"
+    """local folder or hub id of a diffusers pipeline"""
+    dtype: str = "float32"
+    """of the network's forward: float32 | bfloat16 | float16 (LoRA and SDE maths stay fp32)"""
+    lora_rank: int = 8
+    """rank of the trained low-rank update"""
+    lora_alpha: float | None = None
+    """the update is scaled by lora_alpha / lora_rank; null = lora_rank"""
+    lora_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
+    """linear layers that get a LoRA, by the end of their names"""
+    gradient_checkpointing: bool = False
+    """less memory for about a third more time in the backward pass"""
+
+
+@dataclass
+class SamplerConfig:
+    steps: int = 20
+    """denoising steps"""
+    guidance: float = 1.0
+    """classifier-free guidance scale w; 1 = off; the same in rollout and in training"""
+    kernel: str = "ddim"
+    """ddim | ode | flow_sde | dance_sde | cps"""
+    eta: float = 1.0
+    """stochasticity of the kernel; 0 = deterministic"""
+    batch: int = 16
+    """images per denoiser call while sampling"""
+
+
+@dataclass
+class DataConfig:
+    prompts: str = "assets/emoji-world/prompts/train.txt"
+    """.txt (one a line) or .jsonl ({"prompt": ..., metadata})"""
+    groups: int = 8
+    """prompts per epoch"""
+    group_size: int = 8
+    """images per prompt"""
+
+
+@dataclass
+class AdvantageConfig:
+    baseline: str = "group"
+    """group | tracker (DDPO's per-prompt buffer)"""
+    std: str = "global"
+    """what a group's rewards are divided by: group | global (only for baseline=group)"""
+    clip: float = 5.0
+    """advantages are clipped to [-clip, clip]"""
+    buffer_size: int = 16
+    """rewards remembered per prompt (tracker)"""
+    min_count: int = 16
+    """remembered rewards below which the statistics of the whole epoch are used (tracker)"""
+
+
+@dataclass
+class OptimConfig:
+    epochs: int = 50
+    """rollouts, each followed by its updates"""
+    lr: float = 3e-4
+    """learning rate of AdamW"""
+    weight_decay: float = 1e-4
+    """decoupled weight decay"""
+    max_grad_norm: float = 1.0
+    """gradients with a larger norm are scaled down to it"""
+    micro_batch: int = 16
+    """(sample, step) pairs per forward/backward (samples for GRADIENT algorithms)"""
+    updates_per_epoch: int = 1
+    """optimiser steps per rollout; must divide the groups*group_size samples"""
+    inner_epochs: int = 1
+    """passes over a rollout"""
+    seed: int = 0
+    """of prompts, noise and LoRA initialisation"""
+    checkpoint_every: int = 10
+    """epochs; 0 = only at the end"""
+
+
+@dataclass
+class EvalConfig:
+    every: int = 10
+    """epochs; 0 = only before and after"""
+    prompts: str | None = "assets/emoji-world/prompts/held_out.txt"
+    """held-out prompts, as data.prompts; null = no evaluation"""
+    images_per_prompt: int = 2
+    """images per held-out prompt"""
+    steps: int = 20
+    """denoising steps"""
+    guidance: float = 3.0
+    """classifier-free guidance scale"""
+    rewards: dict[str, Any] = field(default_factory=dict)
+    """held-out judges, never trained on; written as rewards"""
+    grid_prompts: int = 8
+    """rows of the before/after grid"""
+
+
+@dataclass
+class LogConfig:
+    dir: str = ""
+    """run folder; empty = runs/<config file stem>"""
+    trackers: list[str] = field(default_factory=list)
+    """tensorboard, wandb, trackio: through accelerate"""
+
+
+@dataclass
+class TrainConfig:
+    """A whole run. `algorithm` and `rewards` are free mappings, checked by those who build them."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    algorithm: dict[str, Any] = field(default_factory=lambda: {"type": "ddpo"})
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    rewards: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    train: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        self.algorithm = {"type": "ddpo", **self.algorithm}
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
+        """Reads a YAML file and applies `overrides`: ["--train.lr", "5e-4", "--data.groups=4"].
+
+        An empty `log.dir` becomes runs/<file stem>. Raises `ConfigError`.
+        """
+        config = decode(cls, read_yaml(path), source=f" in {path}")
+        if overrides:
+            tree = config.to_dict()
+            for key, text in _pairs(overrides):
+                _override(tree, key, text)
+            # The file alone was accepted above, so that what is refused now was typed.
+            config = decode(cls, tree, source=" on the command line")
+        config.log.dir = config.log.dir or f"runs/{Path(path).stem}"
+        return config
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> TrainConfig:
+        """Decodes a nested mapping, as YAML would give it. Raises `ConfigError`."""
+        return decode(cls, mapping)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dicts, lists and scalars; `from_dict` is the inverse."""
+        return copy.deepcopy(draccus.encode(self))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the complete configuration as YAML, atomically."""
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        write_atomic(path, text.encode())
+
+    def check(self, advantages: bool = True) -> None:
+        """Checks all that can be checked without files or models.
+
+        `advantages=False` is for algorithms that use none (those with needs GRADIENT): one image
+        per prompt is then allowed. Raises one `ConfigError` with a line for each problem.
+        """
+        problems: list[str] = []
+
+        def get(name: str) -> Any:
+            section, key = name.split(".")
+            return getattr(getattr(self, section), key)
+
+        def require(name: str, ok: bool, reason: str) -> None:
+            if not ok:
+                problems.append(f"{name}={get(name)!r} {reason}")
+
+        for name in _config_keys():
+            value = get(name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                may = name in _MAY_BE_ZERO
+                bound = "0 or more" if may else "more than 0"
+                require(name, value > 0 or (may and value == 0), f"must be {bound}")
+                require(name, value != math.inf or name in _MAY_BE_INF, "is not finite")
+        for name, valid in _CHOICES.items():
+            require(name, get(name) in valid, f"is not known{suggest(get(name), valid)}")
+        if not isinstance(self.algorithm["type"], str):
+            problems.append(f"algorithm.type={self.algorithm['type']!r} is not the name of one")
+
+        advantage = self.advantage
+        if advantages and advantage.baseline == "group":
+            require(
+                "data.group_size",
+                self.data.group_size != 1,
+                "leaves nothing to compare an image with: the advantage over its group is always "
+                "0; use 2 or more, or advantage.baseline=tracker",
+            )
+        if advantage.baseline == "tracker" and advantage.buffer_size > 0:
+            require(
+                "advantage.min_count",
+                advantage.min_count <= advantage.buffer_size,
+                "is never reached by a buffer of advantage.buffer_size="
+                f"{advantage.buffer_size}; use at most that",
+            )
+        images = self.data.groups * self.data.group_size
+        for name in ("sampler.batch", "train.updates_per_epoch"):
+            value = get(name)
+            if images > 0 and value > 0:
+                require(
+                    name,
+                    images % value == 0,
+                    f"does not divide the {images} images of an epoch (data.groups="
+                    f"{self.data.groups} x data.group_size={self.data.group_size}); "
+                    f"use {near_divisors(images, value)}",
+                )
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+
+_MAY_BE_ZERO = (
+    *("sampler.guidance", "sampler.eta", "train.weight_decay", "train.seed"),
+    *("train.checkpoint_every", "eval.every", "eval.guidance", "eval.grid_prompts"),
+)
+_MAY_BE_INF = ("advantage.clip", "train.max_grad_norm")
+_CHOICES = {
+    "model.dtype": DTYPES,
+    "sampler.kernel": KERNELS,
+    "advantage.baseline": BASELINES,
+    "advantage.std": STDS,
+}
+
+
+def suggest(name: str, valid: Iterable[str]) -> str:
+    """The end of an error message: "; did you mean 'lr'?", or "; valid: a, b, c"."""
+    names = {v.lower(): v for v in valid}
+    close = difflib.get_close_matches(str(name).lower(), names, n=1)
+    if close:
+        return f"; did you mean '{names[close[0]]}'?"
+    return f"; valid: {', '.join(names.values()) or 'none'}"
+
+
+def near_divisors(total: int, value: int) -> str:
+    """Divisors of `total` around `value`, in words: "8, 16, 32 or 64"."""
+    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    below, above = [d for d in divisors if d < value], [d for d in divisors if d > value]
+    near = [str(d) for d in below[-2:] + above[:2]]
+    return " or ".join(filter(None, [", ".join(near[:-1]), near[-1]]))
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Missing parent folders are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def decode(cls: type[T], mapping: Mapping[str, Any], where: str = "", source: str = "") -> T:
+    """Makes a dataclass of a mapping, strictly.
+
+    `where` is the dotted name of the mapping ("algorithm"; empty at the top) and `source` the place
+    to name in messages (" in configs/x.yaml"). Strings become numbers where the field is one
+    (YAML reads 3e-4 as a string); nothing else is converted. Raises `ConfigError` for unknown and
+    missing keys and for wrong types.
+    """
+    if not isinstance(mapping, Mapping):
+        name = f"section '{where}'" if where else "the configuration"
+        given = "is empty" if mapping is None else f"is {mapping!r}"
+        remedy = "give it keys or leave it out" if mapping is None else "write 'key: value' lines"
+        raise ConfigError(f"{name}{source} {given}, not a mapping; {remedy}")
+    prefix = f"{where}." if where else ""
+    hints = _hints(cls)
+    for key in mapping:
+        if key not in hints:
+            tip = suggest(key, hints)
+            elsewhere = [k for k in _config_keys() if k.endswith(f".{key}")]
+            if tip.startswith("; valid") and elsewhere:  # the right key in the wrong section
+                tip = f"; did you mean '{elsewhere[0]}'?"
+            else:
+                tip = tip.replace("you mean '", f"you mean '{prefix}")
+            raise ConfigError(f"unknown key '{prefix}{key}'{source}{tip}")
+    values: dict[str, Any] = {}
+    for key, value in mapping.items():
+        hint = hints[key]
+        if isinstance(hint, type) and is_dataclass(hint):
+            values[key] = decode(hint, value, prefix + key, source)
+        else:
+            values[key] = _decode_value(hint, value, prefix + key, source)
+    for f in fields(cls):  # pyright: ignore[reportArgumentType]
+        if f.init and f.default is f.default_factory is MISSING and f.name not in values:
+            raise ConfigError(f"missing key '{prefix}{f.name}'{source}")
+    try:
+        return cls(**values)
+    except ValueError as error:  # from a __post_init__
+        raise ConfigError(f"{where}{source}: {error}") from error
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in fields(cls) if f.init}
+
+
+def _config_keys() -> list[str]:
+    return [
+        f"{section}.{key}"
+        for section, hint in _hints(TrainConfig).items()
+        if is_dataclass(hint)
+        for key in _hints(hint)
+    ]
+
+
+def _decode_value(hint: Any, value: Any, name: str, source: str) -> Any:
+    if get_origin(hint) is dict:
+        value = _numbers(value)
+    try:
+        if not _fits(hint, value):
+            raise TypeError
+        return draccus.decode(hint, value)
+    except Exception as error:
+        if isinstance(value, str) and get_origin(hint) in (list, tuple):
+            remedy = f"; write [{value}]"
+        elif hint is str and value is not None and not isinstance(value, (list, dict)):
+            remedy = f"; put it in quotes: '{value}'"
+        else:
+            remedy = ""
+        what = _type_name(hint)
+        article = "" if what.startswith("one of") else "an " if what[0] in "aeiou" else "a "
+        raise ConfigError(f"{name}={value!r}{source} is not {article}{what}{remedy}") from error
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    # draccus takes None and bools for numbers, and anything at all for a string.
+    origin, args = get_origin(hint) or hint, get_args(hint)
+    if origin is Any:
+        return True
+    if origin in (Union, types.UnionType):
+        return any(_fits(a, value) for a in args)
+    if origin is type(None) or value is None:
+        return origin is type(None) and value is None
+    if origin in (int, float):
+        return isinstance(value, (int, float, str)) and not isinstance(value, bool)
+    if origin is str:
+        return isinstance(value, str)
+    if origin in (list, tuple, set):
+        item = args[0] if args else Any
+        return isinstance(value, (list, tuple)) and all(_fits(item, v) for v in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
+    return True
+
+
+def _numbers(value: Any) -> Any:
+    """Turns what YAML 1.1 leaves as strings, 3e-4 and 1e5, into floats, at any depth."""
+    if isinstance(value, Mapping):
+        return {k: _numbers(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_numbers(v) for v in value]
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+        return float(value)
+    return value
+
+
+def _type_name(hint: Any) -> str:
+    origin, args = get_origin(hint) or hint, get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, args))
+    if origin in (Union, types.UnionType):
+        return " or ".join("null" if a is type(None) else _type_name(a) for a in args)
+    if origin is dict:
+        return "mapping"
+    if origin in (list, tuple, set):
+        return "list" + (f" of {_type_name(args[0])}" if args else "")
+    return getattr(origin, "__name__", str(origin))
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key given twice: PyYAML would keep the last one in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"duplicate key '{key.value}'", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The mapping in a YAML file; empty for an empty file. Raises `ConfigError`."""
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 (byte {error.start}); save it with that encoding"
+        ) from error
+    tree = _parse(text, str(path))
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {tree!r}, not a mapping; write 'section: {{key: value}}'")
+    return tree
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{where}{line}: {error.problem or error.context}") from error
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-99-99
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
+    rest = list(arguments)
+    while rest:
+        token = rest.pop(0)
+        key, equals, text = token.removeprefix("--").partition("=")
+        if not token.startswith("--") or not key:
+            raise ConfigError(f"unexpected argument {token!r}; settings look like --train.lr 5e-4")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise ConfigError(f"--{key} needs a value: --{key} VALUE, or --{key}=VALUE")
+            text = rest.pop(0)
+        yield key, text
+
+
+def _override(tree: dict[str, Any], key: str, text: str) -> None:
+    """Sets one dotted key of a complete tree; what it leaves invalid is found by `decode`."""
+    cls, node, (name, *rest) = TrainConfig, tree, key.split(".")
+    while rest and is_dataclass(_hints(cls).get(name)):
+        cls, node, name, rest = _hints(cls)[name], node[name], rest[0], rest[1:]
+    hint = _hints(cls).get(name)
+    # A string is taken as typed: YAML would read the folder name 2024_01 as the number 202401.
+    plain = hint is str or (hint == (str | None) and text != "null")
+    value = text if plain else _parse(text, f"--{key} {text}")
+    if rest and name == "rewards":
+        _override_reward(node[name], ".".join(rest), value)
+    elif rest:
+        _nest(node, [name, *rest], value, key)
+    elif is_dataclass(hint) and isinstance(value, dict):
+        node[name] = {**node[name], **value}
+    else:
+        node[name] = value
+
+
+def _override_reward(rewards: dict[str, Any], tail: str, value: Any) -> None:
+    # The name of a user's function may hold dots before its colon: pkg.module:function.
+    dot = tail.find(".", tail.find(":") + 1)
+    name, option = (tail, "") if dot < 0 else (tail[:dot], tail[dot + 1 :])
+    current = rewards.get(name)
+    if option:
+        if not isinstance(current, dict):
+            rewards[name] = {"weight": 1.0 if current is None else current}
+        _nest(rewards[name], option.split("."), value, tail)
+    elif value is None:
+        if name not in rewards:
+            raise ConfigError(f"there is no reward '{name}' to remove{suggest(name, rewards)}")
+        del rewards[name]
+    elif isinstance(current, dict) and not isinstance(value, dict):
+        current["weight"] = value
+    else:
+        rewards[name] = value
+
+
+def _nest(node: dict[str, Any], parts: list[str], value: Any, key: str) -> None:
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"unknown key '{key}' on the command line; '{part}' is {node!r}")
+    node[parts[-1]] = value
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The string (or else the comment) that documents each field of a dataclass, by field name."""
+    docs: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if not is_dataclass(base):
+            continue
+        try:
+            source = textwrap.dedent(inspect.getsource(base))
+        except (OSError, TypeError):  # a class made in an interpreter has no source
+            continue
+        lines = source.splitlines()
+        tree = ast.parse(source).body[0]
+        body = tree.body if isinstance(tree, ast.ClassDef) else []
+        for node, after in zip(body, [*body[1:], None], strict=True):
+            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+                continue
+            tail = lines[(node.end_lineno or 1) - 1].encode()[node.end_col_offset or 0 :].decode()
+            docs[node.target.id] = tail.strip().lstrip("# ")
+            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
+                docs[node.target.id] = " ".join(str(after.value.value).split())
+    return docs
+
+
+_REWARDS_HELP = [
+    ("--rewards.jpeg 1.0", "a built-in reward and its weight"),
+    ("--rewards.clip.model PATH", "an option of a reward; its weight: --rewards.clip 0.5"),
+    ("--rewards.my_module:redness 0.2", "your function (images, prompts) -> (n,) in my_module"),
+]
+
+
+def help_text(algorithms: Mapping[str, type] | None = None) -> str:
+    """Every setting with its type, default and meaning, wrapped to the terminal's width.
+
+    `algorithms` maps the values of `algorithm.type` to their dataclasses.
+    """
+    width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))
+    blocks: list[str] = []
+    for section, hint in _hints(TrainConfig).items():
+        if section == "rewards":
+            head = "rewards: what is optimised, a weighted sum; --rewards.NAME null removes one"
+            blocks.append(_rows(head, _REWARDS_HELP, width))
+        elif section == "algorithm":
+            names = " | ".join(algorithms or ["NAME"])
+            head = "algorithm: the method and its own options; --algorithm '{type: NAME}' resets"
+            blocks.append(_rows(head, [("--algorithm.type NAME", f"(ddpo)  {names}")], width))
+            for name, cls in (algorithms or {}).items():
+                title = (inspect.getdoc(cls) or "").partition("\n")[0]
+                if title.startswith(f"{cls.__name__}("):  # dataclass's own, for want of a docstring
+                    title = ""
+                rows = _field_rows(cls, "algorithm")
+                blocks.append(_rows(f"algorithm {name}: {title}".rstrip(": "), rows, width))
+        else:
+            blocks.append(_rows(section, _field_rows(hint, section), width))
+    return "\n".join(blocks)
+
+
+def _field_rows(cls: Any, section: str) -> list[tuple[str, str]]:
+    docs, rows = field_docs(cls), []
+    for f in fields(cls):
+        if f.init:
+            kind = _type_name(_hints(cls)[f.name]).removesuffix(" or null")
+            default = f.default if f.default_factory is MISSING else f.default_factory()
+            shown = "required" if default is MISSING else _show(default)
+            metavar = "VALUE" if " or " in kind else kind.split()[0].upper()
+            rows.append(
+                (f"--{section}.{f.name} {metavar}", f"({shown})  {docs.get(f.name, '')}".rstrip())
+            )
+    return rows
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, float) and 0 < abs(value) < 1e-2:
+        mantissa, exponent = f"{value:e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(_show, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return "empty" if value in ("", {}) else str(value)
+
+
+def _rows(title: str, rows: list[tuple[str, str]], width: int) -> str:
+    left = min(max((len(a) for a, _ in rows), default=0), 38) + 4
+    lines = textwrap.wrap(title, width)
+    for option, text in rows:
+        wrapped = textwrap.wrap(text, width - left, break_on_hyphens=False) or [""]
+        start = f"  {option}"
+        if len(start) + 2 > left:
+            lines.append(start)
+            start = ""
+        lines.append(f"{start:<{left}}{wrapped[0]}")
+        lines += [" " * left + line for line in wrapped[1:]]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,353 @@
+"""The record of a run: metrics.csv, metrics.jsonl, reward curves, and external trackers.
+
+The two files are always written and are enough to draw every curve again; TensorBoard, W&B and
+others are added by name through `accelerate`.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import itertools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from diffalign.config import suggest, write_atomic
+from diffalign.grids import save_png
+
+EXTRA = ("tensorboard", "wandb", "trackio")
+"""The trackers that `pip install diffalign[track]` brings."""
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises `ValueError` for a tracker that accelerate does not know or that is not installed."""
+    if not names:  # accelerate is slow to import
+        return
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            tip = suggest(name, LOGGER_TYPE_TO_CLASS)
+            raise ValueError(f"log.trackers: '{name}' is not a tracker accelerate knows{tip}")
+        packages = ("tensorboard", "tensorboardX") if name == "tensorboard" else (name,)
+        if not any(importlib.util.find_spec(p) for p in packages):
+            wanted = "diffalign[track]" if name in EXTRA else name
+            raise ValueError(
+                f"log.trackers: the package of '{name}' is not installed; pip install {wanted}, "
+                "or take it off the list (metrics.csv is written in any case)"
+            )
+
+
+def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl: {"step": int, name: float or None where it was not finite}.
+
+    A last line cut off by a crash is left out. Raises `FileNotFoundError`, or `ValueError` for any
+    other line that is not a row.
+    """
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.exists():
+        raise FileNotFoundError(f"no metrics.jsonl in {run_dir}; is it the folder of a run?")
+    rows, lines = [], path.read_text("utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):  # without its newline: cut off
+                break
+            raise ValueError(f"{path}:{number} is not a row of metrics: {line[:60]}") from error
+        rows.append(row)
+    return rows
+
+
+class Meter:
+    """Running means and maxima of diagnostics over the micro-batches of an epoch."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+        self.largest: dict[str, float] = {}
+
+    def add(self, values: Mapping[str, Tensor | float], rows: int = 1) -> None:
+        """A mean over `rows` rows each: a tensor (rows,) or a scalar that is their mean."""
+        for name, value in values.items():
+            value = torch.as_tensor(value).detach().double()
+            self.sums[name] = self.sums.get(name, 0.0) + value.mean().item() * rows
+            self.counts[name] = self.counts.get(name, 0) + rows
+            self.largest[name] = max(self.largest.get(name, -math.inf), value.max().item())
+
+    @classmethod
+    def combined(cls, meters: Sequence[Meter]) -> Meter:
+        """One meter of all processes'."""
+        total = cls()
+        for meter in meters:
+            for name, value in meter.sums.items():
+                total.sums[name] = total.sums.get(name, 0.0) + value
+                total.counts[name] = total.counts.get(name, 0) + meter.counts[name]
+                total.largest[name] = max(total.largest.get(name, -math.inf), meter.largest[name])
+        return total
+
+    def means(self) -> dict[str, float]:
+        """Mean of every diagnostic, and the largest value of those named *mismatch*."""
+        means = {name: value / self.counts[name] for name, value in self.sums.items()}
+        return means | {f"{k}_max": v for k, v in self.largest.items() if "mismatch" in k}
+
+
+class Tracker:
+    """Writes the metrics of a run, one row per `log`. Only the main process writes.
+
+    Args:
+        run_dir: folder of the run; made if missing.
+        trackers: names of external trackers; they need `accelerator`, made with `log_with=trackers`
+            and, for TensorBoard, a `project_dir`.
+        config: nested settings, for the external trackers.
+        accelerator: an `accelerate.Accelerator`; None = a single process.
+        resume_step: rows of later steps are dropped, so that a resumed run writes them again. None
+            starts anew; the metrics of an earlier run are kept as metrics.previous.*.
+
+    Raises `ValueError` for trackers that cannot be used (`check_trackers`).
+    """
+
+    def __init__(
+        self,
+        run_dir: str | os.PathLike[str],
+        trackers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+        accelerator: Any = None,
+        resume_step: int | None = None,
+    ) -> None:
+        if trackers and accelerator is None:
+            raise ValueError(f"log.trackers={list(trackers)} needs an accelerator; pass one")
+        check_trackers(trackers)
+        self.dir = Path(run_dir)
+        self.accelerator = accelerator if trackers else None
+        self.main = accelerator is None or accelerator.is_main_process
+        self.rows: list[dict[str, Any]] = []
+        self.columns = ["step"]
+        if self.accelerator is not None:
+            self.accelerator.init_trackers("diffalign", config=_flat(config or {}))
+        if not self.main:
+            return
+        self.dir.mkdir(parents=True, exist_ok=True)
+        exists = (self.dir / "metrics.jsonl").exists()
+        if resume_step is not None and exists:
+            self.rows = [row for row in read_metrics(self.dir) if row["step"] <= resume_step]
+            self.columns = list(dict.fromkeys(["step", *(k for row in self.rows for k in row)]))
+        elif exists:
+            for suffix in ("jsonl", "csv"):
+                old = self.dir / f"metrics.{suffix}"
+                if old.exists():
+                    old.replace(self.dir / f"metrics.previous.{suffix}")
+        text = "".join(_json_line(row) for row in self.rows)
+        write_atomic(self.dir / "metrics.jsonl", text.encode())
+        self._write_csv()
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds a row: floats (or 0-d tensors) by name. A value that is not finite is left empty in
+        the CSV and is null in the JSONL. Raises `ValueError` for what is not a number.
+        """
+        row: dict[str, Any] = {"step": int(step)}
+        for name, value in values.items():
+            try:
+                number = float(value)
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise ValueError(f"metric '{name}'={value!r} is not a number") from error
+            row[name] = number if math.isfinite(number) else None
+        if self.accelerator is not None:
+            finite = {k: v for k, v in row.items() if v is not None and k != "step"}
+            self.accelerator.log(finite, step=row["step"])
+        if not self.main:
+            return
+        self.rows.append(row)
+        with open(self.dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(_json_line(row))
+        new = [name for name in row if name not in self.columns]
+        if new:
+            self.columns += new
+            self._write_csv()
+        else:
+            with open(self.dir / "metrics.csv", "a", encoding="utf-8", newline="") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+
+    def log_images(
+        self, step: int, name: str, image: Image.Image | str | os.PathLike[str]
+    ) -> Path | None:
+        """Shows an image in TensorBoard, W&B or SwanLab (the other trackers get none).
+
+        A PIL image is saved as grids/<name>_<step>.png as well. Returns the path of the file, or
+        None on a process other than the main one.
+        """
+        if not self.main:
+            return None
+        if isinstance(image, Image.Image):
+            path = self.dir / "grids" / f"{name.replace('/', '_')}_{step:04d}.png"
+            save_png(image, path)
+        else:
+            path = Path(image)
+            image = Image.open(path)
+        picture = image.convert("RGB")
+        for tracker in self.accelerator.trackers if self.accelerator is not None else ():
+            if tracker.name == "tensorboard":
+                batch = np.asarray(picture)[None]
+                tracker.log_images({name: batch}, step=step, dataformats="NHWC")
+            elif tracker.name in ("wandb", "swanlab"):
+                tracker.log_images({name: [picture]}, step=step)
+        return path
+
+    def curve(self, path: str | os.PathLike[str]) -> None:
+        """Draws reward_mean and every eval/ column over the steps, one panel each, as PNG."""
+        if self.main:
+            save_png(draw_curves(self.rows), path)
+
+    def close(self) -> None:
+        """Ends the external trackers (which upload what they hold)."""
+        if self.accelerator is not None:
+            self.accelerator.end_training()
+
+    def _write_csv(self) -> None:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_atomic(self.dir / "metrics.csv", text.getvalue().encode())
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"lr": 1}} -> {"train.lr": 1}; lists and None as text, as TensorBoard has none."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            plain = isinstance(value, (bool, int, float, str))
+            flat[f"{prefix}{key}"] = value if plain else json.dumps(value, default=str)
+    return flat
+
+
+INK, GREY, GRID = "#1f2430", "#6b7280", "#e5e7eb"
+TRAINED, JUDGED = "#2563eb", "#d97706"
+PANEL = (640, 400)
+MARGIN = (84, 64, 28, 62)  # left, top, right, bottom of the axes
+SCALE = 3  # lines are drawn this much larger and scaled down: PIL does not smooth them
+
+
+def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
+    """One panel per curve: what is trained on (reward_mean) in blue, judges (eval/...) in orange.
+
+    `rows` are as `read_metrics` gives them; a panel is 640 x 400 px.
+    """
+    names = list(dict.fromkeys(k for row in rows for k in row))
+    shown = [n for n in names if n == "reward_mean"] + [n for n in names if n.startswith("eval/")]
+    curves = {
+        name: [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        for name in shown
+    } or {"reward_mean": []}
+    across = min(len(curves), 3 if len(curves) % 3 == 0 or len(curves) > 4 else 2)
+    down = math.ceil(len(curves) / across)
+    sheet = Image.new("RGB", (PANEL[0] * across, PANEL[1] * down), "white")
+    steps = [step for points in curves.values() for step, _ in points] or [0]
+    span = (min(steps), max(*steps, min(steps) + 1))
+    for i, (name, points) in enumerate(curves.items()):
+        place = (i % across * PANEL[0], i // across * PANEL[1])
+        sheet.paste(_panel(name, points, span), place)
+    return sheet
+
+
+def _panel(name: str, points: list[tuple[int, float]], span: tuple[int, int]) -> Image.Image:
+    (width, height), (left, top, right, bottom) = PANEL, MARGIN
+    title, small = ImageFont.load_default(22), ImageFont.load_default(16)
+    color = TRAINED if name == "reward_mean" else JUDGED
+    if not points:
+        panel = Image.new("RGB", PANEL, "white")
+        ImageDraw.Draw(panel).text((left, 24), f"{name}: no values yet", GREY, title)
+        return panel
+    values = [value for _, value in points]
+    x_low, x_high = span
+    x_ticks = _ticks(x_low, x_high, 6, whole=True)
+    y_ticks = _ticks(min(values), max(values), 5)
+    y_low, y_high = min(y_ticks[0], *values), max(y_ticks[-1], *values)
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        x = left + (step - x_low) / (x_high - x_low) * (width - left - right)
+        return x, height - bottom - (value - y_low) / (y_high - y_low) * (height - top - bottom)
+
+    large = Image.new("RGB", (width * SCALE, height * SCALE), "white")
+    draw = ImageDraw.Draw(large)
+
+    def line(dots: list[tuple[float, float]], fill: str, thick: float) -> None:
+        draw.line([(x * SCALE, y * SCALE) for x, y in dots], fill, round(thick * SCALE), "curve")
+
+    for value in y_ticks:
+        line([place(x_low, value), place(x_high, value)], GRID, 1)
+    line([place(x_low, y_low), place(x_high, y_low)], GREY, 1)
+    for step in x_ticks:
+        x, y = place(step, y_low)
+        line([(x, y), (x, y + 5)], GREY, 1)
+    dots = [place(*p) for p in points]
+    line(dots, color, 2.5)
+    marked = dots if len(dots) <= 30 else [dots[0], dots[-1]]
+    for x, y in marked:
+        box = [(x - 4) * SCALE, (y - 4) * SCALE, (x + 4) * SCALE, (y + 4) * SCALE]
+        draw.ellipse(box, color, "white", SCALE)
+
+    # Text last, at its final size: scaled down it would be blurred.
+    panel = large.resize(PANEL, Image.Resampling.LANCZOS)
+    draw = ImageDraw.Draw(panel)
+    draw.text((left, 18), name, INK, title)
+    digits = _digits(y_ticks)
+    ends = values if len(values) == 1 else (values[0], values[-1])
+    change = " to ".join(_label(v, digits + 1) for v in ends)
+    draw.text((width - right, 22), change, color, small, anchor="ra")
+    for value in y_ticks:
+        x, y = place(x_low, value)
+        draw.text((x - 10, y), _label(value, digits), GREY, small, anchor="rm")
+    for step in x_ticks:
+        x, y = place(step, y_low)
+        draw.text((x, y + 9), str(int(step)), GREY, small, anchor="ma")
+    middle = place((x_low + x_high) / 2, y_low)
+    draw.text((middle[0], height - 26), "epoch", GREY, small, anchor="ma")
+    return panel
+
+
+def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
+    """Round numbers about `count` steps apart; those of values enclose them, those of steps do not
+    leave the axis."""
+    if high <= low:
+        pad = abs(low) * 0.05 or 0.5
+        low, high = low - pad, high + pad
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
+    if whole:
+        step = max(1, round(step))
+        first, last = math.ceil(low / step), math.floor(high / step)
+    else:
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [i * step for i in range(first, last + 1)]
+
+
+def _label(value: float, digits: int) -> str:
+    text = f"{value:.{digits}f}"
+    return text if len(text) <= 8 else f"{value:.2e}"  # what the margin has room for
+
+
+def _digits(ticks: Sequence[float]) -> int:
+    """Decimals that tell the ticks apart."""
+    step = min(b - a for a, b in itertools.pairwise(ticks))
+    return next((d for d in range(12) if abs(round(step, d) - step) < step * 1e-6), 12)

@@ -1,0 +1,301 @@
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+
+from diffalign import config
+from diffalign.config import ConfigError, TrainConfig, decode, field_docs, help_text, suggest
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text, name="run.yaml"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+def refused(call, *words):
+    with pytest.raises(ConfigError) as caught:
+        call()
+    for word in words:
+        assert str(word) in str(caught.value)
+    return str(caught.value)
+
+
+def test_defaults_are_valid():
+    TrainConfig().check()
+    assert TrainConfig.from_dict({}) == TrainConfig()
+
+
+def test_file_with_scientific_floats(write):
+    c = TrainConfig.from_file(
+        write("train: {lr: 3e-4}\nrewards: {a: 1e-3, b: {weight: 2, k: [1e5, x]}}\n")
+    )
+    assert c.train.lr == 3e-4
+    assert c.rewards == {"a": 1e-3, "b": {"weight": 2, "k": [1e5, "x"]}}
+    assert c.log.dir == "runs/run"
+    assert c.algorithm == {"type": "ddpo"}
+
+
+def test_bom_empty_file_and_algorithm_without_type(write):
+    assert TrainConfig.from_file(write(b"\xef\xbb\xbftrain: {epochs: 3}")).train.epochs == 3
+    assert TrainConfig.from_file(write("")).train == TrainConfig().train
+    c = TrainConfig.from_file(write("algorithm: {clip_range: 1e-4}"))
+    assert c.algorithm == {"type": "ddpo", "clip_range": 1e-4}
+
+
+def test_save_and_load_are_inverse(write, tmp_path):
+    c = TrainConfig.from_file(
+        write("rewards: {é: 1e-5}\nmodel: {lora_alpha: 4}\neval: {prompts: null}")
+    )
+    c.save(tmp_path / "new" / "config.yaml")
+    assert TrainConfig.from_file(tmp_path / "new" / "config.yaml") == c
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["config.yaml"]
+
+
+def test_to_dict_shares_nothing():
+    c = TrainConfig.from_dict({"rewards": {"a": {"weight": 1}}})
+    c.to_dict()["rewards"]["a"]["weight"] = 2
+    assert c.rewards == {"a": {"weight": 1}}
+
+
+BASE = "train: {lr: 1.0e-3}\nrewards: {jpeg: 1.0, clip: 0.5}\nalgorithm: {type: awm, beta: 1}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path", "value"),
+    [
+        (["--train.lr", "5e-4"], "train.lr", 5e-4),
+        (["--train.lr=5e-4"], "train.lr", 5e-4),
+        (["--train.lr=1", "--train.lr", "2"], "train.lr", 2.0),
+        (["--train", "{epochs: 2}"], "train.lr", 1e-3),
+        (["--log.trackers", "[tensorboard,wandb]"], "log.trackers", ["tensorboard", "wandb"]),
+        (["--log.dir", "2024_01"], "log.dir", "2024_01"),
+        (["--log.dir", "null"], "log.dir", "null"),
+        (["--eval.prompts", "null"], "eval.prompts", None),
+        (["--eval.prompts", "12"], "eval.prompts", "12"),
+        (["--model.lora_alpha", "2"], "model.lora_alpha", 2.0),
+        (["--model.gradient_checkpointing", "true"], "model.gradient_checkpointing", True),
+        (["--algorithm.type", "draft"], "algorithm", {"type": "draft", "beta": 1}),
+        (["--algorithm", "{type: draft}"], "algorithm", {"type": "draft"}),
+        (["--algorithm.beta", "1e-2"], "algorithm", {"type": "awm", "beta": 1e-2}),
+        (["--rewards.jpeg", "2.0"], "rewards", {"jpeg": 2.0, "clip": 0.5}),
+        (["--rewards.jpeg", "null"], "rewards", {"clip": 0.5}),
+        (["--rewards", "{ocr: 1}"], "rewards", {"ocr": 1}),
+        (
+            ["--rewards.clip.model", "a/b.pt", "--rewards.clip", "0.2"],
+            "rewards",
+            {"jpeg": 1.0, "clip": {"weight": 0.2, "model": "a/b.pt"}},
+        ),
+        (
+            ["--rewards.clip.model", "x", "--rewards.jpeg", "null"],
+            "rewards",
+            {"clip": {"weight": 0.5, "model": "x"}},
+        ),
+        (
+            ["--rewards.my.module:redness", "0.2"],
+            "rewards",
+            {"jpeg": 1.0, "clip": 0.5, "my.module:redness": 0.2},
+        ),
+        (
+            ["--rewards.my.module:red.k", "-3", "--rewards.clip=null"],
+            "rewards",
+            {"jpeg": 1.0, "my.module:red": {"weight": 1.0, "k": -3}},
+        ),
+        (
+            ["--eval.rewards.clip.model", "x"],
+            "eval.rewards",
+            {"clip": {"weight": 1.0, "model": "x"}},
+        ),
+    ],
+)
+def test_overrides(write, arguments, path, value):
+    found: Any = TrainConfig.from_file(write(BASE), arguments)
+    for part in path.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--train.lrr", "1"], ["'train.lrr' on the command line; did you mean 'train.lr'?"]),
+        (["--train.steps", "1"], ["unknown key 'train.steps'", "did you mean 'sampler.steps'?"]),
+        (["--lr", "1"], ["unknown key 'lr'", "did you mean 'train.lr'?"]),
+        (["--optimiser.x", "1"], ["unknown key 'optimiser'", "valid: model, algorithm"]),
+        (["--train.lr.x", "1"], ["unknown key 'train.lr.x'"]),
+        (["--train.lr", "fast"], ["train.lr='fast'", "is not a float"]),
+        (["--train.lr", ""], ["train.lr=None", "is not a float"]),
+        (["--train.lr"], ["--train.lr needs a value"]),
+        (["--train.lr", "--train.epochs", "1"], ["--train.lr needs a value"]),
+        (["train.lr=1"], ["unexpected argument 'train.lr=1'", "--train.lr 5e-4"]),
+        (["--train", "5"], ["section 'train'", "is 5, not a mapping"]),
+        (["--rewards", "jpeg"], ["rewards='jpeg'", "is not a mapping"]),
+        (["--rewards.jpg", "null"], ["no reward 'jpg'", "did you mean 'jpeg'"]),
+        (["--log.trackers", "wandb"], ["is not a list of str; write [wandb]"]),
+        (["--log.trackers", "[wandb"], ["--log.trackers [wandb:1", "expected"]),
+    ],
+)
+def test_refused_overrides(write, arguments, words):
+    path = write(BASE)
+    refused(lambda: TrainConfig.from_file(path, arguments), *words)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train: {lrr: 1}", ["unknown key 'train.lrr' in ", "run.yaml; did you mean 'train.lr'?"]),
+        ("trian: {lr: 1}", ["unknown key 'trian'", "did you mean 'train'?"]),
+        ("train: {LR: 1}", ["did you mean 'train.lr'?"]),
+        ("train: {zzzzz: 1}", ["valid: epochs, lr"]),
+        ("train:\n", ["section 'train' in ", "is empty"]),
+        ("train: 5\n", ["section 'train'", "is 5, not a mapping"]),
+        ("rewards:\n", ["rewards=None", "is not a mapping"]),
+        ("rewards: [jpeg]\n", ["rewards=['jpeg']", "is not a mapping"]),
+        ("rewards: {on: 1}\n", ["rewards={True: 1}"]),
+        ("train: {lr: null}", ["train.lr=None", "is not a float"]),
+        ("train: {lr: [1]}", ["train.lr=[1]", "is not a float"]),
+        ("train: {epochs: 1.5}", ["train.epochs=1.5", "is not an int"]),
+        ("train: {epochs: true}", ["train.epochs=True", "is not an int"]),
+        ("model: {gradient_checkpointing: 1}", ["gradient_checkpointing=1", "is not a bool"]),
+        ("model: {lora_alpha: x}", ["is not a float or null"]),
+        ("model: {lora_targets: [1]}", ["is not a list of str"]),
+        ("log: {dir: 2024}", ["log.dir=2024", "quotes: '2024'"]),
+        ("train: {lr: 1,\n lr: 2}", ["run.yaml:2", "duplicate key 'lr'"]),
+        ("train: {lr: 1}\ntrain: {lr: 2}", ["run.yaml:2", "duplicate key 'train'"]),
+        ("rewards: {a: {k: 1, k: 2}}", ["duplicate key 'k'"]),
+        ("a: b\n  c: [", ["run.yaml:2", "mapping values are not allowed"]),
+        ("- a\n", ["run.yaml holds ['a'], not a mapping"]),
+        ("a: !!python/object:os.system x", ["run.yaml:1"]),
+        (b"train: {lr: 1} # \xe9", ["run.yaml is not UTF-8 (byte 17)"]),
+        (b"train: \x00", ["run.yaml"]),
+    ],
+)
+def test_refused_files(write, text, words):
+    path = write(text)
+    refused(lambda: TrainConfig.from_file(path), *words)
+
+
+def test_missing_file_and_folder(tmp_path):
+    refused(lambda: TrainConfig.from_file(tmp_path / "no.yaml"), "no.yaml", "No such file")
+    refused(lambda: TrainConfig.from_file(tmp_path), tmp_path.name, "directory")
+
+
+def test_yaml_merge_keys_are_not_duplicates(write):
+    text = "rewards:\n  a: &a {weight: 1, k: 2}\n  b: {<<: *a, k: 3}\n"
+    assert TrainConfig.from_file(write(text)).rewards["b"] == {"weight": 1, "k": 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sampler": {"steps": 0}}, ["sampler.steps=0 must be more than 0"]),
+        ({"train": {"lr": -1.0}}, ["train.lr=-1.0 must be more than 0"]),
+        ({"train": {"lr": math.nan}}, ["train.lr=nan"]),
+        ({"train": {"lr": math.inf}}, ["train.lr=inf is not finite"]),
+        ({"train": {"seed": -1}}, ["train.seed=-1 must be 0 or more"]),
+        ({"model": {"lora_alpha": 0}}, ["model.lora_alpha=0"]),
+        ({"model": {"dtype": "fp16"}}, ["model.dtype='fp16'", "bfloat16"]),
+        ({"sampler": {"kernel": "dim"}}, ["sampler.kernel='dim'", "did you mean 'ddim'?"]),
+        ({"advantage": {"baseline": "x"}}, ["advantage.baseline='x'", "valid: group, tracker"]),
+        ({"advantage": {"std": "x"}}, ["advantage.std='x'", "valid: group, global"]),
+        ({"algorithm": {"type": 3}}, ["algorithm.type=3"]),
+        ({"data": {"group_size": 1}}, ["data.group_size=1", "2 or more", "baseline=tracker"]),
+        (
+            {"sampler": {"batch": 24}},
+            ["sampler.batch=24 does not divide the 64 images", "use 8, 16, 32 or 64"],
+        ),
+        ({"sampler": {"batch": 100}}, ["use 32 or 64"]),
+        ({"train": {"updates_per_epoch": 3}}, ["updates_per_epoch=3", "use 1, 2, 4 or 8"]),
+        (
+            {"advantage": {"baseline": "tracker", "min_count": 32}},
+            ["min_count=32 is never reached", "buffer_size=16"],
+        ),
+    ],
+)
+def test_check(changes, words):
+    refused(TrainConfig.from_dict(changes).check, *words)
+
+
+def test_check_reports_every_problem_and_knows_exceptions():
+    changes = {"train": {"epochs": 0}, "sampler": {"kernel": "x"}}
+    assert len(refused(TrainConfig.from_dict(changes).check).split("\n")) == 2
+    one = TrainConfig.from_dict({"data": {"group_size": 1, "groups": 16}})
+    one.check(advantages=False)
+    one.advantage.baseline = "tracker"
+    one.check()
+    TrainConfig.from_dict({"train": {"max_grad_norm": math.inf, "checkpoint_every": 0}}).check()
+
+
+@dataclass
+class Method:
+    """The method of a paper.
+
+    More of it.
+    """
+
+    clip: float = 1e-4  # ε of the ratio
+    mode: Literal["a", "b"] = "a"
+    """a or b"""
+    window: tuple[int, int] = (0, 1)
+    size: int = field(default=3)
+    needs = "TRAJECTORY"
+
+    def __post_init__(self):
+        if self.size < 0:
+            raise ValueError(f"size={self.size} is negative")
+
+
+@dataclass
+class Variant(Method):
+    extra: float | None = None
+    """only here"""
+
+
+def test_decode_of_other_dataclasses():
+    m = decode(Variant, {"clip": "2e-4", "window": [2, 3], "extra": 1}, "algorithm")
+    assert m == Variant(clip=2e-4, window=(2, 3), extra=1.0)
+    refused(
+        lambda: decode(Method, {"clp": 1}, "algorithm"),
+        "unknown key 'algorithm.clp'; did you mean 'algorithm.clip'?",
+    )
+    refused(lambda: decode(Method, {"needs": 1}, "algorithm"), "unknown key 'algorithm.needs'")
+    refused(lambda: decode(Method, {"mode": "c"}, "algorithm"), "algorithm.mode='c'", "one of a, b")
+    refused(lambda: decode(Method, {"window": "01"}, "algorithm"), "algorithm.window='01'", "list")
+    refused(lambda: decode(Method, {"window": [1]}, "algorithm"), "algorithm.window=[1]")
+    refused(lambda: decode(Method, {"size": -1}, "algorithm"), "algorithm", "size=-1 is negative")
+
+    @dataclass
+    class Required:
+        a: int
+
+    refused(lambda: decode(Required, {}, "algorithm"), "missing key 'algorithm.a'")
+
+
+def test_suggest():
+    assert suggest("lrr", ["lr", "epochs"]) == "; did you mean 'lr'?"
+    assert suggest("zz", ["lr", "epochs"]) == "; valid: lr, epochs"
+    assert suggest("zz", []) == "; valid: none"
+
+
+def test_every_field_is_documented_and_shown_in_the_help(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "90")
+    text = help_text({"method": Method, "variant": Variant})
+    assert max(map(len, text.splitlines())) <= 90
+    for name in config._config_keys():
+        assert f"--{name} " in text
+    for section in (config.ModelConfig, config.SamplerConfig, config.OptimConfig):
+        assert all(field_docs(section).values())
+    assert "--train.lr FLOAT" in text
+    assert "(3e-4)" in text
+    assert "method | variant" in text
+    assert "algorithm method: The method of a paper." in text
+    assert "ε of the ratio" in text
+    assert "--algorithm.extra FLOAT" in text
+    assert "(null)  only here" in text
+    assert text.count("--rewards.") >= 3
+    assert set(field_docs(Variant)) == {"clip", "mode", "window", "size", "extra"}
