@@ -1,0 +1,107 @@
+"""Command line: `diffalign train CONFIG ...`, `diffalign sample ...`, train.py and sample.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .config import ConfigError, TrainConfig, help_text
+
+TRAIN_USAGE = """usage: python train.py CONFIG.yaml [--dry-run] [--resume] [--section.key VALUE ...]
+
+Fine-tunes a LoRA on rewards. Any setting of the file can be replaced on the command line.
+
+  --dry-run   print the geometry and the cost, load no model
+  --resume    go on from the checkpoint in log.dir
+  --help      this text
+"""
+
+
+def train(arguments: Sequence[str] | None = None) -> int:
+    """`train.py`: returns the exit status. 0 done, 1 bad input or a failed reward, 130 Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    flags = {f: f in arguments for f in ("--dry-run", "--resume")}
+    arguments = [a for a in arguments if a not in flags]
+    # imported late: --help and a misspelt key answer at once
+    if not arguments or "--help" in arguments or "-h" in arguments:
+        from .algorithms import ALGORITHMS
+
+        print(TRAIN_USAGE + "\n" + help_text(ALGORITHMS))
+        return 0 if arguments else 1
+    try:
+        config = TrainConfig.from_file(arguments[0], arguments[1:])
+        from .plan import Plan
+        from .trainer import Trainer, TrainingStopped
+    except ConfigError as error:
+        return _fail(error)
+    try:
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if flags["--dry-run"]:
+            print(Plan.make(config, processes=processes).describe())
+            return 0
+        trainer = Trainer(config, resume=flags["--resume"])
+        result = trainer.train()
+    except (ValueError, FileNotFoundError, TrainingStopped) as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        print(f"\nstopped; what was trained is in {config.log.dir} (--resume goes on)")
+        return 130
+    if trainer.main:
+        print(summary(result, Path(config.log.dir)))
+    return 0
+
+
+def _fail(error: Exception) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+
+
+def summary(result: dict[str, dict[str, float]], run_dir: Path) -> str:
+    """Held-out means before and after, and where the files are."""
+    before, after = result["before"], result["after"]
+    lines = ["", f"{'held-out prompts':<28}{'before':>10}{'after':>10}"]
+    for name in after:
+        lines.append(f"{name.removeprefix('eval/'):<28}{before[name]:>10.4f}{after[name]:>10.4f}")
+    lines.append("")
+    for label, name in (("curve", "curve.png"), ("grid", "grid.png"), ("LoRA", "")):
+        lines.append(f"{label:<8}{run_dir / name}")
+    return "\n".join(lines)
+
+
+def sample(arguments: Sequence[str] | None = None) -> int:
+    """`sample.py`: pictures of prompts × seeds with plain diffusers; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="sample.py", description="Draw prompts with a pipeline, with or without a LoRA."
+    )
+    parser.add_argument("--model", default="assets/emoji-sd", help="pipeline folder or hub id")
+    parser.add_argument("--lora", help="run folder or any LoRA that diffusers loads")
+    parser.add_argument("--lora-scale", type=float, default=1.0, help="0 = base, 1 = as trained")
+    parser.add_argument("--compare", action="store_true", help="also draw the base model")
+    parser.add_argument("--prompts", nargs="+", required=True, help="texts, or one prompt file")
+    parser.add_argument("--seeds", default="0-3", help='"0-7", "3" or "1,5,9"')
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--grid", default="grid.png", help="PNG to write: a row a prompt")
+    parser.add_argument("--out", help="folder for the single pictures as well")
+    args = parser.parse_args(arguments)
+    try:
+        from .sampling import draw
+
+        path = draw(**vars(args))
+    except ValueError as error:
+        return _fail(error)
+    print(path)
+    return 0
+
+
+def main() -> None:
+    """The `diffalign` command."""
+    commands = {"train": train, "sample": sample}
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
+    if name not in commands:
+        print(f"usage: diffalign {{{','.join(commands)}}} ...", file=sys.stderr)
+        raise SystemExit(name not in ("-h", "--help"))
+    raise SystemExit(commands[name](sys.argv[2:]))

@@ -1,0 +1,106 @@
+"""LoRA as named adapters on a diffusers model (arXiv 2106.09685), through peft.
+
+"default" trains; "old" and "ema" are copies on the same frozen weights; all off is the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+
+
+def add(
+    network: Any,
+    rank: int,
+    alpha: float | None,
+    targets: Sequence[str],
+    seed: int,
+    name: str = "default",
+) -> None:
+    """Add the adapter `name`: ΔW = (alpha / rank) B A with A Gaussian and B = 0, in float32.
+
+    targets are suffixes of module names. Raises ValueError when one matches no layer of the
+    network.
+    """
+    modules = [n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    for target in targets:
+        if not any(n == target or n.endswith("." + target) for n in modules):
+            ends = sorted({n.rsplit(".", 1)[-1] for n in modules if not n[-1].isdigit()})
+            raise ValueError(
+                f"model.lora_targets names {target!r}, which matches no layer of "
+                f"{type(network).__name__}; its layers end in {', '.join(ends)}"
+            )
+    config = LoraConfig(
+        r=rank,
+        # lora_alpha is declared int by peft and used as a plain factor
+        lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
+        init_lora_weights="gaussian",
+        target_modules=list(targets),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network.add_adapter(config, adapter_name=name)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def state_dict(network: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """The raw A and B of the adapter `name`, keyed as peft does."""
+    state = get_peft_model_state_dict(network, adapter_name=name)
+    return {k: v.detach().cpu().clone() for k, v in state.items()}
+
+
+def load_state_dict(network: nn.Module, state: dict[str, Tensor], name: str = "default") -> None:
+    result = set_peft_model_state_dict(network, state, adapter_name=name)
+    if result.unexpected_keys:
+        raise ValueError(
+            f"adapter {name!r} has no {result.unexpected_keys[:3]} ...; other targets?"
+        )
+
+
+def exported(network: Any, name: str = "default") -> dict[str, Tensor]:
+    """The adapter with alpha / rank multiplied into B.
+
+    Loaders that know nothing of alpha take it to be the rank; folded in, the product is right
+    everywhere.
+    """
+    config = network.peft_config[name]
+    scale = config.lora_alpha / config.r
+    state = state_dict(network, name)
+    return {k: v * scale if "lora_B" in k else v for k, v in state.items()}
+
+
+@contextmanager
+def disabled(network: Any) -> Iterator[None]:
+    network.disable_adapters()
+    try:
+        yield
+    finally:
+        network.enable_adapters()
+
+
+@contextmanager
+def active(network: Any, name: str) -> Iterator[None]:
+    # set_adapter also moves requires_grad to the adapter it turns on; put both back afterwards
+    before = network.active_adapters()
+    network.set_adapter(name)
+    try:
+        yield
+    finally:
+        network.set_adapter(before)
+
+
+def set_scale(network: nn.Module, scale: float) -> None:
+    """Weaken or strengthen the adapter: W + scale ΔW. It is the product BA that is scaled."""
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_scale("default", scale)  # type: ignore[operator]
