@@ -28,7 +28,7 @@ import yaml
 
 T = TypeVar("T")
 
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
 KERNELS = ("ddim", "ode", "flow_sde", "dance_sde", "cps")
 BASELINES = ("group", "tracker")
 STDS = ("group", "global")
@@ -43,7 +43,7 @@ class ModelConfig:
     name: str = "assets/emoji-sd"
     """local folder or hub id of a diffusers pipeline"""
     dtype: str = "float32"
-    """of the network's forward: float32 | bfloat16 | float16 (LoRA and SDE maths stay fp32)"""
+    """of the frozen network: float32 | bfloat16 (LoRA and SDE maths stay in float32)"""
     lora_rank: int = 8
     """rank of the trained low-rank update"""
     lora_alpha: float | None = None
@@ -576,6 +576,8 @@ def _field_rows(cls: Any, section: str) -> list[tuple[str, str]]:
             default = f.default if f.default_factory is MISSING else f.default_factory()
             shown = "required" if default is MISSING else _show(default)
             metavar = "VALUE" if " or " in kind else kind.split()[0].upper()
+            if kind.startswith("one of "):
+                metavar = kind.removeprefix("one of ").replace(", ", "|")
             rows.append(
                 (f"--{section}.{f.name} {metavar}", f"({shown})  {docs.get(f.name, '')}".rstrip())
             )

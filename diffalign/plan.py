@@ -42,10 +42,6 @@ class Plan:
         algorithm: Any = algorithms.build(config.algorithm)
         gradient = algorithm.needs is Needs.GRADIENT
         config.check(advantages=not gradient)
-        if config.model.dtype == "float16":
-            raise ConfigError(
-                "model.dtype='float16' would need loss scaling, which is not built; use bfloat16"
-            )
         if config.data.groups % processes:
             raise ConfigError(
                 f"data.groups={config.data.groups} is not a multiple of the {processes} processes, "

@@ -9,7 +9,9 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from diffalign import policies
 from diffalign.emoji_world.tokenizer import LENGTH, build_tokenizer
+from diffalign.policies import Policy, lora
 
 SCHEDULERS = {
     # SD 1.x as on the hub, and zero terminal SNR (2305.08891) as emoji-sd has it
@@ -25,6 +27,7 @@ SCHEDULERS = {
         "prediction_type": "v_prediction",
         "rescale_betas_zero_snr": True,
         "timestep_spacing": "trailing",
+        "steps_offset": 1,
         "clip_sample": False,
     },
 }
@@ -79,6 +82,27 @@ def build_pipeline(folder: Path, kind: str) -> str:
     )
     pipe.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(params=sorted(SCHEDULERS))
+def folder(request, pipelines) -> str:
+    """A pipeline of each parametrisation in turn."""
+    return pipelines[request.param]
+
+
+@pytest.fixture
+def policy(folder) -> Policy:
+    """Its policy, with a LoRA at its initialisation."""
+    policy = policies.load(folder)
+    lora.add(policy.network, 2, None, ["to_q", "to_k", "to_v", "to_out.0"], seed=0)
+    return policy
+
+
+def perturb(policy: Policy, scale: float = 0.2) -> None:
+    """Move the adapter off its initialisation, as training would."""
+    generator = torch.Generator().manual_seed(1)
+    for p in policy.trainable_parameters():
+        p.data += scale * torch.randn(p.shape, generator=generator)
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,7 @@ def build_scheduler() -> Any:
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
+        steps_offset=1,  # unused by trailing spacing; diffusers warns about 0
         clip_sample=False,
     )
 
@@ -57,9 +58,10 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--clip", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3800)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--scenes", type=int, default=40000)
+    parser.add_argument("--scenes", type=int, default=30000)
+    parser.add_argument("--sizes", type=float, nargs=2, default=(0, 64), help="objects to train on")
     args = parser.parse_args()
 
     vae: Any = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False)
@@ -67,6 +69,7 @@ def main() -> None:
     tokenizer = CLIPTokenizer.from_pretrained(args.clip)
     scheduler = build_scheduler()
     unet = build_unet(vae.config.latent_channels, text_encoder.config.hidden_size)
+    unet.to(memory_format=torch.channels_last)
 
     rng = random.Random(2)
     scenes = [sample_scene(rng) for _ in range(args.scenes)]
@@ -79,7 +82,8 @@ def main() -> None:
     else:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             images = (unit(pixels(scenes[i : i + 100])) for i in range(0, len(scenes), 100))
-            latents = torch.cat([vae.encode(x).latent_dist.mode().half() for x in images])
+            latents = torch.cat([vae.encode(x).latent_dist.mode().float() for x in images])
+        latents = latents.half()
         cache.parent.mkdir(parents=True, exist_ok=True)
         torch.save(latents, cache)
     with torch.no_grad():
@@ -87,9 +91,11 @@ def main() -> None:
         chunks = ids.input_ids.split(256)
         embeddings = torch.cat([text_encoder(c).last_hidden_state.half() for c in chunks])
     rows = torch.tensor([row[c] for c in captions])
+    low, high = args.sizes
+    kept = torch.tensor([i for i, s in enumerate(scenes) if low <= s.items[0].size <= high])
 
     def loss(step: int) -> Tensor:
-        pick = torch.randint(len(latents), (args.batch,))
+        pick = kept[torch.randint(len(kept), (args.batch,))]
         x0 = latents[pick].float()
         shown = torch.where(torch.rand(args.batch) < 0.1, 0, rows[pick])
         t = torch.randint(1000, (args.batch,))
@@ -134,10 +140,11 @@ def main() -> None:
         1e-3,
         args.out / "training.pt",
         report=report,
-        report_every=1000,
+        report_every=500,
     )
     print({"figures": figures})
-    pipe.to(torch.float16).save_pretrained(args.out)
+    unet.to(memory_format=torch.contiguous_format)
+    pipe.save_pretrained(args.out)
 
 
 if __name__ == "__main__":

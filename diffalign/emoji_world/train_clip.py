@@ -1,11 +1,12 @@
 """Train a tiny CLIPModel on EmojiWorld: a reward, or with another seed a held-out judge.
 
-    python -m diffalign.emoji_world.train_clip OUT --seed 1
+    python -m diffalign.emoji_world.train_clip OUT --seed 1 [--patch 8]
 
 Symmetric InfoNCE (arXiv 2103.00020) on batches in which a few objects recur with other colours and
 backgrounds, so that the negatives of a caption differ from it in one word. Pictures are shifted,
 blurred and noised: a reward that has only seen clean scenes says nothing useful about generated
-ones. The second seed also draws other scenes, so the two models share nothing but the world.
+ones. Another seed also draws other scenes, and another patch size sees them differently, so that
+reward and judge share little but the world.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.2757
 KINDS = ("single",) * 6 + ("count", "relation")
 
 
-def build(seed: int, vocabulary: int, eos: int, bos: int) -> CLIPModel:
+def build(seed: int, patch: int, vocabulary: int, eos: int, bos: int) -> CLIPModel:
     torch.manual_seed(seed)
     width = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4}
     text = {"vocab_size": vocabulary, "max_position_embeddings": LENGTH, "eos_token_id": eos}
     text |= {"bos_token_id": bos, "pad_token_id": eos, "num_attention_heads": 4}
-    vision = {"image_size": SIZE, "patch_size": 8, "num_attention_heads": 4}
+    vision = {"image_size": SIZE, "patch_size": patch, "num_attention_heads": 4}
     return CLIPModel(
         CLIPConfig(text_config=width | text, vision_config=width | vision, projection_dim=128)
     )
@@ -99,24 +100,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--patch", type=int, default=8, help="pixels a side of a vision token")
+    parser.add_argument("--steps", type=int, default=1100)
     parser.add_argument("--batch", type=int, default=128)
     args = parser.parse_args()
 
     tokenizer: Any = build_tokenizer()
-    model = build(args.seed, len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id)
+    model = build(
+        args.seed, args.patch, len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id
+    )
     rng = random.Random(args.seed)
     scenes: list[Scene] = [sample_scene(rng, rng.choice(KINDS)) for _ in range(40000)]
     images = pixels(scenes)
-    ids = tokenizer([caption(s) for s in scenes], padding="max_length", return_tensors="pt")
+    # no caption is longer than 20 tokens, and the end token is all that counts
+    ids = tokenizer([caption(s) for s in scenes], padding=True, return_tensors="pt")
     by_object: dict[str, list[int]] = {name: [] for name in OBJECTS}
     for i, scene in enumerate(scenes):
         by_object[scene.items[0].name].append(i)
 
     def loss(step: int) -> Tensor:
         draw = random.Random(args.seed * 10**7 + step)
-        # 12 objects a batch: most negatives differ in a colour or a background only
-        names = draw.sample(list(OBJECTS), 12)
+        # every other batch holds 12 objects only: its negatives differ in a colour or a background
+        names = draw.sample(list(OBJECTS), 12 if step % 2 else len(OBJECTS))
         rows = torch.tensor([draw.choice(by_object[draw.choice(names)]) for _ in range(args.batch)])
         batch, text = images[rows].float() / 255, ids.input_ids[rows]
         a, b = features(model, augment(batch), text)

@@ -61,7 +61,7 @@ def peek(name: str, steps: int) -> tuple[Levels, tuple[int, ...]]:
 def load(name: str, device: torch.device | str = "cpu", dtype: str = "float32") -> Policy:
     """The policy of a local pipeline folder or a hub id such as "org/model".
 
-    dtype is that of the frozen network: float32, bfloat16 or float16. Raises as `family` does.
+    dtype is that of the frozen network: float32 or bfloat16. Raises as `family` does.
     """
     kind = family(name)
     diffusers.utils.logging.disable_progress_bar()

@@ -30,7 +30,8 @@ def add(
     targets are suffixes of module names. Raises ValueError when one matches no layer of the
     network.
     """
-    modules = [n for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    layers = (nn.Linear, nn.Conv2d, BaseTunerLayer)
+    modules = [n for n, m in network.named_modules() if isinstance(m, layers)]
     for target in targets:
         if not any(n == target or n.endswith("." + target) for n in modules):
             ends = sorted({n.rsplit(".", 1)[-1] for n in modules if not n[-1].isdigit()})

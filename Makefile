@@ -1,0 +1,35 @@
+# Everything runs from a virtual environment in .venv, made on first use.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test test-slow lint emoji-world setup
+
+setup: $(READY)
+
+$(READY): pyproject.toml
+	python3 -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet -e ".[dev]"
+	touch $@
+
+# Align the embedded EmojiWorld pipeline to a reward, on the CPU, in a few minutes.
+demo: $(READY)
+	rm -rf runs/demo
+	$(PY) train.py configs/demo.yaml
+
+test: $(READY)
+	$(PY) -m pytest -m "not slow"
+
+# Also the tests that take longer than a minute or several processes.
+test-slow: $(READY)
+	$(PY) -m pytest
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+# Rebuild assets/emoji-* from nothing (hours on two cores; goes on where it stopped).
+emoji-world: $(READY)
+	bash diffalign/emoji_world/build.sh

@@ -1,0 +1,198 @@
+"""The commands as a user types them: clear errors before any model is loaded, and whole runs."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+import rewards
+from diffalign import TrainConfig, algorithms, cli, policies
+from diffalign.algorithms import Needs
+from diffalign.plan import Plan
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def config(pipelines, tmp_path):
+    """A small config file on the tiny pipeline."""
+    (tmp_path / "prompts.txt").write_text("a red dog\na cat\na blue bus\na tree\n")
+    tree = {
+        "model": {"name": pipelines["v_prediction"], "lora_rank": 2},
+        "algorithm": {"type": "ddpo"},
+        "sampler": {"steps": 4, "batch": 8},
+        "rewards": {"jpeg": 1.0},
+        "data": {"prompts": str(tmp_path / "prompts.txt"), "groups": 4, "group_size": 2},
+        "train": {"epochs": 2},
+        "eval": {"prompts": str(tmp_path / "prompts.txt"), "steps": 4, "images_per_prompt": 1},
+        "log": {"dir": str(tmp_path / "run")},
+    }
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture
+def no_models(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(policies, "load", refuse)
+
+
+def test_help_is_grouped_and_names_everything(capsys):
+    assert cli.train(["--help"]) == 0
+    text = capsys.readouterr().out
+    for piece in ("--train.lr FLOAT", "--rewards.jpeg 1.0", "--dry-run", "--resume"):
+        assert piece in text
+    assert "algorithm ddpo: Policy gradient" in text
+    assert "--algorithm.last" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--train.lrr", "1"], r"train\.lrr.*did you mean 'train\.lr'"),
+        (["--algorithm.type", "ppo"], r"unknown algorithm 'ppo'.*(ddpo.*draft|did you mean)"),
+        (["--algorithm.clip_rang", "1"], r"clip_rang.*clip_range"),
+        (["--rewards.jpg", "1"], r"jpg.*clip, jpeg, jpeg_incompressibility"),
+        (["--rewards.jpeg", "null"], "no reward"),
+        (["--data.prompts", "nowhere.txt"], "prompt file nowhere.txt does not exist"),
+        (["--train.updates_per_epoch", "3"], r"updates_per_epoch=3 does not divide the 8 images"),
+        (["--data.groups", "5"], r"data\.groups=5"),
+        (["--model.name", "./nothing"], "is not a folder"),
+        (["--log.trackers", "[tensorbored]"], "tensorboard"),
+        (["--model.dtype", "float16"], r"dtype=.float16. is not known.*bfloat16"),
+        (
+            ["--algorithm", "{type: draft}", "--rewards.jpeg", "1"],
+            r"rewards\.jpeg is not differentiable.*surrogate",
+        ),
+        (["--algorithm", "{type: draft, last: 9}"], r"last=9 exceeds sampler\.steps=4"),
+    ],
+)
+def test_bad_input_is_refused_before_a_model_is_loaded(
+    config, capsys, no_models, arguments, message
+):
+    assert cli.train([str(config), *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    assert re.search(message, error), error
+
+
+def test_prompts_that_are_not_utf8(config, capsys, no_models, tmp_path):
+    (tmp_path / "latin.txt").write_bytes("a café\n".encode("latin1"))
+    assert cli.train([str(config), "--data.prompts", str(tmp_path / "latin.txt")]) == 1
+    assert "is not UTF-8" in capsys.readouterr().err
+
+
+def test_dry_run_prices_the_run(config, capsys, no_models):
+    assert cli.train([str(config), "--dry-run", "--train.micro_batch", "10"]) == 0
+    text = capsys.readouterr().out
+    assert "4 prompts x 2 images = 8 samples" in text
+    # three of the four steps are stochastic: 24 pairs in micro-batches of 10
+    assert "24 (sample, step) pairs" in text
+    assert "3 micro-batch(es) of 10, the last of 4" in text
+    # 8 samples x 4 steps sampled + 24 pairs trained an epoch, 4 prompts x 4 steps x CFG evaluated
+    assert "2 epochs: 176 denoiser calls" in text
+
+
+def test_dry_run_counts_what_the_run_does(config, capsys):
+    from diffalign import Trainer
+
+    loaded = TrainConfig.from_file(config)
+    priced = int(re.search(r"epochs: ([\d,]+)", Plan.make(loaded).describe())[1].replace(",", ""))  # type: ignore[index]
+    trainer = Trainer(loaded)
+    trainer.train()
+    assert trainer.policy.calls == priced
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_config_is_accepted(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = TrainConfig.from_file(path)
+    assert config.log.dir == f"runs/{path.stem}"
+    algorithm = algorithms.build(config.algorithm)
+    config.check(advantages=algorithm.needs is not Needs.GRADIENT)
+    rewards.check(config.rewards)
+    if Path(config.model.name).exists():  # others are on the hub
+        assert "denoiser calls" in Plan.make(config).describe()
+
+
+def test_train_and_sample(config, tmp_path, capsys):
+    assert cli.train([str(config)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"held-out prompts +before +after", text)
+    run = tmp_path / "run"
+    for name in ("curve.png", "grid.png"):
+        assert str(run / name) in text
+        assert Image.open(run / name).size[0] > 100
+    model = yaml.safe_load(config.read_text())["model"]["name"]
+    out, grid = tmp_path / "pictures", tmp_path / "out.png"
+    arguments = ["--model", model, "--lora", str(run), "--prompts", "a red apple", "a cat"]
+    arguments += ["--seeds", "0-2", "--steps", "2", "--compare"]
+    assert cli.sample([*arguments, "--grid", str(grid), "--out", str(out)]) == 0
+    assert len(list(out.iterdir())) == 12
+    assert "diffalign" in Image.open(grid).info
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "a-b"], "--seeds 'a-b' is not understood"),
+        (["--compare"], "give --lora"),
+        (["--model", "./nothing"], "is not a folder"),
+        (["--lora", "."], r"no \.safetensors"),
+    ],
+)
+def test_bad_sampling_input(pipelines, arguments, message, capsys):
+    base = ["--model", pipelines["epsilon"], "--prompts", "a cat"]
+    assert cli.sample(base + arguments) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
+def environment():
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_ctrl_c_keeps_what_was_trained(config, tmp_path):
+    command = [sys.executable, "train.py", str(config), "--train.epochs", "100000"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    metrics = tmp_path / "run" / "metrics.csv"
+    deadline = time.time() + 60
+    while time.time() < deadline and process.poll() is None:
+        if metrics.exists() and len(metrics.read_text().splitlines()) > 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err.decode()
+    assert b"--resume goes on" in out
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_adapter(config, tmp_path):
+    import torch
+
+    states = []
+    for n in (1, 2):
+        run = tmp_path / f"run{n}"
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu"]
+        launch += ["--num_processes", str(n), "--num_machines", "1", "--mixed_precision", "no"]
+        launch += ["--dynamo_backend", "no"]
+        launch += ["train.py", str(config), "--log.dir", str(run), "--train.inner_epochs", "2"]
+        subprocess.run(launch, cwd=ROOT, env=environment(), check=True, timeout=240)
+        state = torch.load(run / "checkpoint.pt", weights_only=True)
+        states.append(torch.cat([v.flatten() for v in state["adapter"].values()]))
+    assert (states[0] - states[1]).norm() < 1e-4 * states[0].norm()

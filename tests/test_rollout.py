@@ -1,0 +1,174 @@
+"""Trajectories and the adjoint sweep: ratio one, seeds, exact gradients."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import perturb
+from torch import nn
+
+from diffalign.dynamics import Levels, Prediction
+from diffalign.policies import Cond
+from diffalign.rollout import Noise, Sampling, adjoint_sweep, rollout
+
+PROMPTS = ["a red dog", "a cat on a blue background", "a rocket", "a tree"]
+
+
+def sampling(policy, steps=5, kernel="ddim", eta=1.0, guidance=3.0):
+    return Sampling(policy.levels(steps), kernel, eta, guidance)
+
+
+def test_stored_log_prob_is_that_of_training(policy):
+    """The importance ratio is 1 before any update, on the stored log-probability too."""
+    perturb(policy)
+    how, cond = sampling(policy), policy.encode(PROMPTS)
+    paths = rollout(policy, cond, how, [1, 2, 3, 4], batch=4)
+    for i in [i for i, s in enumerate(how.stds().tolist()) if s > 0]:
+        again = how.transition(policy, paths.states[:, i], i, cond)
+        assert torch.equal(again.log_prob(paths.states[:, i + 1]), paths.log_prob[:, i])
+    # folded with other steps into other micro-batches
+    rows, steps = torch.tensor([3, 0, 2]), torch.tensor([0, 2, 1])
+    mixed = how.transition(policy, paths.states[rows, steps], steps, cond[rows])
+    ratio = (mixed.log_prob(paths.states[rows, steps + 1]) - paths.log_prob[rows, steps]).exp()
+    assert (ratio - 1).abs().max() < 1e-6
+
+
+def test_log_prob_is_that_of_a_normal(policy):
+    how, cond = sampling(policy), policy.encode(PROMPTS)
+    paths = rollout(policy, cond, how, [1, 2, 3, 4], batch=4)
+    gaussian = how.transition(policy, paths.states[:, 1], 1, cond)
+    normal = torch.distributions.Normal(gaussian.mean, gaussian.std.expand_as(gaussian.mean))
+    expected = normal.log_prob(paths.states[:, 2]).flatten(1).mean(1)
+    torch.testing.assert_close(paths.log_prob[:, 1], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_noise_depends_on_the_seed_alone(policy):
+    how, cond = sampling(policy), policy.encode(PROMPTS)
+    whole = rollout(policy, cond, how, [1, 2, 3, 4], batch=4).final
+    torch.testing.assert_close(
+        rollout(policy, cond, how, [1, 2, 3, 4], batch=3).final, whole, atol=1e-5, rtol=1e-4
+    )
+    turned = rollout(policy, cond[torch.tensor([3, 2, 1, 0])], how, [4, 3, 2, 1], batch=4).final
+    torch.testing.assert_close(turned.flip(0), whole, atol=1e-5, rtol=1e-4)
+    other = rollout(policy, cond, how, [5, 6, 7, 8], batch=4).final
+    assert not torch.allclose(other, whole, atol=1e-2)
+    draws = Noise([1, 2], (3,), "cpu")
+    assert not torch.equal(draws.draw(), draws.draw())
+
+
+class ToyPolicy:
+    """A float64 denoiser with the two calls that sampling needs."""
+
+    def __init__(self, parametrise):
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+        self.parametrise = parametrise
+        self.latent_shape, self.device = (4,), "cpu"
+        self.graphs = 0
+
+    def predict(self, x, level, cond, guidance=1.0):
+        self.graphs += torch.is_grad_enabled()
+        text = cond.positive["prompt"]
+        t = level.sigma.expand(len(x))[:, None]
+        outputs = [self.net(torch.cat([x + c, t], 1)) for c in (0 * text, text)]
+        out = outputs[0] + guidance * (outputs[1] - outputs[0])
+        return self.parametrise(x, out, level)
+
+
+def toy(path):
+    u = torch.linspace(0.95, 0.0, 7, dtype=torch.float64)
+    if path == "flow":
+        return ToyPolicy(Prediction.from_flow), Levels(u, 1 - u, u)
+    kind = Prediction.from_epsilon if path == "epsilon" else Prediction.from_v
+    return ToyPolicy(kind), Levels(u, (1 - u**2).sqrt(), u)
+
+
+def chain_loss(policy, how, cond, noises, first):
+    """-reward through the chain by plain autograd, the prefix cut off."""
+    x = noises[0]
+    states = [x]
+    for i in range(how.steps):
+        with torch.set_grad_enabled(i >= first and torch.is_grad_enabled()):
+            x = how.transition(policy, x, i, cond).sample(noises[i + 1])
+        states.append(x)
+    return (x.square().sum(1) - x[:, 0]).mean(), torch.stack(states, 1)
+
+
+@pytest.mark.parametrize("path", ["epsilon", "v", "flow"])
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("last", [1, 3, 6])
+def test_adjoint_sweep_equals_autograd_through_the_chain(path, eta, last):
+    policy, levels = toy(path)
+    how = Sampling(levels, "ddim", eta, 2.5)
+    cond = Cond({"prompt": torch.randn(3, 4).double()}, {})
+    noises = torch.randn(7, 3, 4).double()
+    first = how.steps - last
+    parameters = list(policy.net.parameters())
+
+    loss, states = chain_loss(policy, how, cond, noises, first)
+    expected = torch.autograd.grad(loss, parameters)
+
+    final = states[:, -1].detach().requires_grad_()
+    (grad,) = torch.autograd.grad((final.square().sum(1) - final[:, 0]).mean(), final)
+    policy.graphs = 0
+    adjoint_sweep(policy, cond, how, states.detach(), grad, first)  # type: ignore[arg-type]
+    assert policy.graphs == last
+    for p, e in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p.grad, e, atol=1e-13, rtol=1e-12)
+
+
+def test_full_chain_gradient_equals_finite_differences():
+    policy, levels = toy("flow")
+    how = Sampling(levels, "ode", 0.0, 1.5)
+    cond = Cond({"prompt": torch.randn(3, 4).double()}, {})
+    noises = torch.randn(7, 3, 4).double()
+    with torch.no_grad():
+        _, states = chain_loss(policy, how, cond, noises, 0)
+    final = states[:, -1].detach().requires_grad_()
+    (grad,) = torch.autograd.grad((final.square().sum(1) - final[:, 0]).mean(), final)
+    adjoint_sweep(policy, cond, how, states, grad, 0)  # type: ignore[arg-type]
+    weight = policy.net[0].weight
+    assert isinstance(weight, nn.Parameter)
+    direction = torch.randn_like(weight)
+    slope, h = (weight.grad * direction).sum(), 1e-5  # type: ignore[operator]
+    with torch.no_grad():
+        values = []
+        for sign in (1, -1):
+            weight += sign * h * direction
+            values.append(chain_loss(policy, how, cond, noises, 0)[0])
+            weight -= sign * h * direction
+    torch.testing.assert_close(slope, (values[0] - values[1]) / (2 * h), atol=1e-8, rtol=1e-6)
+
+
+def test_gradient_reaches_the_lora_through_the_last_steps_only(policy):
+    """On the real UNet in float32, against autograd with the prefix under no_grad."""
+    perturb(policy)
+    how, cond = sampling(policy, 4, eta=0.0), policy.encode(PROMPTS)
+    paths = rollout(policy, cond, how, [1, 2, 3, 4], batch=4)
+    parameters = policy.trainable_parameters()
+
+    def swept(first):
+        for p in parameters:
+            p.grad = None
+        final = paths.final.detach().requires_grad_()
+        (grad,) = torch.autograd.grad(policy.decode(final, True).mean(), final)
+        adjoint_sweep(policy, cond, how, paths.states, grad, first)
+        return torch.cat([p.grad.flatten() for p in parameters])
+
+    x = paths.states[:, 2]
+    for i in (2, 3):
+        x = how.transition(policy, x, i, cond).mean
+    expected = torch.autograd.grad(policy.decode(x, True).mean(), parameters)
+    expected = torch.cat([e.flatten() for e in expected])
+    torch.testing.assert_close(swept(2), expected, atol=1e-7, rtol=1e-3)
+    assert (swept(0) - expected).norm() > 1e-2 * expected.norm()
+
+
+def test_deterministic_steps_have_no_std(policy):
+    how = sampling(policy, 5, "ode", 0.0)
+    assert how.stds().tolist() == [0.0] * 5
+    zero = rollout(policy, policy.encode(PROMPTS), how, [1, 2, 3, 4], 4)
+    tiny = rollout(
+        policy, policy.encode(PROMPTS), replace(how, kernel="ddim", eta=0.0), [1, 2, 3, 4], 4
+    )
+    torch.testing.assert_close(zero.final, tiny.final)

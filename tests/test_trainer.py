@@ -1,0 +1,293 @@
+"""The loop: invariances of the gradient, resuming, failing rewards, and that rewards rise."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+
+from diffalign import TrainConfig, Trainer, TrainingStopped, algorithms
+from diffalign.algorithms import Batch, Needs
+from diffalign.algorithms.ddpo import DDPO
+from diffalign.dynamics import Gaussian
+from diffalign.policies import lora
+from diffalign.tracking import read_metrics
+
+OBJECTS = ["dog", "cat", "apple", "car", "bus", "house", "tree", "star"]
+
+
+def redness(images, prompts):
+    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
+
+
+redness.differentiable = True
+
+
+@pytest.fixture
+def make(pipelines, tmp_path):
+    """make(algorithm, run="a", resume=False, rewards=..., **{"train.lr": ...}) -> Trainer."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(f"a red {o}" for o in OBJECTS))
+
+    def make(algorithm, run="a", resume=False, rewards=None, **overrides):
+        tree = {
+            "model": {"name": pipelines["v_prediction"], "lora_rank": 2},
+            "algorithm": {"type": algorithm},
+            "sampler": {"steps": 4, "guidance": 2.0, "batch": 8},
+            "data": {"prompts": str(prompts), "groups": 4, "group_size": 4},
+            "train": {"epochs": 1, "lr": 1e-2, "checkpoint_every": 1},
+            "eval": {"every": 0, "prompts": str(prompts), "steps": 4, "images_per_prompt": 1},
+            "log": {"dir": str(tmp_path / run)},
+        }
+        for key, value in overrides.items():
+            section, name = key.split(".")
+            tree.setdefault(section, {})[name] = value
+        config = TrainConfig.from_dict(tree)
+        return Trainer(config, rewards=rewards or {redness: 1.0}, resume=resume)
+
+    return make
+
+
+def adapter(trainer):
+    return torch.cat([v.flatten() for v in lora.state_dict(trainer.policy.network).values()])
+
+
+def gradients(trainer, monkeypatch) -> list[torch.Tensor]:
+    """The accumulated gradient of every optimiser step of one epoch."""
+    taken = []
+    step = trainer._step
+
+    def recorded():
+        taken.append(torch.cat([p.grad.flatten().clone() for p in trainer.parameters]))
+        return step()
+
+    monkeypatch.setattr(trainer, "_step", recorded)
+    trainer.run_epoch(0)
+    return taken
+
+
+@pytest.mark.parametrize("algorithm", ["ddpo", "draft"])
+def test_gradient_does_not_depend_on_the_micro_batch(make, monkeypatch, algorithm):
+    reference = None
+    for i, size in enumerate((16, 5, 1)):
+        trainer = make(algorithm, run=str(i), **{"train.micro_batch": size})
+        (grad,) = gradients(trainer, monkeypatch)
+        if reference is None:
+            reference = grad
+            assert grad.norm() > 0
+        assert (grad - reference).norm() < 1e-4 * reference.norm()
+
+
+def test_score_function_and_importance_sampling_agree_at_ratio_one(make, monkeypatch):
+    taken = [
+        gradients(make("ddpo", run=e, **{"algorithm.estimator": e}), monkeypatch)[0]
+        for e in ("is", "sf")
+    ]
+    torch.testing.assert_close(taken[0], taken[1], atol=1e-7, rtol=1e-4)
+
+
+class OneStep:
+    """A stand-in for Batch and Policy whose log-probability is a parameter."""
+
+    x_next = torch.zeros(1, 2)
+    on_policy = False
+
+    def __init__(self, shift, advantage):
+        self.mean = torch.full((1, 2), 0.1, requires_grad=True)
+        self.advantage = torch.tensor([advantage])
+        here = self.transition(None).log_prob(self.x_next)
+        self.log_prob_old = (here - torch.tensor(1.0 + shift).log()).detach()
+
+    def transition(self, policy):
+        return Gaussian(self.mean, torch.ones(1, 1))
+
+
+@pytest.mark.parametrize(
+    ("shift", "advantage", "flows"),
+    [
+        (0.05, 1.0, True),  # inside the band
+        (0.2, 1.0, False),  # already much likelier, and good: stop
+        (0.2, -1.0, True),  # already likelier, but bad: undo
+        (-0.2, -1.0, False),
+        (-0.2, 1.0, True),
+    ],
+)
+def test_clipping_stops_the_gradient_on_the_right_side_only(shift, advantage, flows):
+    batch = OneStep(shift, advantage)
+    loss, metrics = DDPO(clip_range=0.1).loss(None, batch)  # type: ignore[arg-type]
+    (grad,) = torch.autograd.grad(loss, batch.mean, allow_unused=True)
+    assert (grad is not None and bool(grad.abs().sum() > 0)) is flows
+    assert metrics["ratio_drift"].item() == pytest.approx(abs(shift), rel=1e-4)
+    assert metrics["clip_fraction"].item() == float(abs(shift) > 0.1)
+
+
+def test_kl_to_the_base_model(make):
+    trainer = make("ddpo", **{"algorithm.kl_weight": 10.0, "train.epochs": 2})
+    trainer.train()
+    rows = read_metrics(trainer.dir)
+    assert rows[1]["kl"] == 0.0
+    assert rows[2]["kl"] > 0.0
+    assert rows[2]["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("algorithm", ["ddpo", "draft"])
+def test_reward_rises(make, algorithm):
+    options = {"train.epochs": 12, "train.lr": 3e-2 if algorithm == "ddpo" else 1e-2}
+    if algorithm == "ddpo":
+        options |= {"algorithm.clip_range": 1e-2, "data.groups": 8, "data.group_size": 8}
+    result = make(algorithm, **options).train()
+    gain = result["after"]["eval/reward"] - result["before"]["eval/reward"]
+    assert gain > 0.002, gain
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        ("draft", {"algorithm.last": 2}),
+        ("ddpo", {"train.updates_per_epoch": 2, "train.inner_epochs": 2}),
+    ],
+)
+def test_same_seed_same_metrics(make, algorithm, options):
+    texts = []
+    for run, seed in (("a", 0), ("b", 0), ("c", 1)):
+        trainer = make(algorithm, run=run, **{"train.epochs": 2, "train.seed": seed, **options})
+        trainer.train()
+        texts.append((trainer.dir / "metrics.csv").read_bytes())
+    assert texts[0] == texts[1]
+    assert texts[0] != texts[2]
+
+
+@pytest.mark.parametrize("algorithm", ["ddpo", "draft"])
+def test_resume_is_the_same_run(make, algorithm):
+    options = {"train.updates_per_epoch": 2, "train.epochs": 4}
+    if algorithm == "ddpo":
+        options |= {"advantage.baseline": "tracker", "advantage.min_count": 4}
+    whole = make(algorithm, run="whole", **options)
+    whole.train()
+    make(algorithm, run="halves", **options | {"train.epochs": 2}).train()
+    resumed = make(algorithm, run="halves", resume=True, **options)
+    resumed.train()
+    assert torch.equal(adapter(resumed), adapter(whole))
+
+    def trained(trainer):
+        return [
+            {k: v for k, v in r.items() if not k.startswith("eval/")}
+            for r in read_metrics(trainer.dir)
+        ]
+
+    assert trained(resumed) == trained(whole)
+
+
+def test_off_policy_rows_use_the_stored_log_probability(make, monkeypatch):
+    seen = []
+    loss = DDPO.loss
+
+    def recorded(self, policy, batch):
+        seen.append(batch.on_policy)
+        return loss(self, policy, batch)
+
+    monkeypatch.setattr(DDPO, "loss", recorded)
+    trainer = make(
+        "ddpo",
+        **{"train.updates_per_epoch": 2, "train.inner_epochs": 2, "train.micro_batch": 64},
+    )
+    metrics = trainer.run_epoch(0)
+    assert seen == [True, False, False, False]
+    assert metrics["mismatch_max"] < 1e-6
+    assert metrics["ratio_drift"] > 1e-6
+
+
+@dataclass
+class Regression:
+    """A FINAL algorithm: advantage-weighted regression of the network on re-noised latents."""
+
+    needs: ClassVar[Needs] = Needs.FINAL
+
+    def loss(self, policy, batch: Batch):
+        assert batch.x is None
+        level = batch.sampling.levels[2]
+        x = level.alpha * batch.x0 + level.sigma * torch.ones_like(batch.x0)
+        error = (policy.predict(x, level, batch.cond).x0 - batch.x0).square().flatten(1).mean(1)
+        return (batch.advantage.exp() * error).mean(), {"error": error}
+
+
+def test_final_need_gets_clean_latents(make, monkeypatch):
+    monkeypatch.setitem(algorithms.ALGORITHMS, "regression", Regression)
+    taken = [
+        gradients(make("regression", run=str(n), **{"train.micro_batch": n}), monkeypatch)[0]
+        for n in (16, 3)
+    ]
+    assert taken[0].norm() > 0
+    torch.testing.assert_close(taken[0], taken[1], atol=1e-6, rtol=1e-3)
+
+
+class Failing:
+    """redness that fails at its `at`-th call."""
+
+    def __init__(self, how, at):
+        self.how, self.at, self.calls = how, at, 0
+
+    def __call__(self, images, prompts):
+        self.calls += 1
+        values = redness(images, prompts)
+        if self.calls == self.at:
+            if self.how == "nan":
+                values[1] = torch.nan
+            elif self.how == "shape":
+                values = values[:, None]
+            else:
+                raise self.how
+        return values
+
+
+@pytest.mark.parametrize("how", ["nan", "shape", ZeroDivisionError("by zero")])
+def test_failing_reward_stops_and_loses_nothing(make, how):
+    # one call evaluates the base (8 prompts), then two an epoch
+    failing = Failing(how, at=6)
+    trainer = make("ddpo", rewards={failing: 1.0}, **{"train.epochs": 5})
+    with pytest.raises(TrainingStopped, match=r"reward 'Failing'.*a red (.|\n)*epochs done: 2"):
+        trainer.train()
+    assert (trainer.dir / "failed_reward.png").exists()
+    assert (trainer.dir / lora.WEIGHTS).exists()
+    resumed = make("ddpo", resume=True, **{"train.epochs": 3})
+    assert resumed.epoch == 2
+    assert torch.equal(adapter(resumed), adapter(trainer))
+    resumed.train()
+
+
+def test_interrupt_saves_and_propagates(make):
+    trainer = make("ddpo", rewards={Failing(KeyboardInterrupt(), at=5): 1.0}, **{"train.epochs": 5})
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (trainer.dir / lora.WEIGHTS).exists()
+    assert make("ddpo", resume=True).epoch == trainer.epoch == 1
+
+
+def test_a_run_is_never_overwritten(make):
+    make("ddpo")
+    with pytest.raises(ValueError, match="already holds a run; go on with --resume"):
+        make("ddpo")
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        make("ddpo", run="b", resume=True)
+
+
+def test_python_interface_and_run_folder(make):
+    trainer = make("ddpo", rewards={redness: 1.0, "jpeg": 0.5}, **{"eval.rewards": {"jpeg": 1.0}})
+    result = trainer.train()
+    assert set(result["after"]) == {"eval/reward", "eval/redness", "eval/jpeg"}
+    files = {p.name for p in Path(trainer.dir).iterdir()}
+    assert files >= {
+        "config.yaml", "metrics.csv", "metrics.jsonl", "curve.png", "grid.png", "grids",
+        "checkpoint.pt", lora.WEIGHTS,
+    }  # fmt: skip
+
+
+def test_score_function_refuses_several_updates(make):
+    with pytest.raises(ValueError, match=r"updates_per_epoch=2 needs importance sampling"):
+        make("ddpo", **{"algorithm.estimator": "sf", "train.updates_per_epoch": 2})
+
+
+def test_deterministic_sampler_is_refused_for_policy_gradients(make):
+    with pytest.raises(ValueError, match=r"deterministic.*raise sampler\.eta"):
+        make("ddpo", **{"sampler.eta": 0.0})
