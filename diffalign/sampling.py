@@ -52,6 +52,13 @@ def draw(
     else:
         texts = list(prompts)
     policies.check(model)
+    if not grid.lower().endswith(".png"):
+        raise ValueError(f"--grid {grid!r} does not end in .png, and that is what is written")
+    local = lora is not None and (
+        lora.startswith((".", "/", "runs/")) or lora.endswith(".safetensors")
+    )
+    if lora is not None and local and not Path(lora).exists():
+        raise ValueError(f"--lora {lora!r} does not exist; give a run folder or a hub id")
     if lora is not None and Path(lora).is_dir() and not list(Path(lora).glob("*.safetensors")):
         raise ValueError(f"--lora {lora!r} holds no .safetensors file; has the run been saved yet?")
     if compare and lora is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -59,8 +60,11 @@ class Trainer:
         resume: bool = False,
     ):
         self.dir = Path(config.log.dir or "runs/run")
-        state = checkpoint.load(self.dir) if resume else None
-        if state is None and (self.dir / "config.yaml").exists():
+        begun = (self.dir / "config.yaml").exists()
+        # killed before its first checkpoint: resuming is starting anew
+        fresh = begun and not (self.dir / checkpoint.NAME).exists()
+        state = checkpoint.load(self.dir) if resume and not fresh else None
+        if begun and not resume:
             raise ConfigError(
                 f"log.dir={str(self.dir)!r} already holds a run; go on with --resume, or choose "
                 "another --log.dir"
@@ -106,10 +110,10 @@ class Trainer:
         self.epoch, self.updates = 0, 0
         self.base_images: list[tuple[Tensor, dict[str, float]]] = []
         if state is not None:
-            self.epoch, self.updates = state["epoch"], state["updates"]
-            lora.load_state_dict(self.policy.network, state["adapter"])
-            self.optimiser.load_state_dict(state["optimiser"])
-            self.history.load_state_dict(state["history"])
+            self._restore(state)
+            for group in self.optimiser.param_groups:  # the config may have changed them
+                group["lr"], group["weight_decay"] = config.train.lr, config.train.weight_decay
+        self.complete = self._state()  # as of the last epoch that was finished
         self.tracker = Tracker(
             self.dir,
             config.log.trackers,
@@ -138,8 +142,10 @@ class Trainer:
         try:
             with self.policy.reference():
                 before = after = self.evaluate("base")
-            if self.epoch == 0:
+            if self.epoch == 0 and not self.tracker.rows:
                 self.tracker.log(0, before)
+            if self.epoch >= c.train.epochs:  # resumed when there is nothing left to do
+                after = self.evaluate(f"epoch {self.epoch}")
             while self.epoch < c.train.epochs:
                 metrics = self.run_epoch(self.epoch)
                 self.epoch += 1
@@ -148,6 +154,7 @@ class Trainer:
                     after = self.evaluate(f"epoch {self.epoch}")
                     metrics |= after
                 self.tracker.log(self.epoch, metrics)
+                self.complete = self._state()
                 if done or (
                     c.train.checkpoint_every and self.epoch % c.train.checkpoint_every == 0
                 ):
@@ -157,6 +164,7 @@ class Trainer:
         except RewardError as error:
             raise TrainingStopped(self._stopped(error)) from error
         except KeyboardInterrupt:
+            self._restore(self.complete)
             self.save()
             raise
         finally:
@@ -362,20 +370,25 @@ class Trainer:
         grids.save_png(grid, self.dir / "grid.png", self.config.to_dict())
         self.tracker.log_images(self.epoch, "eval", grid)
 
+    def _state(self) -> dict[str, Any]:
+        state = {"optimiser": self.optimiser.state_dict(), "history": self.history.state_dict()}
+        return copy.deepcopy(state) | {
+            "epoch": self.epoch,
+            "updates": self.updates,
+            "adapter": lora.state_dict(self.policy.network),
+        }
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self.epoch, self.updates = state["epoch"], state["updates"]
+        lora.load_state_dict(self.policy.network, state["adapter"])
+        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
+        self.history.load_state_dict(state["history"])
+
     def save(self) -> None:
         """Checkpoint, LoRA and curve of the epochs done."""
         if not self.main:
             return
-        checkpoint.save(
-            self.dir,
-            {
-                "epoch": self.epoch,
-                "updates": self.updates,
-                "adapter": lora.state_dict(self.policy.network),
-                "optimiser": self.optimiser.state_dict(),
-                "history": self.history.state_dict(),
-            },
-        )
+        checkpoint.save(self.dir, self._state())
         self.policy.save_lora(self.dir)
         self.tracker.curve(self.dir / "curve.png")
 
@@ -386,6 +399,7 @@ class Trainer:
             path = self.dir / "failed_reward.png"
             grids.save_png(grids.to_pil(error.image), path, {"prompt": error.prompt})
             message += f"picture: {path}\n"
+        self._restore(self.complete)
         self.save()
         return message + f"epochs done: {self.epoch}, saved in {self.dir}; mend it and use --resume"
 

@@ -196,3 +196,26 @@ def test_two_processes_train_the_same_adapter(config, tmp_path):
         state = torch.load(run / "checkpoint.pt", weights_only=True)
         states.append(torch.cat([v.flatten() for v in state["adapter"].values()]))
     assert (states[0] - states[1]).norm() < 1e-4 * states[0].norm()
+
+
+def test_there_are_configs():
+    assert list((ROOT / "configs").glob("*.yaml"))  # or the test of every config tests none
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lora", "./missing"], r"--lora './missing' does not exist"),
+        (["--lora", "missing.safetensors"], r"--lora 'missing.safetensors' does not exist"),
+        (["--grid", "grid.jpg"], r"does not end in \.png"),
+    ],
+)
+def test_bad_sampling_files_are_refused_before_the_pipeline_is_loaded(
+    pipelines, arguments, message, capsys, monkeypatch
+):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the pipeline was loaded")
+
+    monkeypatch.setattr("diffalign.sampling.DiffusionPipeline.from_pretrained", refuse)
+    assert cli.sample(["--model", pipelines["epsilon"], "--prompts", "a cat", *arguments]) == 1
+    assert re.search(message, capsys.readouterr().err)

@@ -109,7 +109,6 @@ def test_named_adapters(policy):
     base = pictures(policy)[1]
     before = policy.trainable_parameters()
     lora.add(policy.network, 2, None, ["to_q", "to_k", "to_v", "to_out.0"], seed=5, name="old")
-    policy.network.set_adapter("default")
     perturb(policy)
     tuned = pictures(policy)[1]
     with policy.adapter("old"):

@@ -172,3 +172,85 @@ def test_deterministic_steps_have_no_std(policy):
         policy, policy.encode(PROMPTS), replace(how, kernel="ddim", eta=0.0), [1, 2, 3, 4], 4
     )
     torch.testing.assert_close(zero.final, tiny.final)
+
+
+# --------------------------------- the diffusers scheduler with noise, kernels, memory
+
+
+def test_stored_states_are_what_the_network_saw(policy, monkeypatch):
+    seen = []
+    predict = policy.predict
+
+    def spy(x, *rest):
+        seen.append(x.clone())
+        return predict(x, *rest)
+
+    monkeypatch.setattr(policy, "predict", spy)
+    paths = rollout(policy, policy.encode(PROMPTS), sampling(policy), [1, 2, 3, 4], batch=4)
+    assert torch.equal(torch.stack(seen, 1), paths.states[:, :-1])
+
+
+def test_a_stochastic_step_is_that_of_the_diffusers_scheduler(policy):
+    how, cond = sampling(policy, 5, eta=0.7), policy.encode(PROMPTS)
+    paths = rollout(policy, cond, how, [1, 2, 3, 4], batch=4)
+    noise = Noise([1, 2, 3, 4], policy.latent_shape, "cpu")
+    draws = [noise.draw() for _ in range(3)]  # the first latents, steps 0 and 1
+    x, x_next = paths.states[:, 1], paths.states[:, 2]
+    with torch.no_grad():
+        native = policy.predict(x, how.levels[1], cond, how.guidance).native
+    policy.scheduler.set_timesteps(5)
+    t = policy.scheduler.timesteps[1]
+    step = policy.scheduler.step(native, t, x, eta=0.7, variance_noise=draws[-1])
+    torch.testing.assert_close(x_next, step.prev_sample, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("path", "kernel", "eta"),
+    [
+        ("flow", "flow_sde", 0.7),
+        ("flow", "dance_sde", 0.3),
+        ("flow", "cps", 0.5),
+        ("v", "cps", 0.5),
+    ],
+)
+def test_adjoint_sweep_with_every_kernel(path, kernel, eta):
+    policy, levels = toy(path)
+    how = Sampling(levels, kernel, eta, 2.5)
+    cond = Cond({"prompt": torch.randn(3, 4).double()}, {})
+    noises = torch.randn(7, 3, 4).double()
+    parameters = list(policy.net.parameters())
+    loss, states = chain_loss(policy, how, cond, noises, 0)
+    expected = torch.autograd.grad(loss, parameters)
+    final = states[:, -1].detach().requires_grad_()
+    (grad,) = torch.autograd.grad((final.square().sum(1) - final[:, 0]).mean(), final)
+    adjoint_sweep(policy, cond, how, states.detach(), grad, 0)  # type: ignore[arg-type]
+    for p, e in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(p.grad, e, atol=1e-13, rtol=1e-11)
+
+
+def test_sweep_holds_the_graph_of_one_step_at_a_time():
+    """The most tensors kept for a backward pass do not grow with the number of steps."""
+
+    class Kept:
+        alive = peak = 0
+
+        def __init__(self, tensor):
+            self.tensor = tensor
+            Kept.alive += 1
+            Kept.peak = max(Kept.peak, Kept.alive)
+
+        def __del__(self):
+            Kept.alive -= 1
+
+    policy, levels = toy("v")
+    how = Sampling(levels, "ode", 0.0, 2.5)
+    cond = Cond({"prompt": torch.randn(3, 4).double()}, {})
+    states, grad = torch.randn(3, 7, 4).double(), torch.ones(3, 4).double()
+    peaks = []
+    # the earliest step of a sweep needs no gradient of its x, so neither case is a single step
+    for first in (4, 0):
+        Kept.peak = start = Kept.alive
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            adjoint_sweep(policy, cond, how, states, grad, first)  # type: ignore[arg-type]
+        peaks.append(Kept.peak - start)
+    assert peaks[0] == peaks[1] > 0

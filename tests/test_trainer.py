@@ -6,6 +6,7 @@ from typing import ClassVar
 
 import pytest
 import torch
+from conftest import perturb
 
 from diffalign import TrainConfig, Trainer, TrainingStopped, algorithms
 from diffalign.algorithms import Batch, Needs
@@ -291,3 +292,76 @@ def test_score_function_refuses_several_updates(make):
 def test_deterministic_sampler_is_refused_for_policy_gradients(make):
     with pytest.raises(ValueError, match=r"deterministic.*raise sampler\.eta"):
         make("ddpo", **{"sampler.eta": 0.0})
+
+
+# ------------------------------------------------- splits off the initialisation, stopping anywhere
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("algorithm", ["ddpo", "draft"])
+def test_split_of_a_trained_adapter(make, monkeypatch, pipelines, algorithm, kind):
+    """With B != 0 every weight has a gradient; DDPO with its KL term, DRaFT through all steps."""
+    options = {"algorithm.kl_weight": 5.0} if algorithm == "ddpo" else {"algorithm.last": None}
+    options["model.name"] = pipelines[kind]
+    taken = []
+    for size in (48, 3):
+        trainer = make(algorithm, run=str(size), **{"train.micro_batch": size}, **options)
+        perturb(trainer.policy)
+        taken += gradients(trainer, monkeypatch)
+    assert taken[0].norm() > 1e-3
+    assert (taken[0] - taken[1]).norm() < 1e-5 * taken[0].norm()
+
+
+class FailingWithGradient(Failing):
+    differentiable = True
+
+
+def rows_of(trainer):
+    """Metrics, the failing stand-in under the name of the reward it stands in for."""
+    return [
+        {k.replace("FailingWithGradient", "redness"): v for k, v in row.items()}
+        for row in read_metrics(trainer.dir)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "how", "at"),
+    [
+        ("draft", KeyboardInterrupt(), 6),  # between the two optimiser steps of epoch 2
+        ("ddpo", ZeroDivisionError("by zero"), 7),  # in the held-out evaluation after epoch 2
+    ],
+)
+def test_a_run_stopped_within_an_epoch_resumes_as_the_same_run(make, algorithm, how, at):
+    # one call evaluates the base, then an epoch has two and its evaluation one
+    options = {"train.epochs": 3, "train.updates_per_epoch": 2, "train.micro_batch": 8}
+    options["eval.every"] = 1
+    whole = make(algorithm, run="whole", **options)
+    whole.train()
+    stopped = make(algorithm, rewards={FailingWithGradient(how, at): 1.0}, **options)
+    with pytest.raises((KeyboardInterrupt, TrainingStopped)):
+        stopped.train()
+    resumed = make(algorithm, resume=True, **options)
+    assert resumed.epoch == 1
+    resumed.train()
+    assert torch.equal(adapter(resumed), adapter(whole))
+    assert rows_of(resumed) == rows_of(whole)
+
+
+def test_a_run_interrupted_in_its_first_epoch_has_one_row_of_the_base(make):
+    options = {"train.epochs": 2}
+    with pytest.raises(KeyboardInterrupt):
+        make("ddpo", rewards={Failing(KeyboardInterrupt(), 2): 1.0}, **options).train()
+    resumed = make("ddpo", resume=True, **options)
+    resumed.train()
+    assert [row["step"] for row in read_metrics(resumed.dir)] == [0, 1, 2]
+
+
+def test_resuming_a_finished_run_reports_what_was_trained(make):
+    first = make("draft", **{"train.epochs": 2}).train()
+    assert first["after"] != first["before"]
+    assert make("draft", resume=True, **{"train.epochs": 2}).train() == first
+
+
+def test_a_run_killed_before_its_first_checkpoint_is_no_dead_end(make):
+    make("ddpo")
+    assert make("ddpo", resume=True).epoch == 0

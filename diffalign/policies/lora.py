@@ -46,12 +46,15 @@ def add(
         init_lora_weights="gaussian",
         target_modules=list(targets),
     )
+    before = network.active_adapters() if getattr(network, "peft_config", None) else [name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network.add_adapter(config, adapter_name=name)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    # add_adapter turns the new one on; a second adapter waits until it is asked for
+    network.set_adapter(before)
 
 
 def state_dict(network: nn.Module, name: str = "default") -> dict[str, Tensor]:
