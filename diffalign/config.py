@@ -7,16 +7,11 @@ A run is a `TrainConfig`. A YAML file gives only what differs from the defaults,
 
 from __future__ import annotations
 
-import ast
 import copy
 import difflib
-import inspect
-import json
 import math
 import os
 import re
-import shutil
-import textwrap
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -304,7 +299,7 @@ def decode(cls: type[T], mapping: Mapping[str, Any], where: str = "", source: st
         remedy = "give it keys or leave it out" if mapping is None else "write 'key: value' lines"
         raise ConfigError(f"{name}{source} {given}, not a mapping; {remedy}")
     prefix = f"{where}." if where else ""
-    hints = _hints(cls)
+    hints = field_types(cls)
     for key in mapping:
         if key not in hints:
             tip = suggest(key, hints)
@@ -330,7 +325,8 @@ def decode(cls: type[T], mapping: Mapping[str, Any], where: str = "", source: st
         raise ConfigError(f"{where}{source}: {error}") from error
 
 
-def _hints(cls: Any) -> dict[str, Any]:
+def field_types(cls: Any) -> dict[str, Any]:
+    """The annotated type of every field of a dataclass that its constructor takes."""
     hints = get_type_hints(cls)
     return {f.name: hints[f.name] for f in fields(cls) if f.init}
 
@@ -338,9 +334,9 @@ def _hints(cls: Any) -> dict[str, Any]:
 def _config_keys() -> list[str]:
     return [
         f"{section}.{key}"
-        for section, hint in _hints(TrainConfig).items()
+        for section, hint in field_types(TrainConfig).items()
         if is_dataclass(hint)
-        for key in _hints(hint)
+        for key in field_types(hint)
     ]
 
 
@@ -358,7 +354,7 @@ def _decode_value(hint: Any, value: Any, name: str, source: str) -> Any:
             remedy = f"; put it in quotes: '{value}'"
         else:
             remedy = ""
-        what = _type_name(hint)
+        what = type_name(hint)
         article = "" if what.startswith("one of") else "an " if what[0] in "aeiou" else "a "
         raise ConfigError(f"{name}={value!r}{source} is not {article}{what}{remedy}") from error
 
@@ -395,16 +391,17 @@ def _numbers(value: Any) -> Any:
     return value
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any) -> str:
+    """A type in words: "float", "int or null", "one of is, sf"."""
     origin, args = get_origin(hint) or hint, get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin in (Union, types.UnionType):
-        return " or ".join("null" if a is type(None) else _type_name(a) for a in args)
+        return " or ".join("null" if a is type(None) else type_name(a) for a in args)
     if origin is dict:
         return "mapping"
     if origin in (list, tuple, set):
-        return "list" + (f" of {_type_name(args[0])}" if args else "")
+        return "list" + (f" of {type_name(args[0])}" if args else "")
     return getattr(origin, "__name__", str(origin))
 
 
@@ -469,9 +466,9 @@ def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
 def _override(tree: dict[str, Any], key: str, text: str) -> None:
     """Sets one dotted key of a complete tree; what it leaves invalid is found by `decode`."""
     cls, node, (name, *rest) = TrainConfig, tree, key.split(".")
-    while rest and is_dataclass(_hints(cls).get(name)):
-        cls, node, name, rest = _hints(cls)[name], node[name], rest[0], rest[1:]
-    hint = _hints(cls).get(name)
+    while rest and is_dataclass(field_types(cls).get(name)):
+        cls, node, name, rest = field_types(cls)[name], node[name], rest[0], rest[1:]
+    hint = field_types(cls).get(name)
     # A string is taken as typed: YAML would read the folder name 2024_01 as the number 202401.
     plain = hint is str or (hint == (str | None) and text != "null")
     value = text if plain else _parse(text, f"--{key} {text}")
@@ -510,100 +507,3 @@ def _nest(node: dict[str, Any], parts: list[str], value: Any, key: str) -> None:
         if not isinstance(node, dict):
             raise ConfigError(f"unknown key '{key}' on the command line; '{part}' is {node!r}")
     node[parts[-1]] = value
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The string (or else the comment) that documents each field of a dataclass, by field name."""
-    docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not is_dataclass(base):
-            continue
-        try:
-            source = textwrap.dedent(inspect.getsource(base))
-        except (OSError, TypeError):  # a class made in an interpreter has no source
-            continue
-        lines = source.splitlines()
-        tree = ast.parse(source).body[0]
-        body = tree.body if isinstance(tree, ast.ClassDef) else []
-        for node, after in zip(body, [*body[1:], None], strict=True):
-            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-                continue
-            tail = lines[(node.end_lineno or 1) - 1].encode()[node.end_col_offset or 0 :].decode()
-            docs[node.target.id] = tail.strip().lstrip("# ")
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                docs[node.target.id] = " ".join(str(after.value.value).split())
-    return docs
-
-
-_REWARDS_HELP = [
-    ("--rewards.jpeg 1.0", "a built-in reward and its weight"),
-    ("--rewards.clip.model PATH", "an option of a reward; its weight: --rewards.clip 0.5"),
-    ("--rewards.my_module:redness 0.2", "your function (images, prompts) -> (n,) in my_module"),
-]
-
-
-def help_text(algorithms: Mapping[str, type] | None = None) -> str:
-    """Every setting with its type, default and meaning, wrapped to the terminal's width.
-
-    `algorithms` maps the values of `algorithm.type` to their dataclasses.
-    """
-    width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))
-    blocks: list[str] = []
-    for section, hint in _hints(TrainConfig).items():
-        if section == "rewards":
-            head = "rewards: what is optimised, a weighted sum; --rewards.NAME null removes one"
-            blocks.append(_rows(head, _REWARDS_HELP, width))
-        elif section == "algorithm":
-            names = " | ".join(algorithms or ["NAME"])
-            head = "algorithm: the method and its own options; --algorithm '{type: NAME}' resets"
-            blocks.append(_rows(head, [("--algorithm.type NAME", f"(ddpo)  {names}")], width))
-            for name, cls in (algorithms or {}).items():
-                title = (inspect.getdoc(cls) or "").partition("\n")[0]
-                if title.startswith(f"{cls.__name__}("):  # dataclass's own, for want of a docstring
-                    title = ""
-                rows = _field_rows(cls, "algorithm")
-                blocks.append(_rows(f"algorithm {name}: {title}".rstrip(": "), rows, width))
-        else:
-            blocks.append(_rows(section, _field_rows(hint, section), width))
-    return "\n".join(blocks)
-
-
-def _field_rows(cls: Any, section: str) -> list[tuple[str, str]]:
-    docs, rows = field_docs(cls), []
-    for f in fields(cls):
-        if f.init:
-            kind = _type_name(_hints(cls)[f.name]).removesuffix(" or null")
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            shown = "required" if default is MISSING else _show(default)
-            metavar = "VALUE" if " or " in kind else kind.split()[0].upper()
-            if kind.startswith("one of "):
-                metavar = kind.removeprefix("one of ").replace(", ", "|")
-            rows.append(
-                (f"--{section}.{f.name} {metavar}", f"({shown})  {docs.get(f.name, '')}".rstrip())
-            )
-    return rows
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, float) and 0 < abs(value) < 1e-2:
-        mantissa, exponent = f"{value:e}".split("e")
-        return f"{float(mantissa):g}e{int(exponent)}"
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(_show, value)) + "]"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    return "empty" if value in ("", {}) else str(value)
-
-
-def _rows(title: str, rows: list[tuple[str, str]], width: int) -> str:
-    left = min(max((len(a) for a, _ in rows), default=0), 38) + 4
-    lines = textwrap.wrap(title, width)
-    for option, text in rows:
-        wrapped = textwrap.wrap(text, width - left, break_on_hyphens=False) or [""]
-        start = f"  {option}"
-        if len(start) + 2 > left:
-            lines.append(start)
-            start = ""
-        lines.append(f"{start:<{left}}{wrapped[0]}")
-        lines += [" " * left + line for line in wrapped[1:]]
-    return "\n".join(lines) + "\n"

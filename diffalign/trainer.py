@@ -122,7 +122,9 @@ class Trainer:
             resume_step=self.epoch if resume else None,
         )
         if self.main:
-            config.save(self.dir / "config.yaml")
+            resolved = copy.deepcopy(config)
+            resolved.rewards = {_label(k): v for k, v in self.plan.rewards.items()}
+            resolved.save(self.dir / "config.yaml")
 
     @property
     def main(self) -> bool:
@@ -419,6 +421,14 @@ class Trainer:
 
     def _reduce(self, meter: Meter) -> dict[str, float]:
         return Meter.combined(gather_object([meter])).means()
+
+
+def _label(reward: Any) -> str:
+    """A reward as a config names it: its name, or module:function of what was passed in Python."""
+    if isinstance(reward, str):
+        return reward
+    named = reward if hasattr(reward, "__qualname__") else type(reward)
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def _texts(batch: Sequence[Prompt]) -> tuple[list[str], list[dict[str, Any]]]:

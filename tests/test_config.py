@@ -5,7 +5,8 @@ from typing import Any, Literal
 import pytest
 
 from diffalign import config
-from diffalign.config import ConfigError, TrainConfig, decode, field_docs, help_text, suggest
+from diffalign.config import ConfigError, TrainConfig, decode, suggest
+from diffalign.help import field_docs, help_text
 
 
 @pytest.fixture

@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--clip", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=3800)
+    parser.add_argument("--steps", type=int, default=4600)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--scenes", type=int, default=30000)
     parser.add_argument("--sizes", type=float, nargs=2, default=(0, 64), help="objects to train on")

@@ -2,17 +2,17 @@
 
     python -m diffalign.emoji_world.train_clip OUT --seed 1 [--patch 8]
 
-Symmetric InfoNCE (arXiv 2103.00020) on batches in which a few objects recur with other colours and
-backgrounds, so that the negatives of a caption differ from it in one word. Pictures are shifted,
-blurred and noised: a reward that has only seen clean scenes says nothing useful about generated
-ones. Another seed also draws other scenes, and another patch size sees them differently, so that
-reward and judge share little but the world.
+Symmetric InfoNCE (arXiv 2103.00020) on batches whose negatives differ from a caption in one word.
+Pictures are shifted, blurred and noised: a reward that has only seen clean scenes says nothing
+useful about generated ones. Another seed also draws other scenes, and another patch size sees them
+differently, so that reward and judge share little but the world.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +101,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--patch", type=int, default=8, help="pixels a side of a vision token")
-    parser.add_argument("--steps", type=int, default=1100)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=2300)
+    parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
 
     tokenizer: Any = build_tokenizer()
@@ -114,15 +114,18 @@ def main() -> None:
     images = pixels(scenes)
     # no caption is longer than 20 tokens, and the end token is all that counts
     ids = tokenizer([caption(s) for s in scenes], padding=True, return_tensors="pt")
-    by_object: dict[str, list[int]] = {name: [] for name in OBJECTS}
+    by_object, by_look = defaultdict(list), defaultdict(list)
     for i, scene in enumerate(scenes):
         by_object[scene.items[0].name].append(i)
+        by_look[scene.items[0].colour, scene.background].append(i)
 
     def loss(step: int) -> Tensor:
         draw = random.Random(args.seed * 10**7 + step)
-        # every other batch holds 12 objects only: its negatives differ in a colour or a background
-        names = draw.sample(list(OBJECTS), 12 if step % 2 else len(OBJECTS))
-        rows = torch.tensor([draw.choice(by_object[draw.choice(names)]) for _ in range(args.batch)])
+        # In a random batch colour and background tell the captions apart and the object is never
+        # learnt. So a batch has few looks and all objects, or few objects and all looks.
+        pools = by_look if step % 2 else by_object
+        chosen = draw.sample(list(pools), 3 if step % 2 else 12)
+        rows = torch.tensor([draw.choice(pools[draw.choice(chosen)]) for _ in range(args.batch)])
         batch, text = images[rows].float() / 255, ids.input_ids[rows]
         a, b = features(model, augment(batch), text)
         # pictures with the same caption are not each other's negatives
