@@ -16,7 +16,7 @@ $(READY): pyproject.toml
 # Align the embedded EmojiWorld pipeline to a reward, on the CPU, in a few minutes.
 demo: $(READY)
 	rm -rf runs/demo
-	$(PY) train.py configs/demo.yaml
+	$(PY) train.py configs/emoji_draft_clip.yaml --log.dir runs/demo
 
 test: $(READY)
 	$(PY) -m pytest -m "not slow"
