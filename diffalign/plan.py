@@ -54,7 +54,7 @@ class Plan:
                         f"train.{name}={getattr(config.train, name)} needs importance sampling; "
                         "use 1, or algorithm.estimator=is"
                     )
-        rewards = dict(rewards if rewards is not None else config.rewards)
+        rewards = config.rewards if rewards is None else _with_options(rewards, config.rewards)
         reward_library.check(rewards)
         if config.eval.rewards:
             reward_library.check(config.eval.rewards)
@@ -136,3 +136,13 @@ class Plan:
             f"memory     {stored:.1f} MiB of stored trajectories, beside model and activations",
         ]
         return "\n".join(lines)
+
+
+def _with_options(rewards: Mapping[Any, Any], configured: Mapping[str, Any]) -> dict[Any, Any]:
+    """`rewards` as passed in Python; a bare weight keeps the options the config gives that name."""
+    merged = dict(rewards)
+    for name, weight in rewards.items():
+        options = configured.get(name) if isinstance(name, str) else None
+        if isinstance(options, Mapping) and not isinstance(weight, Mapping):
+            merged[name] = {**options, "weight": weight}
+    return merged

@@ -45,8 +45,9 @@ class Trainer:
     """Fine-tunes the LoRA of a text-to-image pipeline on rewards.
 
     config: a TrainConfig. rewards: {name or callable: weight or options}, in place of
-    `config.rewards`. prompts: texts, in place of the file `config.data.prompts`. resume: go on from
-    the checkpoint in the run folder.
+    `config.rewards`; a bare weight keeps the options that the config has for that name. prompts:
+    texts, in place of the file `config.data.prompts`. resume: go on from the checkpoint in the run
+    folder.
 
     Raises ConfigError or ValueError for anything wrong before a model is loaded; `train` raises
     TrainingStopped when a reward fails.

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import yaml
 from PIL import Image
 
 import rewards
-from diffalign import TrainConfig, algorithms, cli, policies
+from diffalign import TrainConfig, algorithms, cli, policies, sampling
 from diffalign.algorithms import Needs
 from diffalign.plan import Plan
 
@@ -124,6 +125,54 @@ def test_every_config_is_accepted(path, monkeypatch):
     rewards.check(config.rewards)
     if Path(config.model.name).exists():  # others are on the hub
         assert "denoiser calls" in Plan.make(config).describe()
+
+
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def readme_commands(program):
+    lines = re.findall(rf"^(?:accelerate launch|python) {program}\.py (.*)$", README, re.MULTILINE)
+    assert lines
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+@pytest.mark.parametrize("arguments", readme_commands("train"), ids=" ".join)
+def test_readme_train_commands(arguments, monkeypatch, tmp_path, no_models):
+    (tmp_path / "my_rewards.py").write_text(
+        "def redness(images, prompts): return images[:, 0, 0, 0]"
+    )
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert cli.train([*arguments, "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize("arguments", readme_commands("sample"), ids=" ".join)
+def test_readme_sample_commands(arguments, monkeypatch):
+    called = []
+    monkeypatch.setattr(sampling, "draw", lambda **options: called.append(options))
+    assert cli.sample(arguments) == 0
+    assert called[0]["seeds"] == "0-7"
+
+
+def test_readme_config_and_python(monkeypatch, tmp_path):
+    """The example config is accepted, and the Python example trains the embedded model."""
+    monkeypatch.chdir(ROOT)
+    example = yaml.safe_load(re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1])  # type: ignore[index]
+    Plan.make(TrainConfig.from_dict(example))
+    code = next(b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "Trainer" in b)
+    small = ["--train.epochs", "1", "--sampler.steps", "4", "--data.groups", "2"]
+    small += ["--sampler.batch", "2", "--eval.prompts", "null", "--log.dir", str(tmp_path / "run")]
+    from_file = TrainConfig.from_file
+    monkeypatch.setattr(TrainConfig, "from_file", lambda path: from_file(path, small))
+
+    def my_function(images, prompts):
+        return images.mean((1, 2, 3))
+
+    my_function.differentiable = True  # type: ignore[attr-defined]
+    exec(code, {"my_function": my_function})
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert saved["rewards"]["clip"] == {"model": "assets/emoji-clip", "weight": 1.0}
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
 
 
 def test_train_and_sample(config, tmp_path, capsys):

@@ -68,7 +68,7 @@ def main() -> None:
     text_encoder = CLIPTextModel.from_pretrained(args.clip).requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(args.clip)
     scheduler = build_scheduler()
-    unet = build_unet(vae.config.latent_channels, text_encoder.config.hidden_size)
+    unet: Any = build_unet(vae.config.latent_channels, text_encoder.config.hidden_size)
     unet.to(memory_format=torch.channels_last)
 
     rng = random.Random(2)
