@@ -85,4 +85,6 @@ class UNetPolicy(Policy):
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder) as temporary:
             self.pipe.save_lora_weights(temporary, unet_lora_layers=lora.exported(self.network))
-            return (Path(temporary) / lora.WEIGHTS).replace(folder / lora.WEIGHTS)
+            written = Path(temporary) / lora.WEIGHTS
+            written.chmod(0o644)  # safetensors writes for the owner alone
+            return written.replace(folder / lora.WEIGHTS)
