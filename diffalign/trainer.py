@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import rewards as reward_library
-from rewards import RewardError, WeightedSum
+from rewards import RewardError
 
 from . import checkpoint, grids, policies
 from .advantages import PromptTracker, group_advantages, zero_variance_share
@@ -192,7 +192,7 @@ class Trainer:
         if self.algorithm.needs is Needs.GRADIENT:
             metrics = self._learn_from_gradients(epoch, batch, cond, paths)
         else:
-            _, total, parts = self.score(self.reward, paths.final, batch)
+            total, parts = self.score(paths.final, batch)
             metrics = self._reward_metrics(total, parts)
             advantage, figures = self._advantages(total, torch.tensor(prompt_ids))
             metrics |= figures
@@ -201,20 +201,16 @@ class Trainer:
         return metrics
 
     @torch.no_grad()
-    def score(
-        self, reward: WeightedSum, latents: Tensor, batch: Sequence[Prompt]
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Pictures (n, 3, H, W) on the CPU, total reward (n,) and its parts, of clean latents."""
-        images, totals, all_parts = [], [], []
-        for start in range(0, len(latents), self.config.sampler.batch):
-            rows = slice(start, start + self.config.sampler.batch)
-            chunk = self.policy.decode(latents[rows])
-            total, parts = reward.score(chunk, *_texts(batch[rows]))
-            images.append(chunk.cpu())
+    def score(self, latents: Tensor, batch: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Total reward (n,) and its raw parts, of clean latents (n, *latent)."""
+        totals, all_parts = [], []
+        for rows in _chunks(len(latents), self.config.sampler.batch):
+            images = self.policy.decode(latents[rows])
+            total, parts = self.reward.score(images, *_texts(batch[rows]))
             totals.append(total)
             all_parts.append(parts)
         merged = {k: torch.cat([p[k] for p in all_parts]) for k in all_parts[0]}
-        return torch.cat(images), torch.cat(totals), merged
+        return torch.cat(totals), merged
 
     def _advantages(self, reward: Tensor, prompt_ids: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Advantages of this process's samples, from the rewards of all processes."""
@@ -343,15 +339,16 @@ class Trainer:
             cond = self.policy.encode([p.text for p in batch])
             seeds = [sample_seed(c.train.seed, "eval", i, j) for i, j in chunk]
             paths = rollout(self.policy, cond, self.eval_sampling, seeds, c.sampler.batch)
-            pictures, total, parts = self.score(self.reward, paths.final, batch)
+            pictures = self.policy.decode(paths.final)
+            total, parts = self.reward.score(pictures, *_texts(batch))
             if self.judge is not None:
-                parts = parts | self.score(self.judge, paths.final, batch)[2]
+                parts = parts | self.judge.score(pictures, *_texts(batch))[1]
             for row, (i, j) in enumerate(chunk):
                 scores.append(
                     {"reward": total[row].item()} | {k: v[row].item() for k, v in parts.items()}
                 )
                 if j == 0 and i < c.eval.grid_prompts:
-                    images[i] = (pictures[row], scores[-1])
+                    images[i] = (pictures[row].cpu(), scores[-1])
         scores = gather_object(scores)
         images = {k: v for part in gather_object([images]) for k, v in part.items()}
         if images and self.main:
