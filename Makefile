@@ -3,7 +3,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow lint emoji-world setup
+.PHONY: demo test test-slow test-lowest lint emoji-world setup
 
 setup: $(READY)
 
@@ -24,6 +24,12 @@ test: $(READY)
 # Also the tests that take longer than a minute or several processes.
 test-slow: $(READY)
 	$(PY) -m pytest
+
+# The lower bounds of pyproject.toml, in an environment of their own.
+test-lowest:
+	python3 -m venv .venv-lowest
+	.venv-lowest/bin/pip install --quiet pytest -r tests/lowest.txt
+	.venv-lowest/bin/python -m pytest -m "not slow"
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
