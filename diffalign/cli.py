@@ -68,7 +68,8 @@ def summary(result: dict[str, dict[str, float]], run_dir: Path) -> str:
         lines.append(f"{name.removeprefix('eval/'):<28}{before[name]:>10.4f}{after[name]:>10.4f}")
     lines.append("")
     for label, name in (("curve", "curve.png"), ("grid", "grid.png"), ("LoRA", "")):
-        lines.append(f"{label:<8}{run_dir / name}")
+        if (run_dir / name).exists():  # without held-out prompts there is no grid
+            lines.append(f"{label:<8}{run_dir / name}")
     return "\n".join(lines)
 
 

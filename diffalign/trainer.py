@@ -158,9 +158,8 @@ class Trainer:
                     metrics |= after
                 self.tracker.log(self.epoch, metrics)
                 self.complete = self._state()
-                if done or (
-                    c.train.checkpoint_every and self.epoch % c.train.checkpoint_every == 0
-                ):
+                every = c.train.checkpoint_every
+                if self.main and (done or (every and self.epoch % every == 0)):
                     self.save()
                 bar.update()
                 bar.set_postfix(reward=f"{metrics['reward_mean']:.4g}")
@@ -168,7 +167,8 @@ class Trainer:
             raise TrainingStopped(self._stopped(error)) from error
         except KeyboardInterrupt:
             self._restore(self.complete)
-            self.save()
+            if self.main:
+                self.save()
             raise
         finally:
             bar.close()
@@ -385,15 +385,17 @@ class Trainer:
         self.history.load_state_dict(state["history"])
 
     def save(self) -> None:
-        """Checkpoint, LoRA and curve of the epochs done."""
-        if not self.main:
-            return
+        """Checkpoint, LoRA and curve of the epochs done, from the process that calls."""
         checkpoint.save(self.dir, self._state())
         self.policy.save_lora(self.dir)
         self.tracker.curve(self.dir / "curve.png")
 
     def _stopped(self, error: RewardError) -> str:
-        """Save what there is, and say where."""
+        """Save what there is, and say where.
+
+        The reward may have failed on any process, and the launcher ends the others as soon as this
+        one exits; the finished epochs are the same on all, so this one writes them.
+        """
         message = f"{error}\n"
         if error.image is not None:
             path = self.dir / "failed_reward.png"
