@@ -290,3 +290,26 @@ def test_a_reward_that_fails_on_one_process_ends_all_and_loses_nothing(
     assert torch.load(run / "checkpoint.pt", weights_only=True)["epoch"] == 2
     assert (run / "failed_reward.png").exists()
     assert (run / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_there_are_configs():
+    assert list((ROOT / "configs").glob("*.yaml"))  # or the test of every config tests none
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lora", "./missing"], r"--lora './missing' does not exist"),
+        (["--lora", "missing.safetensors"], r"--lora 'missing.safetensors' does not exist"),
+        (["--grid", "grid.jpg"], r"does not end in \.png"),
+    ],
+)
+def test_bad_sampling_files_are_refused_before_the_pipeline_is_loaded(
+    pipelines, arguments, message, capsys, monkeypatch
+):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the pipeline was loaded")
+
+    monkeypatch.setattr("diffalign.sampling.DiffusionPipeline.from_pretrained", refuse)
+    assert cli.sample(["--model", pipelines["epsilon"], "--prompts", "a cat", *arguments]) == 1
+    assert re.search(message, capsys.readouterr().err)
