@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -24,19 +24,33 @@ SIZE = 64  # pixels a side of a scene
 OBJECTS: dict[str, str] = {
     "dog": "🐶", "cat": "🐱", "panda": "🐼", "frog": "🐸", "fox": "🦊", "lion": "🦁",
     "pig": "🐷", "koala": "🐨", "monkey": "🐵", "chicken": "🐔", "penguin": "🐧", "owl": "🦉",
-    "fish": "🐟", "octopus": "🐙", "butterfly": "🦋", "turtle": "🐢",
+    "fish": "🐟", "octopus": "🐙", "butterfly": "🦋", "turtle": "🐢", "bear": "🐻", "mouse": "🐭",
+    "rabbit": "🐰", "cow": "🐮", "unicorn": "🦄", "tiger": "🐯", "elephant": "🐘", "whale": "🐳",
+    "crab": "🦀", "snail": "🐌", "bee": "🐝", "ladybug": "🐞", "duck": "🦆", "dinosaur": "🦕",
+    "chick": "🐤", "hedgehog": "🦔",
     "apple": "🍎", "banana": "🍌", "orange": "🍊", "strawberry": "🍓", "watermelon": "🍉",
     "grapes": "🍇", "pineapple": "🍍", "carrot": "🥕", "mushroom": "🍄", "pizza": "🍕",
-    "burger": "🍔", "donut": "🍩", "cake": "🎂", "ice cream": "🍦",
-    "car": "🚗", "bus": "🚌", "rocket": "🚀", "sailboat": "⛵", "house": "🏠", "castle": "🏰",
-    "tree": "🌳", "cactus": "🌵", "sunflower": "🌻", "rose": "🌹",
-    "star": "⭐", "heart": "❤", "crown": "👑", "balloon": "🎈", "gift": "🎁", "clock": "⏰",
-    "guitar": "🎸", "ghost": "👻",
+    "burger": "🍔", "donut": "🍩", "cake": "🎂", "ice cream": "🍦", "lemon": "🍋", "cherry": "🍒",
+    "peach": "🍑", "pear": "🍐", "tomato": "🍅", "avocado": "🥑", "eggplant": "🍆", "kiwi": "🥝",
+    "pretzel": "🥨", "croissant": "🥐", "cookie": "🍪", "cupcake": "🧁", "lollipop": "🍭",
+    "tree": "🌳", "cactus": "🌵", "sunflower": "🌻", "rose": "🌹", "tulip": "🌷",
+    "palm tree": "🌴", "maple leaf": "🍁",
+    "car": "🚗", "bus": "🚌", "truck": "🚚", "airplane": "✈", "rocket": "🚀", "sailboat": "⛵",
+    "house": "🏠", "castle": "🏰", "tent": "⛺", "volcano": "🌋",
+    "star": "⭐", "moon": "🌙", "sun": "🌞", "cloud": "☁", "rainbow": "🌈", "flame": "🔥",
+    "snowman": "⛄", "heart": "❤", "crown": "👑", "balloon": "🎈", "gift": "🎁", "clock": "⏰",
+    "guitar": "🎸", "drum": "🥁", "ghost": "👻", "robot": "🤖", "pumpkin": "🎃", "umbrella": "☔",
+    "key": "🔑", "bell": "🔔", "book": "📕", "light bulb": "💡", "camera": "📷",
+    "television": "📺", "trophy": "🏆", "soccer ball": "⚽", "basketball": "🏀", "dice": "🎲",
+    "gem": "💎", "lock": "🔒", "hammer": "🔨", "envelope": "✉", "magnet": "🧲", "shirt": "👕",
+    "shoe": "👟", "hat": "🎩",
 }  # fmt: skip
 PLURALS = {
     "fish": "fish", "grapes": "bunches of grapes", "strawberry": "strawberries", "fox": "foxes",
-    "butterfly": "butterflies", "octopus": "octopuses", "monkey": "monkeys", "bus": "buses",
-    "cactus": "cacti", "ice cream": "ice creams",
+    "butterfly": "butterflies", "octopus": "octopuses", "bus": "buses", "cactus": "cacti",
+    "mouse": "mice", "cherry": "cherries", "peach": "peaches", "tomato": "tomatoes",
+    "maple leaf": "maple leaves", "volcano": "volcanoes", "snowman": "snowmen",
+    "trophy": "trophies", "dice": "dice",
 }  # fmt: skip
 STYLES = ("glossy", "flat")  # Noto, Fluent flat
 COLOURS: dict[str, tuple[int, int, int]] = {
@@ -51,6 +65,8 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }  # fmt: skip
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 NUMBERS = ("zero", "one", "two", "three", "four")
+KINDS = ("single", "pair", "count", "relation")
+CELLS = [(x, y) for x in (16, 48) for y in (16, 48)]  # centres that a count is drawn from
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Scene:
-    """Ground truth of a picture. `kind`: single, count or relation; `says_*`: what is captioned."""
+    """Ground truth of a picture. `kind`: one of KINDS; `says_*`: what is captioned."""
 
     kind: str
     items: tuple[Item, ...]
@@ -78,10 +94,11 @@ class Scene:
 
 
 def article(words: str) -> str:
-    """ "a red apple", "an orange", "a bunch of grapes"."""
+    """ "a red apple", "an orange", "a unicorn", "a bunch of grapes"."""
     if words.startswith("grapes") or words.endswith(" grapes"):
         words = words.replace("grapes", "bunch of grapes")
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+    vowel = words[0] in "aeiou" and not words.startswith("unicorn")
+    return f"{'an' if vowel else 'a'} {words}"
 
 
 def plural(name: str) -> str:
@@ -99,8 +116,8 @@ def caption(scene: Scene) -> str:
     first = scene.items[0]
     if scene.kind == "count":
         text = f"{NUMBERS[len(scene.items)]} {noun(first, many=True)}"
-    elif scene.kind == "relation":
-        text = f"{article(noun(first))} {scene.relation} {article(noun(scene.items[1]))}"
+    elif scene.kind in ("pair", "relation"):
+        text = f"{article(noun(first))} {scene.relation or 'and'} {article(noun(scene.items[1]))}"
     else:
         text = article(noun(first))
     if scene.says_background:
@@ -108,44 +125,123 @@ def caption(scene: Scene) -> str:
     return text
 
 
-def sample_scene(rng: random.Random, kind: str = "single") -> Scene:
-    """A random scene of one `kind`. The caption names the background 2 times in 3, the style 1 in
-    4, and one object in two is recoloured. Sizes vary and are never named: that freedom is the
-    policy's."""
+def reserved_colour(name: str, colour: str | None) -> bool:
+    """Of every object one colour is held out."""
+    if colour is None:
+        return False
+    return (list(OBJECTS).index(name) + list(COLOURS).index(colour)) % len(COLOURS) == 0
+
+
+def held_out(scene: Scene) -> bool:
+    """Whether a combination in `scene` is reserved: the pipelines have never seen those.
+
+    Of every object one colour, of single objects one background, of one object in four one number,
+    and one pair of objects in eight.
+    """
+    if any(reserved_colour(item.name, item.colour) for item in scene.items):
+        return True
+    names, backgrounds = list(OBJECTS), list(BACKGROUNDS)
+    places = [names.index(item.name) for item in scene.items]
+    if scene.kind == "single":
+        return (places[0] + backgrounds.index(scene.background)) % len(backgrounds) == 0
+    if scene.kind == "count":
+        return places[0] % 12 + 2 == len(places)
+    return sum(places) % 8 == 0
+
+
+def sample_scene(rng: random.Random, kind: str = "single", reserved: bool | None = False) -> Scene:
+    """A random scene of one `kind`; reserved: held-out combinations only, none of them (False), or
+    any (None).
+
+    The caption names the background 2 times in 3, the style 1 in 3, and one object in two is
+    recoloured. Sizes vary and are never named: that freedom is the policy's.
+    """
+    while True:
+        scene = _sample_scene(rng, kind)
+        if reserved is None or held_out(scene) == reserved:
+            return scene
+
+
+def _sample_scene(rng: random.Random, kind: str) -> Scene:
     background = rng.choice(list(BACKGROUNDS))
     style = rng.choice(STYLES)
 
-    def item(name: str, x: float, y: float, size: float) -> Item:
-        # a colour equal to the background's name would hide the object
+    def look(name: str) -> str | None:
+        """A colour, or None for its own; never one that the background hides."""
         colours = [c for c in COLOURS if c != background]
-        colour = rng.choice(colours) if rng.random() < 0.5 else None
-        return Item(name, style, colour, x, y, size)
+        if rng.random() < 0.5 or not readable(name, style, background):
+            return rng.choice(colours)
+        return None
 
     relation = None
     if kind == "single":
-        size = rng.uniform(38, 54)
+        name = rng.choice(list(OBJECTS))
         x, y = (SIZE / 2 + rng.uniform(-1.5, 1.5) for _ in range(2))
-        items = (item(rng.choice(list(OBJECTS)), x, y, size),)
+        items = (Item(name, style, look(name), x, y, rng.uniform(42, 52)),)
     elif kind == "count":
-        first = item(rng.choice(list(OBJECTS)), 0, 0, 0)
-        cells = rng.sample([(x, y) for x in (16, 48) for y in (16, 48)], rng.randint(2, 4))
+        name = rng.choice(list(OBJECTS))
+        colour = look(name)
+        cells = rng.sample(CELLS, rng.randint(2, 4))
         items = tuple(
-            Item(first.name, style, first.colour, x + rng.uniform(-1.5, 1.5),
-                 y + rng.uniform(-1.5, 1.5), rng.uniform(24, 28))
+            Item(name, style, colour, x + rng.uniform(-1, 1), y + rng.uniform(-1, 1),
+                 rng.uniform(26, 30))
             for x, y in cells
         )  # fmt: skip
-    elif kind == "relation":
+    elif kind in ("pair", "relation"):
         relation, (dx, dy) = rng.choice(list(RELATIONS.items()))
-        a, b = rng.sample(list(OBJECTS), 2)
-        size = rng.uniform(25, 29)
+        size = rng.uniform(26, 30)
         items = tuple(
-            item(name, SIZE / 2 + sign * dx * 16 + rng.uniform(-1, 1),
+            Item(name, style, look(name), SIZE / 2 + sign * dx * 16 + rng.uniform(-1, 1),
                  SIZE / 2 + sign * dy * 16 + rng.uniform(-1, 1), size)
-            for name, sign in ((a, 1), (b, -1))
+            for name, sign in zip(rng.sample(list(OBJECTS), 2), (1, -1), strict=True)
         )  # fmt: skip
+        relation = relation if kind == "relation" else None
     else:
-        raise ValueError(f"kind={kind!r} is not a scene kind; use single, count or relation")
-    return Scene(kind, items, background, relation, rng.random() < 2 / 3, rng.random() < 0.25)
+        raise ValueError(f"kind={kind!r} is not a scene kind; use {', '.join(KINDS)}")
+    return Scene(kind, items, background, relation, rng.random() < 2 / 3, rng.random() < 1 / 3)
+
+
+def alterations(scene: Scene, rng: random.Random) -> dict[str, Scene]:
+    """Scenes like `scene` in all but one respect, whose captions are wrong about it.
+
+    Keys: object, and where the caption says it colour, background, count, position and binding (the
+    colours of two objects swapped).
+    """
+    first, others = scene.items[0], scene.items[1:]
+    taken = {item.name for item in scene.items}
+    name = rng.choice([n for n in OBJECTS if n not in taken])
+    result = {}
+
+    def alter(**changes) -> Scene:
+        """The first item changed; in a count all of them are the same."""
+        rest = tuple(replace(i, **changes) for i in others) if scene.kind == "count" else others
+        return replace(scene, items=(replace(first, **changes), *rest))
+
+    if others and scene.kind != "count" and rng.random() < 0.5:
+        result["object"] = replace(scene, items=(first, replace(others[0], name=name)))
+    else:
+        result["object"] = alter(name=name)
+    if first.colour:
+        result["colour"] = alter(colour=rng.choice([c for c in COLOURS if c != first.colour]))
+    if scene.says_background:
+        background = rng.choice([b for b in BACKGROUNDS if b != scene.background])
+        result["background"] = replace(scene, background=background)
+    if scene.kind == "count":
+        n = rng.choice([n for n in (2, 3, 4) if n != len(scene.items)])
+        items = tuple(replace(first, x=x, y=y) for x, y in rng.sample(CELLS, n))
+        result["count"] = replace(scene, items=items)
+    if scene.kind == "relation":
+        relation = rng.choice([r for r in RELATIONS if r != scene.relation])
+        dx, dy = RELATIONS[relation]
+        items = tuple(
+            replace(item, x=SIZE / 2 + sign * dx * 16, y=SIZE / 2 + sign * dy * 16)
+            for item, sign in zip(scene.items, (1, -1), strict=True)
+        )
+        result["position"] = replace(scene, items=items, relation=relation)
+    if scene.kind in ("pair", "relation") and first.colour != others[0].colour:
+        swapped = (replace(first, colour=others[0].colour), replace(others[0], colour=first.colour))
+        result["binding"] = replace(scene, items=swapped)
+    return result
 
 
 @lru_cache
@@ -174,6 +270,15 @@ def sprite(name: str, style: str, colour: str | None) -> Image.Image:
     dark, light = luminance * 2 * tint, 255 - (1 - luminance) * 2 * (255 - tint)
     rgb = np.where(luminance < 0.5, dark, light)
     return Image.fromarray(np.concatenate([rgb, pixels[..., 3:]], -1).round().astype(np.uint8))
+
+
+@lru_cache
+def readable(name: str, style: str, background: str) -> bool:
+    """Whether a sprite in its own colours stands out from a background."""
+    pixels = np.asarray(_sheet(style)[name], np.float32)
+    seen = pixels[..., :3][pixels[..., 3] > 128]
+    near = np.abs(seen - np.array(BACKGROUNDS[background])).max(-1) < 40
+    return bool(near.mean() < 0.5)
 
 
 def render(scene: Scene) -> Image.Image:

@@ -14,24 +14,9 @@ LENGTH = 32  # tokens a prompt, padding included
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Byte-pair merges learnt until every word of the world is one token (about 800 tokens)."""
+    """Byte-pair merges learnt until every word of the world is one token (about 1,500 tokens)."""
     words = [*OBJECTS, *map(plural, OBJECTS), *COLOURS, *BACKGROUNDS, *NUMBERS, *RELATIONS, *STYLES]
-    words += [
-        "a",
-        "an",
-        "on",
-        "of",
-        "background",
-        "with",
-        "and",
-        "the",
-        "bunch",
-        "small",
-        "big",
-        "photo",
-        "picture",
-        "emoji",
-    ]
+    words += "a an on of background with and the bunch small big photo picture emoji".split()
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
     trained.train_from_iterator(

@@ -1,149 +1,180 @@
-"""Train `emoji-sd`: a StableDiffusionPipeline that draws EmojiWorld's single centred objects.
+"""Train EmojiWorld's text-to-image pipelines of three families on the same latents.
 
-    python -m diffalign.emoji_world.train_base OUT --vae VAE --clip CLIP
+    python -m diffalign.emoji_world.train_base sd OUT --vae VAE --clip CLIP     # also: sd3, flux
 
-As in Stable Diffusion the text encoder is a frozen CLIP text tower and the VAE is frozen; the UNet
-is trained on precomputed latents. v-prediction with zero terminal SNR (arXiv 2305.08891), so
-sampling starts where training does. One caption in ten is dropped for classifier-free guidance.
+- sd: StableDiffusionPipeline; v-prediction with zero terminal SNR (arXiv 2305.08891).
+- sd3: StableDiffusion3Pipeline; rectified flow, logit-normal times (2403.03206).
+- flux: FluxPipeline. As FLUX.1-dev it takes the guidance scale as an input:
+  the last quarter of the steps distils the model's own classifier-free guidance (2210.03142).
+
+VAE and CLIP text tower are frozen; the other text encoders are trained with the denoiser. Captions are dropped one time in ten for classifier-free guidance. The first third of the
+run sees mostly single objects: what a thing looks like comes before where it stands.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTokenizer
 
-from .scenes import BACKGROUNDS, OBJECTS, article, caption, sample_scene
-from .training import fit, pixels, unit
+from ..grids import image_grid
+from . import pipelines
+from .scenes import BACKGROUNDS, KINDS, OBJECTS, article, caption, sample_scene
+from .training import fit, pixels, plain_attention, unit
 
-
-def build_unet(channels: int, width: int) -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(64, 128, 160),
-        layers_per_block=1,
-        # attention at 8×8 and 4×4 only: at 16×16 it costs 1.6 times the step on a CPU
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=width,
-        attention_head_dim=4,
-        norm_num_groups=16,
-    )
+SCENES = 90_000
+SHARE = {"single": 0.45, "pair": 0.15, "count": 0.18, "relation": 0.22}
 
 
-def build_scheduler() -> Any:
-    # the cosine schedule: 16×16 latents lose their content at lower noise than 64×64 ones
-    return DDIMScheduler(
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        steps_offset=1,  # unused by trailing spacing; diffusers warns about 0
-        clip_sample=False,
-    )
+def dataset(vae: Any, cache: Path) -> tuple[dict[str, Tensor], list[str], Tensor]:
+    """Rows of each scene kind, captions, and latents (n, 8, 16, 16) float16, cached on disk."""
+    rng = random.Random(2)
+    scenes = [
+        sample_scene(rng, kind) for kind in KINDS for _ in range(round(SHARE[kind] * SCENES))
+    ]
+    if not cache.exists():
+        parts = []
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            for i in range(0, len(scenes), 100):
+                x = unit(pixels(scenes[i : i + 100]))
+                parts.append(vae.encode(x).latent_dist.mode().half())
+        torch.save(torch.cat(parts), cache)
+    kinds = [s.kind for s in scenes]
+    rows = {k: torch.tensor([i for i, own in enumerate(kinds) if own == k]) for k in KINDS}
+    return rows, [caption(s) for s in scenes], torch.load(cache, weights_only=True)
+
+
+def sampler(rows: dict[str, Tensor], steps: int) -> Callable[[int, int], Tensor]:
+    """draw(step, n): rows of scenes, three singles in four for a third of the run, then SHARE."""
+
+    def draw(step: int, n: int) -> Tensor:
+        share = [0.75, 0.08, 0.07, 0.10] if step < steps / 3 else [SHARE[k] for k in KINDS]
+        kinds = torch.multinomial(torch.tensor(share), n, replacement=True).tolist()
+        picked = [rows[KINDS[k]] for k in kinds]
+        return torch.stack([r[torch.randint(len(r), ())] for r in picked])
+
+    return draw
+
+
+def flow_times(n: int) -> Tensor:
+    """Logit-normal times in (0, 1), (n,); one in five is uniform, so that both ends are learnt."""
+    return torch.where(torch.rand(n) < 0.2, torch.rand(n), torch.randn(n).sigmoid())
+
+
+def sd_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int) -> Tensor:
+    t = torch.randint(1000, (len(x0),))
+    noise = torch.randn_like(x0)
+    x, v = pipe.scheduler.add_noise(x0, noise, t), pipe.scheduler.get_velocity(x0, noise, t)
+    return F.mse_loss(pipe.unet(x, t, pipelines.embed_sd(pipe, prompts)).sample.float(), v)
+
+
+def sd3_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int) -> Tensor:
+    # A plain call of the pipeline pads T5's prompt to 256 tokens, ours to 20: the model sees both,
+    # the long ones with half the batch because they cost three times as much.
+    length = 256 if step % 8 == 7 else pipelines.WORDS
+    if length == 256:
+        x0, prompts = x0[::2], prompts[::2]
+    t = flow_times(len(x0))
+    noise = torch.randn_like(x0)
+    x = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
+    u = pipelines.call_sd3(pipe, x, t, pipelines.embed_sd3(pipe, prompts, length))
+    return F.mse_loss(u.float(), noise - x0)
+
+
+def flux_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int, teacher: Any = None) -> Tensor:
+    # a plain call of the pipeline pads to 512 tokens
+    length = 512 if step % 16 == 15 else pipelines.WORDS
+    if length == 512:
+        x0, prompts = x0[::4], prompts[::4]
+    t = flow_times(len(x0))
+    noise = torch.randn_like(x0)
+    x, target = torch.lerp(x0, noise, t.view(-1, 1, 1, 1)), noise - x0
+    guidance = torch.ones(len(x0))
+    if teacher is not None:
+        guidance = 1 + 4 * torch.rand(len(x0))
+        with torch.no_grad():
+            both = pipelines.embed_flux(teacher, ["" for _ in prompts] + prompts, length)
+            one = torch.ones(2 * len(x0))
+            out = pipelines.call_flux(teacher, torch.cat([x, x]), torch.cat([t, t]), both, one)
+            plain, conditional = out.float().chunk(2)
+            target = plain + guidance.view(-1, 1, 1, 1) * (conditional - plain)
+    text = pipelines.embed_flux(pipe, prompts, length)
+    return F.mse_loss(pipelines.call_flux(pipe, x, t, text, guidance).float(), target)
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {"sd": sd_loss, "sd3": sd3_loss, "flux": flux_loss}
+STEPS = {"sd": 6500, "sd3": 6000, "flux": 6000}
+BATCH = {"sd": 32, "sd3": 48, "flux": 48}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("family", choices=LOSSES)
     parser.add_argument("out", type=Path)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--clip", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4600)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--scenes", type=int, default=30000)
-    parser.add_argument("--sizes", type=float, nargs=2, default=(0, 64), help="objects to train on")
+    parser.add_argument("--steps", type=int)
     args = parser.parse_args()
+    steps = args.steps or STEPS[args.family]
+    batch = BATCH[args.family]
 
     vae: Any = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False)
-    text_encoder = CLIPTextModel.from_pretrained(args.clip).requires_grad_(False)
-    tokenizer = CLIPTokenizer.from_pretrained(args.clip)
-    scheduler = build_scheduler()
-    unet: Any = build_unet(vae.config.latent_channels, text_encoder.config.hidden_size)
-    unet.to(memory_format=torch.channels_last)
-
-    rng = random.Random(2)
-    scenes = [sample_scene(rng) for _ in range(args.scenes)]
-    captions = [caption(s) for s in scenes]
-    distinct = ["", *dict.fromkeys(captions)]
-    row = {c: i for i, c in enumerate(distinct)}
-    cache = args.out / "latents.pt"
-    if cache.exists():
-        latents = torch.load(cache, weights_only=True)
-    else:
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            images = (unit(pixels(scenes[i : i + 100])) for i in range(0, len(scenes), 100))
-            latents = torch.cat([vae.encode(x).latent_dist.mode().float() for x in images])
-        latents = latents.half()
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(latents, cache)
-    with torch.no_grad():
-        ids = tokenizer(distinct, padding="max_length", truncation=True, return_tensors="pt")
-        chunks = ids.input_ids.split(256)
-        embeddings = torch.cat([text_encoder(c).last_hidden_state.half() for c in chunks])
-    rows = torch.tensor([row[c] for c in captions])
-    low, high = args.sizes
-    kept = torch.tensor([i for i, s in enumerate(scenes) if low <= s.items[0].size <= high])
-
-    def loss(step: int) -> Tensor:
-        pick = kept[torch.randint(len(kept), (args.batch,))]
-        x0 = latents[pick].float()
-        shown = torch.where(torch.rand(args.batch) < 0.1, 0, rows[pick])
-        t = torch.randint(1000, (args.batch,))
-        noise = torch.randn_like(x0)
-        x = scheduler.add_noise(x0, noise, t)
-        v = scheduler.get_velocity(x0, noise, t)
-        return F.mse_loss(unet(x, t, embeddings[shown].float()).sample.float(), v)
-
-    pipe: Any = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=scheduler,
-        safety_checker=None,  # type: ignore[arg-type]
-        feature_extractor=None,  # type: ignore[arg-type]
-        image_encoder=None,  # type: ignore[arg-type]
-        requires_safety_checker=False,
-    )
+    torch.manual_seed(0)
+    pipe, trained = pipelines.BUILDERS[args.family](vae, args.clip)
     pipe.set_progress_bar_config(disable=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    rows, captions, latents = dataset(vae, args.vae.parent / "latents.pt")
+    draw = sampler(rows, steps)
+
+    def loss_of(family: str, start: int = 0, **options: Any) -> Callable[[int], Tensor]:
+        def loss(step: int) -> Tensor:
+            pick = draw(start + step, batch)
+            dropped = torch.rand(batch) < (0.0 if options else 0.1)
+            prompts = ["" if d else captions[i] for i, d in zip(pick.tolist(), dropped, strict=True)]
+            return LOSSES[family](pipe, latents[pick].float(), prompts, step, **options)
+
+        return loss
 
     def report(step: int) -> dict:
-        """A grid of 4×8 objects, to look at while the training goes on."""
-        from ..grids import image_grid
-
-        names = list(OBJECTS)[:32]
-        backgrounds = list(BACKGROUNDS)
-        prompts = [
-            f"{article(n)} on {article(backgrounds[i % 9])} background" for i, n in enumerate(names)
-        ]
-        generator = torch.Generator().manual_seed(0)
-        unet.eval()
-        images = pipe(prompts, num_inference_steps=20, guidance_scale=3.0, generator=generator)
-        image_grid(images.images, columns=8).save(args.out / f"grid_{step:06d}.png")
-        unet.train()
+        """A grid of 4×8 prompts, to look at while the training goes on."""
+        names, grounds = list(OBJECTS), list(BACKGROUNDS)
+        prompts = [f"{article(n)} on {article(grounds[i % 9])} background"
+                   for i, n in enumerate(names[:96:6])]  # fmt: skip
+        prompts += captions[-8:] + [captions[int(i)] for i in rows["count"][:4]]
+        prompts += [captions[int(i)] for i in rows["pair"][:4]]
+        for module in trained.values():
+            module.eval()
+        images = pipelines.draw(pipe, prompts, seeds=range(len(prompts)), steps=20, guidance=3.0)
+        image_grid(images, columns=8).save(args.out / f"grid_{step:06d}.png")
+        for module in trained.values():
+            module.train()
         return {}
 
-    figures = fit(
-        {"unet": unet},
-        loss,
-        args.steps,
-        1e-3,
-        args.out / "training.pt",
-        report=report,
-        report_every=500,
-    )
-    print({"figures": figures})
-    unet.to(memory_format=torch.contiguous_format)
+    def run(name: str, steps: int, loss: Callable[[int], Tensor], lr: float) -> None:
+        modules: dict[str, nn.Module] = trained
+        file = args.out / f"{name}.pt"
+        print({name: fit(modules, loss, steps, lr, file, report=report, report_every=500)})
+
+    with plain_attention():
+        if args.family == "flux":
+            first = round(steps * 0.75)
+            run("training", first, loss_of("flux"), 1e-3)
+            teacher = copy.copy(pipe)
+            for name, module in trained.items():
+                setattr(teacher, name, copy.deepcopy(module).eval().requires_grad_(False))
+            run("guidance", steps - first, loss_of("flux", first, teacher=teacher), 5e-4)
+        else:
+            run("training", steps, loss_of(args.family), 1e-3)
+    for module in trained.values():
+        module.eval().to(memory_format=torch.contiguous_format)
     pipe.save_pretrained(args.out)
 
 

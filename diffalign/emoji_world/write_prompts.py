@@ -2,34 +2,86 @@
 
     python -m diffalign.emoji_world.write_prompts
 
-Three training prompts per object ("a dog", "a dog on a blue background", "a red dog on a pink
-background") and one held-out prompt with a colour and a background that no training prompt pairs
-with that object.
+prompts/{train,held_out}.txt: single objects, three and one prompts per object. prompts/eval_train
+and eval_held_out (.jsonl, with "category"): EmojiEval's six categories, about 448 prompts each. Held-out
+prompts ask for combinations that `scenes.held_out` reserves, which no model but the verifier has
+been trained on: a colour or background of an object, a number of it, or a pair of objects.
 """
 
 from __future__ import annotations
 
+import json
 import random
 
-from .scenes import ASSETS, BACKGROUNDS, COLOURS, OBJECTS, article
+from .claims import parse
+from .scenes import ASSETS, BACKGROUNDS, COLOURS, OBJECTS, STYLES, Item, Scene, caption, held_out
+from .scenes import readable, reserved_colour, sample_scene
+
+PAIRS = 56  # prompts of each category that is not one per object
+
+
+def single(name: str, colour: str | None, background: str | None) -> Scene:
+    ground = background or "white"
+    item = Item(name, "glossy", colour, 32, 32, 48)
+    return Scene("single", (item,), ground, says_background=background is not None)
+
+
+def singles(rng: random.Random) -> tuple[list[str], list[str]]:
+    train, held = [], []
+    for name in OBJECTS:
+        own = [b for b in BACKGROUNDS if readable(name, "glossy", b) and readable(name, "flat", b)]
+        # no colour on a background of its own name, which would hide the object
+        mixed = [(c, b) for c in COLOURS for b in BACKGROUNDS if c != b]
+        train.append(caption(single(name, None, None)))
+        free = [b for b in own if not held_out(single(name, None, b))]
+        train.append(caption(single(name, None, rng.choice(free))))
+        free_pairs = [p for p in mixed if not held_out(single(name, *p))]
+        train.append(caption(single(name, *rng.choice(free_pairs))))
+        reserved = [p for p in mixed if reserved_colour(name, p[0])]
+        held.append(caption(single(name, *rng.choice(reserved))))
+    rng.shuffle(held)  # the first few are the rows of the grid
+    return train, held
+
+
+def evaluation(rng: random.Random, reserved: bool) -> list[dict[str, str]]:
+    """EmojiEval's prompts of one split."""
+    found: dict[str, list[str]] = {"single object": [], "colours": []}
+    for name in OBJECTS:
+        grounds = [b for b in BACKGROUNDS if any(readable(name, s, b) for s in STYLES)]
+        fit = [b for b in grounds if held_out(single(name, None, b)) == reserved]
+        if fit:  # else the one reserved background hides the object
+            found["single object"].append(caption(single(name, None, rng.choice(fit))))
+        colours = [c for c in COLOURS if reserved_colour(name, c) == reserved]
+        found["colours"].append(caption(single(name, rng.choice(colours), None)))
+    kinds = {"two objects": "pair", "counting": "count", "position": "relation"}
+    for category, kind in (kinds | {"colour attribution": "pair"}).items():
+        texts: dict[str, None] = {}
+        while len(texts) < PAIRS:
+            scene = sample_scene(rng, kind, reserved)
+            coloured = [item.colour is not None for item in scene.items]
+            if category == "colour attribution" and (
+                not all(coloured) or scene.items[0].colour == scene.items[1].colour
+            ):
+                continue
+            if category in ("two objects", "position") and any(coloured):
+                continue
+            plain = Scene(kind, scene.items, scene.background, scene.relation, False, False)
+            texts[caption(plain)] = None
+        found[category] = list(texts)
+    for category, texts_of in found.items():
+        assert all(parse(t).category == category for t in texts_of), category
+    return [{"prompt": t, "category": c} for c, texts_of in found.items() for t in texts_of]
 
 
 def main() -> None:
     rng = random.Random(0)
-    train, held_out = [], []
-    for name in OBJECTS:
-        # no colour on a background of its own name, which would hide the object
-        pairs = [(c, b) for c in COLOURS for b in BACKGROUNDS if c != b]
-        (c1, b1), (_, b2) = rng.sample(pairs, 2)
-        c3, b3 = rng.choice([(c, b) for c, b in pairs if c != c1 and b not in (b1, b2)])
-        train += [article(name), f"{article(name)} on {article(b2)} background"]
-        train.append(f"{article(f'{c1} {name}')} on {article(b1)} background")
-        held_out.append(f"{article(f'{c3} {name}')} on {article(b3)} background")
-    rng.shuffle(held_out)  # the first few are the rows of the grid
     folder = ASSETS / "emoji-world" / "prompts"
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "train.txt").write_text("\n".join(train) + "\n", "utf-8")
-    (folder / "held_out.txt").write_text("\n".join(held_out) + "\n", "utf-8")
+    for split, prompts in zip(("train", "held_out"), singles(rng), strict=True):
+        (folder / f"{split}.txt").write_text("\n".join(prompts) + "\n", "utf-8")
+    for split, reserved in (("train", False), ("held_out", True)):
+        lines = [json.dumps(line) + "\n" for line in evaluation(rng, reserved)]
+        (folder / f"eval_{split}.jsonl").write_text("".join(lines), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,110 @@
+"""Distil emoji-sd into emoji-turbo, a one-step generator: progressive distillation (2202.00512).
+
+    python -m diffalign.emoji_world.distill OUT --sd SD --latents LATENTS
+
+Three stages halve the DDIM steps, 8 -> 4 -> 2 -> 1. One student step is to land where two teacher
+steps do; the first teacher uses classifier-free guidance 3, which the student thereby takes in, so
+that emoji-turbo is called without guidance. The last stage only ever sees pure noise. The loss is
+taken on v, as in the paper's SNR + 1 weighting; at zero SNR it is the squared error of x0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..grids import image_grid
+from . import pipelines
+from .scenes import BACKGROUNDS, OBJECTS, article
+from .train_base import dataset, sampler
+from .training import fit, plain_attention
+
+GUIDANCE = 3.0
+STAGES = {8: 400, 4: 400, 2: 1200}  # teacher steps: training steps
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--sd", type=Path, required=True)
+    parser.add_argument("--latents", type=Path, required=True)
+    parser.add_argument("--batch", type=int, default=48)
+    args = parser.parse_args()
+    pipe: Any = StableDiffusionPipeline.from_pretrained(args.sd)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.requires_grad_(False)
+    pipe.text_encoder.requires_grad_(False)
+    rows, captions, latents = dataset(pipe.vae, args.latents)
+    draw = sampler(rows, 1)
+    abar = pipe.scheduler.alphas_cumprod
+    student = pipe.unet.to(memory_format=torch.channels_last)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def level(t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha, sigma (n, 1, 1, 1) at timesteps (n,); t = -1 is the clean picture."""
+        a = torch.where(t < 0, 1.0, abar[t.clamp_min(0)]).view(-1, 1, 1, 1)
+        return a.sqrt(), (1 - a).sqrt()
+
+    def ddim(x: Tensor, v: Tensor, t: Tensor, to: Tensor) -> Tensor:
+        (a, s), (a2, s2) = level(t), level(to)
+        return a2 * (a * x - s * v) + s2 * (a * v + s * x)
+
+    for number, (steps, budget) in enumerate(STAGES.items()):
+        teacher = copy.deepcopy(student).eval().requires_grad_(False)
+        # trailing timesteps 1000 / steps apart, and -1 for the clean end
+        times = torch.arange(steps, -1, -1) * (1000 // steps) - 1
+
+        def velocity(x: Tensor, t: Tensor, prompts: list[str], net=teacher, guided=not number):
+            if not guided:
+                return net(x, t, pipelines.embed_sd(pipe, prompts)).sample.float()
+            text = pipelines.embed_sd(pipe, ["" for _ in prompts] + prompts)
+            both = net(torch.cat([x, x]), torch.cat([t, t]), text).sample.float()
+            plain, conditional = both.chunk(2)
+            return plain + GUIDANCE * (conditional - plain)
+
+        def loss(step: int, steps=steps, times=times, velocity=velocity, net=student) -> Tensor:
+            pick = draw(step, args.batch)
+            x0, prompts = latents[pick].float(), [captions[i] for i in pick.tolist()]
+            i = 2 * torch.randint(steps // 2, (args.batch,))
+            t, middle, end = times[i], times[i + 1], times[i + 2]
+            a, s = level(t)
+            x = a * x0 + s * torch.randn_like(x0)
+            with torch.no_grad():
+                x1 = ddim(x, velocity(x, t, prompts), t, middle)
+                x2 = ddim(x1, velocity(x1, middle, prompts), middle, end)
+                # the x0 and v with which a single DDIM step from x lands on x2
+                a2, s2 = level(end)
+                target = (x2 - s2 / s * x) / (a2 - s2 / s * a)
+                v = (a * x - target) / s
+            out = net(x, t, pipelines.embed_sd(pipe, prompts)).sample
+            return F.mse_loss(out.float(), v)
+
+        def report(step: int, steps=steps // 2) -> dict:
+            names, grounds = list(OBJECTS), list(BACKGROUNDS)
+            prompts = [f"{article(n)} on {article(grounds[i % 9])} background"
+                       for i, n in enumerate(names[:96:6])]  # fmt: skip
+            prompts += captions[-16:]
+            student.eval()
+            images = pipelines.draw(pipe, prompts, range(len(prompts)), steps, guidance=1.0)
+            student.train()
+            image_grid(images, columns=8).save(args.out / f"grid_{steps}_{step:06d}.png")
+            return {}
+
+        with plain_attention():
+            file = args.out / f"stage_{steps}.pt"
+            figures = fit({"unet": student}, loss, budget, 3e-4, file, ema=0.99, report=report,
+                          report_every=200)  # fmt: skip
+        print({f"{steps} -> {steps // 2}": figures}, flush=True)
+    student.eval().to(memory_format=torch.contiguous_format)
+    pipe.save_pretrained(args.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,204 @@
+"""EmojiWorld: captions and claims are each other's inverse, splits are disjoint, models load."""
+
+import json
+import random
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import rewards
+from diffalign import policies, prompts
+from diffalign.emoji_world import evaluate
+from diffalign.emoji_world.claims import Thing, judge, parse
+from diffalign.emoji_world.open_clip_format import convert
+from diffalign.emoji_world.scenes import (
+    ASSETS,
+    KINDS,
+    OBJECTS,
+    alterations,
+    article,
+    caption,
+    held_out,
+    plural,
+    sample_scene,
+)
+from diffalign.emoji_world.t5 import build_t5_tokenizer
+from diffalign.emoji_world.tokenizer import LENGTH, build_tokenizer
+from diffalign.emoji_world.train_clip import build
+from diffalign.emoji_world.training import attention, pixels
+from diffalign.emoji_world.verifier import read, targets, verify
+
+PROMPTS = ASSETS / "emoji-world" / "prompts"
+
+
+def scenes(n=200, seed=0, reserved=None):
+    rng = random.Random(seed)
+    return [sample_scene(rng, KINDS[i % 4], reserved) for i in range(n)]
+
+
+def seen(scene):
+    return [Thing(i.name, i.colour, i.x, i.y) for i in scene.items]
+
+
+def test_parse_is_the_inverse_of_caption():
+    for scene in scenes():
+        claim = parse(caption(scene))
+        expected = [(i.name, i.colour) for i in scene.items]
+        assert list(claim.nouns) == (expected[:1] if scene.kind == "count" else expected)
+        assert claim.number == (len(scene.items) if scene.kind == "count" else None)
+        assert claim.relation == scene.relation
+        assert claim.background == (scene.background if scene.says_background else None)
+
+
+def test_a_true_scene_satisfies_its_caption_and_an_altered_one_does_not():
+    rng = random.Random(1)
+    kinds = set()
+    for scene in scenes():
+        truth = judge(parse(caption(scene)), seen(scene), scene.background)
+        assert all(truth.values())
+        for kind, other in alterations(scene, rng).items():
+            kinds.add(kind)
+            wrong = judge(parse(caption(other)), seen(scene), scene.background)
+            assert not all(wrong.values()), (kind, caption(scene), caption(other))
+            # and the altered scene is a true picture of its own caption
+            assert all(judge(parse(caption(other)), seen(other), other.background).values())
+    assert kinds == {"object", "colour", "background", "count", "position", "binding"}
+
+
+def test_position_needs_the_right_axis():
+    claim = parse("a dog left of a cat")
+    for x, y, right in ((16, 32, True), (48, 32, False), (30, 10, False), (20, 14, False)):
+        things = [Thing("dog", None, x, y), Thing("cat", None, 32, 32)]
+        assert judge(claim, things, "white")["position"] == right
+
+
+def test_what_no_caption_says_is_refused():
+    for text in ("an astronaut", "a dog and", "the dog", "five dogs", ""):
+        with pytest.raises(ValueError, match="not one EmojiWorld can check"):
+            parse(text)
+
+
+def test_articles_and_plurals():
+    assert article("unicorn") == "a unicorn"
+    assert article("orange unicorn") == "an orange unicorn"
+    assert article("red grapes") == "a red bunch of grapes"
+    assert plural("mouse") == "mice"
+    assert len({plural(n) for n in OBJECTS}) == len(OBJECTS) >= 100
+
+
+def test_reserved_combinations_are_neither_rare_nor_common_and_never_in_training_scenes():
+    assert not any(held_out(s) for s in scenes(reserved=False))
+    assert all(held_out(s) for s in scenes(40, reserved=True))
+    share = sum(held_out(s) for s in scenes(1000)) / 1000
+    assert 0.1 < share < 0.3
+
+
+def test_prompt_sets_are_disjoint_and_complete():
+    train, held = (evaluate.load_prompts(s) for s in evaluate.SPLITS)
+    assert not set(train) & set(held)
+    for texts in (train, held):
+        assert len(set(texts)) == len(texts) >= 440
+        assert {parse(t).category for t in texts} == set(evaluate.CATEGORIES)
+    for split in evaluate.SPLITS:
+        for line in (PROMPTS / f"eval_{split}.jsonl").read_text("utf-8").splitlines():
+            entry = json.loads(line)
+            assert parse(entry["prompt"]).category == entry["category"]
+    lists = [{p.text for p in prompts.load(PROMPTS / f"{s}.txt")} for s in evaluate.SPLITS]
+    assert not lists[0] & lists[1]
+    assert all(len(parse(t).nouns) == 1 for t in lists[0] | lists[1])
+
+
+def test_real_scene_draws_what_the_prompt_says():
+    rng = random.Random(2)
+    for text in evaluate.load_prompts("held_out")[::5]:
+        scene = evaluate.real_scene(text, rng)
+        assert all(judge(parse(text), seen(scene), scene.background).values())
+
+
+def test_detector_targets_peak_at_the_objects():
+    sample = scenes(40)
+    truth = targets(sample)
+    for i, scene in enumerate(sample):
+        for item in scene.items:
+            y, x = min(int(item.y // 8), 7), min(int(item.x // 8), 7)
+            assert truth["centre"][i, y, x] > 0.4
+            assert truth["object"][i, y, x] == list(OBJECTS).index(item.name)
+        assert (truth["centre"][i] > 0.9).sum() <= len(scene.items)
+
+
+def test_tokenizers_hold_the_world(tmp_path):
+    clip = build_tokenizer()
+    t5 = build_t5_tokenizer([*OBJECTS, "a", "on"], 12)
+    t5.save_pretrained(tmp_path)
+    again = type(t5).from_pretrained(tmp_path)
+    assert len(again) == len(t5)
+    assert again.model_max_length == 12
+    for scene in scenes():
+        assert len(clip(caption(scene)).input_ids) <= 24 <= LENGTH
+    ids = again(["a Dog on a zebra"], padding="max_length", max_length=9, truncation=True).input_ids
+    words = again.convert_ids_to_tokens(ids[0])
+    assert words == ["a", "dog", "on", "a", "<unk>", "</s>", "<pad>", "<pad>", "<pad>"]
+
+
+def test_plain_attention_is_attention():
+    q, k, v = (torch.randn(2, 4, 7, 8) for _ in range(3))
+    mask = torch.randn(2, 1, 7, 7)
+    for options in ({}, {"attn_mask": mask}, {"is_causal": True}, {"scale": 0.3}):
+        expected = F.scaled_dot_product_attention(q, k, v, **options)
+        torch.testing.assert_close(attention(q, k, v, **options), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_open_clip_names_cover_the_model():
+    open_clip = pytest.importorskip("open_clip")
+    config, state = convert(build(0, 16, 32, build_tokenizer()))
+    cfg = config["model_cfg"]
+    cfg = cfg | {"text_cfg": {k: v for k, v in cfg["text_cfg"].items() if "token" not in k}}
+    model = open_clip.CLIP(**cfg)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"attn_mask"}
+
+
+@pytest.mark.parametrize("split", evaluate.SPLITS)
+def test_verifier_reads_real_scenes(split):
+    scores = evaluate.real_scenes(split, rounds=1)
+    for category in evaluate.CATEGORIES:
+        assert scores[category] >= 0.95, scores
+
+
+def test_verifier_tells_right_from_wrong():
+    sample = scenes(120, seed=7)
+    rng = random.Random(3)
+    pictures = pixels(sample).float() / 255
+    assert verify(pictures, [caption(s) for s in sample]).mean() > 0.98
+    for kind in ("object", "colour", "count", "position", "binding", "background"):
+        pairs = [(i, alterations(s, rng).get(kind)) for i, s in enumerate(sample)]
+        pairs = [(i, s) for i, s in pairs if s is not None]
+        scores = verify(pictures[[i for i, _ in pairs]], [caption(s) for _, s in pairs])
+        assert (scores < 1).float().mean() > 0.95, kind
+    assert len(read(torch.zeros(2, 3, 64, 64))) == 2
+
+
+def test_models_fit_their_budget():
+    files = [p for p in ASSETS.glob("emoji-*/**/*.safetensors") if not p.is_symlink()]
+    assert sum(p.stat().st_size for p in files) <= 45e6
+
+
+@pytest.mark.parametrize("name", ["emoji-sd", "emoji-sd3", "emoji-flux", "emoji-turbo"])
+def test_shipped_pipelines_draw_what_is_asked(name):
+    policy = policies.load(str(ASSETS / name))
+    texts = [p for p in evaluate.load_prompts("train") if parse(p).category == "colours"][::14]
+    steps, guidance = (1, 1.0) if name == "emoji-turbo" else (12, 3.0)
+    scores = evaluate.table(evaluate.draw(policy, texts, steps, guidance, seed=0), texts)
+    assert scores["said: colour"] >= 0.4, scores  # eight pictures; chance is 0.1
+
+
+def test_shipped_reward_models_agree_with_the_picture():
+    sample = scenes(60, seed=9)
+    pictures, texts = pixels(sample).float() / 255, [caption(s) for s in sample]
+    for model in ("emoji-clip", "emoji-judge", "emoji-pickscore"):
+        score = rewards.build({"clip": {"model": str(ASSETS / model)}}).score
+        right = score(pictures, texts)[0]
+        wrong = score(pictures, texts[1:] + texts[:1])[0]
+        assert (right > wrong).float().mean() > 0.9, model
