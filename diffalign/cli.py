@@ -13,7 +13,7 @@ from .help import help_text
 
 TRAIN_USAGE = """usage: python train.py CONFIG.yaml [--dry-run] [--resume] [--section.key VALUE ...]
 
-Fine-tunes a LoRA on rewards. Any setting of the file can be replaced on the command line.
+Fine-tunes a model on rewards. Any setting of the file can be replaced on the command line.
 
   --dry-run   print the geometry and the cost, load no model
   --resume    go on from the checkpoint in log.dir
@@ -67,9 +67,9 @@ def summary(result: dict[str, dict[str, float]], run_dir: Path) -> str:
     for name in after:
         lines.append(f"{name.removeprefix('eval/'):<28}{before[name]:>10.4f}{after[name]:>10.4f}")
     lines.append("")
-    for label, name in (("curve", "curve.png"), ("grid", "grid.png"), ("LoRA", "")):
+    for label, name in (("curve", "curve.png"), ("grid", "grid.png"), ("weights", "")):
         if (run_dir / name).exists():  # without held-out prompts there is no grid
-            lines.append(f"{label:<8}{run_dir / name}")
+            lines.append(f"{label:<9}{run_dir / name}")
     return "\n".join(lines)
 
 
@@ -79,13 +79,14 @@ def sample(arguments: Sequence[str] | None = None) -> int:
         prog="sample.py", description="Draw prompts with a pipeline, with or without a LoRA."
     )
     parser.add_argument("--model", default="assets/emoji-sd", help="pipeline folder or hub id")
-    parser.add_argument("--lora", help="run folder or any LoRA that diffusers loads")
+    parser.add_argument("--lora", help="run folder, or any LoRA that diffusers loads")
     parser.add_argument("--lora-scale", type=float, default=1.0, help="0 = base, 1 = as trained")
     parser.add_argument("--compare", action="store_true", help="also draw the base model")
     parser.add_argument("--prompts", nargs="+", required=True, help="texts, or one prompt file")
     parser.add_argument("--seeds", default="0-3", help='"0-7", "3" or "1,5,9"')
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--resolution", type=int, help="side in pixels; default: the model's own")
     parser.add_argument("--grid", default="grid.png", help="PNG to write: a row a prompt")
     parser.add_argument("--out", help="folder for the single pictures as well")
     args = parser.parse_args(arguments)

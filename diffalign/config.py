@@ -23,7 +23,7 @@ import yaml
 
 T = TypeVar("T")
 
-DTYPES = ("float32", "bfloat16")  # float16 would need loss scaling
+DTYPES = ("float32", "bfloat16", "float16")
 KERNELS = ("ddim", "ode", "flow_sde", "dance_sde", "cps")
 BASELINES = ("group", "tracker")
 STDS = ("group", "global")
@@ -38,15 +38,27 @@ class ModelConfig:
     name: str = "assets/emoji-sd"
     """local folder or hub id of a diffusers pipeline"""
     dtype: str = "float32"
-    """of the frozen network: float32 | bfloat16 (LoRA and SDE maths stay in float32)"""
+    """of the denoiser and the text encoders: float32 | bfloat16 | float16 (with loss scaling);
+    trained weights, SDE maths and VAE stay in float32"""
+    resolution: int | None = None
+    """side of the pictures in pixels; null = the model's own"""
     lora_rank: int = 8
-    """rank of the trained low-rank update"""
+    """rank of the trained low-rank update; 0 = train all weights of the denoiser"""
     lora_alpha: float | None = None
     """the update is scaled by lora_alpha / lora_rank; null = lora_rank"""
-    lora_targets: list[str] = field(default_factory=lambda: ["to_q", "to_k", "to_v", "to_out.0"])
-    """linear layers that get a LoRA, by the end of their names"""
+    lora_targets: list[str] | None = None
+    """linear layers that get a LoRA, by the end of their names; null = those of the model family"""
     gradient_checkpointing: bool = False
-    """less memory for about a third more time in the backward pass"""
+    """less memory for about a third more time in the backward pass, of denoiser and VAE"""
+    free_text_encoders: bool = True
+    """encode the prompts of the run first and drop the text encoders from memory"""
+    max_sequence_length: int | None = None
+    """T5 tokens a prompt (SD3, FLUX); null = as the pipeline has it, fewer cost less"""
+    decode_batch: int = 16
+    """latents that the VAE decodes at a time"""
+    tiny_vae: str | None = None
+    """local folder or hub id of an AutoencoderTiny that decodes for the rewards in training;
+    evaluation keeps the VAE"""
 
 
 @dataclass
@@ -54,7 +66,7 @@ class SamplerConfig:
     steps: int = 20
     """denoising steps"""
     guidance: float = 1.0
-    """classifier-free guidance scale w; 1 = off; the same in rollout and in training"""
+    """guidance scale w; up to 1 there is no classifier-free guidance; also used in training"""
     kernel: str = "ddim"
     """ddim | ode | flow_sde | dance_sde | cps"""
     eta: float = 1.0
@@ -241,7 +253,7 @@ class TrainConfig:
 
 
 _MAY_BE_ZERO = (
-    *("sampler.guidance", "sampler.eta", "train.weight_decay", "train.seed"),
+    *("model.lora_rank", "sampler.guidance", "sampler.eta", "train.weight_decay", "train.seed"),
     *("train.checkpoint_every", "eval.every", "eval.guidance", "eval.grid_prompts"),
 )
 _MAY_BE_INF = ("advantage.clip", "train.max_grad_norm")

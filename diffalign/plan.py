@@ -28,6 +28,7 @@ class Plan:
     eval_prompts: list[Prompt]
     stds: list[float]  # of the K transitions of the sampler
     latent_shape: tuple[int, ...]
+    uses_cfg: bool  # guidance doubles the denoiser calls
     processes: int
 
     @classmethod
@@ -67,7 +68,11 @@ class Plan:
         )
         PromptSampler(len(data), config.data.groups)
         held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
-        levels, latent_shape = policies.peek(config.model.name, config.sampler.steps)
+        model = config.model
+        levels, shape = policies.peek(model.name, config.sampler.steps, model.resolution)
+        uses_cfg = policies.family(model.name).uses_cfg
+        if model.tiny_vae is not None:
+            policies.check_tiny_vae(model.tiny_vae, model.name)
         sampling = Sampling(levels, config.sampler.kernel, config.sampler.eta, 1.0)
         stds = sampling.stds().tolist()
         if gradient:
@@ -77,7 +82,7 @@ class Plan:
                 f"sampler.kernel={config.sampler.kernel} with sampler.eta={config.sampler.eta:g} "
                 "is deterministic, and a policy gradient needs chance; raise sampler.eta"
             )
-        return cls(config, algorithm, rewards, data, held_out, stds, tuple(latent_shape), processes)
+        return cls(config, algorithm, rewards, data, held_out, stds, shape, uses_cfg, processes)
 
     @property
     def samples(self) -> int:
@@ -96,7 +101,7 @@ class Plan:
         """The geometry and the cost of the run, for --dry-run."""
         c, n = self.config, self.samples
         updates = c.train.updates_per_epoch * c.train.inner_epochs
-        branches = 2 if c.sampler.guidance != 1 else 1
+        branches = 2 if self.uses_cfg and c.sampler.guidance > 1 else 1
         needs = self.algorithm.needs
         rows = n // c.train.updates_per_epoch
         if needs is Needs.TRAJECTORY:
@@ -111,14 +116,17 @@ class Plan:
         ragged = "" if last == c.train.micro_batch else f", the last of {last}"
         reference = 2 if getattr(self.algorithm, "kl_weight", 0) else 1
         evaluations = len(self.eval_prompts) * c.eval.images_per_prompt
-        eval_calls = evaluations * c.eval.steps * (2 if c.eval.guidance != 1 else 1)
+        eval_branches = 2 if self.uses_cfg and c.eval.guidance > 1 else 1
+        eval_calls = evaluations * c.eval.steps * eval_branches
         eval_runs = 1 + math.ceil(c.train.epochs / (c.eval.every or c.train.epochs))
         sampled, learned = n * c.sampler.steps * branches, trained * branches * reference
         latent = math.prod(self.latent_shape)
+        rank = c.model.lora_rank
+        trained_weights = f"LoRA rank {rank}" if rank else "all weights of the denoiser"
         stored = n * (c.sampler.steps + 1) * latent * 4 / 2**20
         lines = [
             f"run        {c.log.dir}",
-            f"model      {c.model.name}, LoRA rank {c.model.lora_rank}, {c.model.dtype}",
+            f"model      {c.model.name}, {trained_weights}, {c.model.dtype}",
             f"algorithm  {c.algorithm['type']}: {needs.value}",
             f"epoch      {c.data.groups} prompts x {c.data.group_size} images = {n} samples"
             + (f" on {self.processes} processes" if self.processes > 1 else ""),

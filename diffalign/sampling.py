@@ -1,13 +1,11 @@
-"""Pictures from a pipeline and a LoRA with plain diffusers: what anyone who loads the LoRA gets."""
+"""Pictures with plain diffusers: what anyone who loads the trained weights gets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
 from PIL import Image
 
 from . import grids, policies
@@ -28,6 +26,12 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
+def _trained_denoiser(run: str | None) -> str | None:
+    """The name of the denoiser in a run folder that trained all its weights."""
+    names = ("unet", "transformer") if run is not None else ()
+    return next((n for n in names if (Path(run or "") / n / "config.json").exists()), None)
+
+
 def draw(
     model: str,
     prompts: Sequence[str],
@@ -37,20 +41,22 @@ def draw(
     compare: bool = False,
     steps: int = 20,
     guidance: float = 3.0,
+    resolution: int | None = None,
     grid: str = "grid.png",
     out: str | None = None,
 ) -> Path:
     """Write a grid with a row per prompt and a column per seed; returns its path.
 
-    lora: a folder or file that `pipe.load_lora_weights` reads; lora_scale multiplies ΔW. compare
-    adds a row of the base model above each. Raises ValueError for bad input before the pipeline is
-    loaded.
+    lora: a folder or file that `pipe.load_lora_weights` reads, or a run folder with a whole
+    denoiser; lora_scale multiplies ΔW. compare adds a row of the base model above each. Raises
+    ValueError for bad input before the pipeline is loaded.
     """
     numbers = parse_seeds(seeds)
     if len(prompts) == 1 and prompts[0].endswith((".txt", ".jsonl")):
         texts = [p.text for p in prompt_files.load(prompts[0])]
     else:
         texts = list(prompts)
+    denoiser = _trained_denoiser(lora)
     policies.check(model)
     if not grid.lower().endswith(".png"):
         raise ValueError(f"--grid {grid!r} does not end in .png, and that is what is written")
@@ -59,13 +65,19 @@ def draw(
     )
     if lora is not None and local and not Path(lora).exists():
         raise ValueError(f"--lora {lora!r} does not exist; give a run folder or a hub id")
-    if lora is not None and Path(lora).is_dir() and not list(Path(lora).glob("*.safetensors")):
+    if denoiser is not None and lora_scale != 1:
+        raise ValueError(
+            f"--lora-scale {lora_scale:g} is for a LoRA, and {lora!r} holds a whole {denoiser}; "
+            "leave it out"
+        )
+    empty = lora is not None and Path(lora).is_dir() and not list(Path(lora).glob("*.safetensors"))
+    if empty and denoiser is None:
         raise ValueError(f"--lora {lora!r} holds no .safetensors file; has the run been saved yet?")
     if compare and lora is None:
         raise ValueError("--compare sets the LoRA beside the base model; give --lora as well")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe: Any = DiffusionPipeline.from_pretrained(model).to(device)
+    pipe = policies.pipeline(model).to(device)
     pipe.set_progress_bar_config(disable=True)
 
     def pictures() -> list[list[Image.Image]]:
@@ -77,14 +89,22 @@ def draw(
                 num_inference_steps=steps,
                 guidance_scale=guidance,
                 generator=generators,
+                height=resolution,
+                width=resolution,
+                **policies.text_options(pipe),
             )
             rows.append(row.images)
         return rows
 
     shown = list(zip(texts, pictures(), strict=True)) if compare or lora is None else []
     if lora is not None:
-        pipe.load_lora_weights(lora, adapter_name="default")
-        pipe.set_adapters("default", lora_scale)
+        if denoiser is not None:
+            network = getattr(pipe, denoiser)
+            trained = type(network).from_pretrained(lora, subfolder=denoiser)
+            setattr(pipe, denoiser, trained.to(device, network.dtype))
+        else:
+            pipe.load_lora_weights(lora, adapter_name="default")
+            pipe.set_adapters("default", lora_scale)
         names = [f"{text} [{Path(lora).name}]" for text in texts]
         tuned = list(zip(names, pictures(), strict=True))
         shown = (
@@ -93,6 +113,7 @@ def draw(
     columns = {f"seed {s}": [row[i] for _, row in shown] for i, s in enumerate(numbers)}
     settings = {"model": model, "lora": lora, "lora_scale": lora_scale, "steps": steps}
     settings |= {"guidance": guidance, "prompts": texts, "seeds": numbers}
+    settings |= {"resolution": resolution} if resolution else {}
     grids.save_png(grids.comparison_grid(columns, [t for t, _ in shown]), grid, settings)
     if out is not None:
         for r, (_, row) in enumerate(shown):

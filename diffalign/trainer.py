@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .advantages import PromptTracker, group_advantages, zero_variance_share
 from .algorithms import Batch, Needs
 from .config import ConfigError, TrainConfig
 from .plan import Plan
-from .policies import Cond, lora
+from .policies import Cond
 from .prompts import Prompt, PromptSampler
 from .rollout import Sampling, Trajectories, adjoint_sweep, rollout
 from .tracking import Meter, Tracker
@@ -42,7 +43,7 @@ def sample_seed(*parts: int | str) -> int:
 
 
 class Trainer:
-    """Fine-tunes the LoRA of a text-to-image pipeline on rewards.
+    """Fine-tunes a text-to-image pipeline on rewards: a LoRA, or with lora_rank 0 all its denoiser.
 
     config: a TrainConfig. rewards: {name or callable: weight or options}, in place of
     `config.rewards`; a bare weight keeps the options that the config has for that name. prompts:
@@ -84,16 +85,18 @@ class Trainer:
             self.reward.require_differentiable()
         judges = config.eval.rewards
         self.judge = reward_library.build(judges).to(device) if judges else None
-        self.policy = policies.load(config.model.name, device, config.model.dtype)
-        lora.add(
-            self.policy.network,
-            config.model.lora_rank,
-            config.model.lora_alpha,
-            config.model.lora_targets,
-            config.train.seed,
-        )
-        if config.model.gradient_checkpointing:
-            self.policy.network.enable_gradient_checkpointing()
+        m = config.model
+        self.policy = policies.load(m.name, device, m.dtype, m.resolution, not m.lora_rank)
+        if m.lora_rank:
+            self.policy.add_lora(m.lora_rank, m.lora_alpha, m.lora_targets, config.train.seed)
+        if m.tiny_vae is not None:
+            self.policy.add_tiny_vae(m.tiny_vae)
+        self.policy.decode_batch = m.decode_batch
+        self.policy.max_sequence_length = m.max_sequence_length
+        if m.gradient_checkpointing:
+            for part in (self.policy.network, self.policy.vae, self.policy.tiny_vae):
+                if part is not None:
+                    part.enable_gradient_checkpointing()
 
         s = config.sampler
         self.sampling = Sampling(self.policy.levels(s.steps), s.kernel, s.eta, s.guidance)
@@ -108,6 +111,8 @@ class Trainer:
         self.optimiser = torch.optim.AdamW(
             self.parameters, config.train.lr, weight_decay=config.train.weight_decay
         )
+        # the smallest gradients vanish in float16 unless they are scaled up
+        self.scaler = torch.amp.GradScaler(device.type, enabled=m.dtype == "float16")
         self.epoch, self.updates = 0, 0
         self.base_images: list[tuple[Tensor, dict[str, float]]] = []
         if state is not None:
@@ -143,8 +148,13 @@ class Trainer:
             disable=not self.main,
         )  # fmt: skip
         try:
-            with self.policy.reference():
+            if c.model.free_text_encoders:
+                self._encode_all()
+                self.policy.free_text_encoders()
+            # at the start the network is the base, and a reference may cost a second one
+            with self.policy.reference() if self.updates else nullcontext():
                 before = after = self.evaluate("base")
+            self.policy.forget("base")
             if self.epoch == 0 and not self.tracker.rows:
                 self.tracker.log(0, before)
             if self.epoch >= c.train.epochs:  # resumed when there is nothing left to do
@@ -175,12 +185,32 @@ class Trainer:
             self.tracker.close()
         return {"before": before, "after": after}
 
-    def run_epoch(self, epoch: int) -> dict[str, float]:
-        """Sample, score, update. Returns the metrics of the epoch, the same on every process."""
-        c = self.config
+    def _encode_all(self) -> None:
+        """Encode every text that this process will ask for, of training and evaluation."""
+        data, held_out = self.plan.train_prompts, self.plan.eval_prompts
+        ids: set[int] = set()
+        for epoch in range(self.epoch, self.config.train.epochs):
+            ids |= set(self._prompt_ids(epoch))
+            if len(ids) == len(data):
+                break
+        texts = {data[i].text for i in ids} | {held_out[i].text for i, _ in self._evaluated()}
+        if texts:
+            self.policy.encode(sorted(texts))
+
+    def _prompt_ids(self, epoch: int) -> list[int]:
+        """The prompts of this process in an epoch, one a group."""
         ids = self.sampler.epoch(epoch)
         share = len(ids) // self.world
-        mine = ids[self.rank * share : (self.rank + 1) * share]
+        return ids[self.rank * share : (self.rank + 1) * share]
+
+    def _evaluated(self) -> list[tuple[int, int]]:
+        """(prompt, picture) of the held-out pictures that this process draws."""
+        n, pictures = len(self.plan.eval_prompts), self.config.eval.images_per_prompt
+        return [(i, j) for j in range(pictures) for i in range(n)][self.rank :: self.world]
+
+    def run_epoch(self, epoch: int) -> dict[str, float]:
+        """Sample, score, update. Returns the metrics of the epoch, the same on every process."""
+        c, mine = self.config, self._prompt_ids(epoch)
         prompt_ids = [i for i in mine for _ in range(c.data.group_size)]
         seeds = [
             sample_seed(c.train.seed, epoch, i, j) for i in mine for j in range(c.data.group_size)
@@ -205,7 +235,7 @@ class Trainer:
         """Total reward (n,) and its raw parts, of clean latents (n, *latent)."""
         totals, all_parts = [], []
         for rows in _chunks(len(latents), self.config.sampler.batch):
-            images = self.policy.decode(latents[rows])
+            images = self.policy.decode(latents[rows], tiny=True)
             total, parts = self.reward.score(images, *_texts(batch[rows]))
             totals.append(total)
             all_parts.append(parts)
@@ -255,7 +285,7 @@ class Trainer:
                 )
                 loss, figures = self.algorithm.loss(self.policy, batch)
                 # each row counts 1/rows whatever the micro-batches and processes
-                (loss * len(i) / rows).backward()
+                self.scaler.scale(loss * len(i) / rows).backward()
                 meter.add({"loss": loss, **figures}, len(i))
             meter.add({"grad_norm": self._step()})
         figures = self._reduce(meter)
@@ -276,10 +306,11 @@ class Trainer:
             for pick in _chunks(len(mine), self.config.train.micro_batch):
                 rows = mine[pick]
                 x0 = paths.final[rows].detach().requires_grad_()
-                images = self.policy.decode(x0, differentiable=True)
+                images = self.policy.decode(x0, differentiable=True, tiny=True)
                 total, parts = self.reward.score(images, *_texts([batch[i] for i in rows]))
                 loss = self.algorithm.loss(total).sum() / everyone
                 (grad,) = torch.autograd.grad(loss, x0)
+                grad = self.scaler.scale(grad)  # the sweep is linear in it
                 adjoint_sweep(
                     self.policy, cond[rows], self.sampling, paths.states[rows], grad, first
                 )
@@ -320,8 +351,10 @@ class Trainer:
                 self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True
             ):
                 p.grad = g.view_as(p)
+        self.scaler.unscale_(self.optimiser)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.max_grad_norm)
-        self.optimiser.step()
+        self.scaler.step(self.optimiser)  # in float16 not if a gradient has overflown
+        self.scaler.update()
         self.optimiser.zero_grad()
         self.updates += 1
         return norm.item()
@@ -329,9 +362,7 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, label: str) -> dict[str, float]:
         """Means over held-out prompts from fixed noise, ODE sampler; writes the grid."""
-        c, held_out = self.config, self.plan.eval_prompts
-        jobs = [(i, j) for j in range(c.eval.images_per_prompt) for i in range(len(held_out))]
-        mine = jobs[self.rank :: self.world]
+        c, held_out, mine = self.config, self.plan.eval_prompts, self._evaluated()
         scores, images = [], {}
         for start in range(0, len(mine), c.sampler.batch):
             chunk = mine[start : start + c.sampler.batch]
@@ -371,23 +402,25 @@ class Trainer:
         self.tracker.log_images(self.epoch, "eval", grid)
 
     def _state(self) -> dict[str, Any]:
-        state = {"optimiser": self.optimiser.state_dict(), "history": self.history.state_dict()}
-        return copy.deepcopy(state) | {
+        kept = {"optimiser": self.optimiser, "history": self.history, "scaler": self.scaler}
+        return copy.deepcopy({name: part.state_dict() for name, part in kept.items()}) | {
             "epoch": self.epoch,
             "updates": self.updates,
-            "adapter": lora.state_dict(self.policy.network),
+            "adapter": self.policy.state_dict(),
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         self.epoch, self.updates = state["epoch"], state["updates"]
-        lora.load_state_dict(self.policy.network, state["adapter"])
+        self.policy.load_state_dict(state["adapter"])
         self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
         self.history.load_state_dict(state["history"])
+        if state.get("scaler"):  # nothing where the dtype needs none
+            self.scaler.load_state_dict(state["scaler"])
 
     def save(self) -> None:
-        """Checkpoint, LoRA and curve of the epochs done, from the process that calls."""
+        """Checkpoint, weights and curve of the epochs done, from the process that calls."""
         checkpoint.save(self.dir, self._state())
-        self.policy.save_lora(self.dir)
+        self.policy.save(self.dir)
         self.tracker.curve(self.dir / "curve.png")
 
     def _stopped(self, error: RewardError) -> str:

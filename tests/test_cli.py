@@ -26,7 +26,7 @@ def config(pipelines, tmp_path):
     """A small config file on the tiny pipeline."""
     (tmp_path / "prompts.txt").write_text("a red dog\na cat\na blue bus\na tree\n")
     tree = {
-        "model": {"name": pipelines["v_prediction"], "lora_rank": 2},
+        "model": {"name": pipelines["sd-v"], "lora_rank": 2},
         "algorithm": {"type": "ddpo"},
         "sampler": {"steps": 4, "batch": 8},
         "rewards": {"jpeg": 1.0},
@@ -69,8 +69,13 @@ def test_help_is_grouped_and_names_everything(capsys):
         (["--train.updates_per_epoch", "3"], r"updates_per_epoch=3 does not divide the 8 images"),
         (["--data.groups", "5"], r"data\.groups=5"),
         (["--model.name", "./nothing"], "is not a folder"),
+        (["--model.resolution", "33"], r"resolution=33 is not a multiple of 2.*nearest is 32"),
+        (["--model.tiny_vae", "./nothing"], r"tiny_vae='./nothing' is neither the folder"),
         (["--log.trackers", "[tensorbored]"], "tensorboard"),
-        (["--model.dtype", "float16"], r"dtype=.float16. is not known.*bfloat16"),
+        (
+            ["--model.dtype", "fp16"],
+            r"dtype=.fp16. is not known; valid: .*float16",
+        ),
         (
             ["--algorithm", "{type: draft}", "--rewards.jpeg", "1"],
             r"rewards\.jpeg is not differentiable.*surrogate",
@@ -192,6 +197,23 @@ def test_train_and_sample(config, tmp_path, capsys):
     assert "diffalign" in Image.open(grid).info
 
 
+def test_train_and_sample_a_whole_denoiser(config, tmp_path, capsys):
+    whole = ["--model.lora_rank", "0", "--model.resolution", "16"]
+    assert cli.train([str(config), "--dry-run", *whole]) == 0
+    assert "all weights of the denoiser" in capsys.readouterr().out
+    assert cli.train([str(config), *whole]) == 0
+    run, model = tmp_path / "run", yaml.safe_load(config.read_text())["model"]["name"]
+    assert str(run) in capsys.readouterr().out
+    arguments = ["--model", model, "--prompts", "a cat", "--seeds", "0", "--resolution", "16"]
+    arguments += ["--grid", str(tmp_path / "grid.png"), "--out", str(tmp_path / "pictures")]
+    assert cli.sample([*arguments, "--lora", str(run), "--compare"]) == 0
+    base, tuned = (Image.open(p) for p in sorted((tmp_path / "pictures").iterdir()))
+    assert base.size == tuned.size == (16, 16)
+    assert base.tobytes() != tuned.tobytes()
+    assert cli.sample([*arguments, "--lora", str(run), "--lora-scale", "0.5"]) == 1
+    assert re.search("holds a whole unet; leave it out", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -202,7 +224,7 @@ def test_train_and_sample(config, tmp_path, capsys):
     ],
 )
 def test_bad_sampling_input(pipelines, arguments, message, capsys):
-    base = ["--model", pipelines["epsilon"], "--prompts", "a cat"]
+    base = ["--model", pipelines["sd-epsilon"], "--prompts", "a cat"]
     assert cli.sample(base + arguments) == 1
     assert re.search(message, capsys.readouterr().err)
 
@@ -310,6 +332,6 @@ def test_bad_sampling_files_are_refused_before_the_pipeline_is_loaded(
     def refuse(*args, **kwargs):
         raise AssertionError("the pipeline was loaded")
 
-    monkeypatch.setattr("diffalign.sampling.DiffusionPipeline.from_pretrained", refuse)
-    assert cli.sample(["--model", pipelines["epsilon"], "--prompts", "a cat", *arguments]) == 1
+    monkeypatch.setattr("diffalign.policies.pipeline", refuse)
+    assert cli.sample(["--model", pipelines["sd-epsilon"], "--prompts", "a cat", *arguments]) == 1
     assert re.search(message, capsys.readouterr().err)

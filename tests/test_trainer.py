@@ -7,6 +7,8 @@ from typing import ClassVar
 import pytest
 import torch
 from conftest import perturb
+from diffusers import UNet2DConditionModel
+from families import tiny_vae
 
 from diffalign import TrainConfig, Trainer, TrainingStopped, algorithms
 from diffalign.algorithms import Batch, Needs
@@ -33,7 +35,7 @@ def make(pipelines, tmp_path):
 
     def make(algorithm, run="a", resume=False, rewards=None, **overrides):
         tree = {
-            "model": {"name": pipelines["v_prediction"], "lora_rank": 2},
+            "model": {"name": pipelines["sd-v"], "lora_rank": 2},
             "algorithm": {"type": algorithm},
             "sampler": {"steps": 4, "guidance": 2.0, "batch": 8},
             "data": {"prompts": str(prompts), "groups": 4, "group_size": 4},
@@ -297,7 +299,7 @@ def test_deterministic_sampler_is_refused_for_policy_gradients(make):
 # ------------------------------------------------- splits off the initialisation, stopping anywhere
 
 
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("kind", ["sd-epsilon", "sd-v"])
 @pytest.mark.parametrize("algorithm", ["ddpo", "draft"])
 def test_split_of_a_trained_adapter(make, monkeypatch, pipelines, algorithm, kind):
     """With B != 0 every weight has a gradient; DDPO with its KL term, DRaFT through all steps."""
@@ -365,3 +367,127 @@ def test_resuming_a_finished_run_reports_what_was_trained(make):
 def test_a_run_killed_before_its_first_checkpoint_is_no_dead_end(make):
     make("ddpo")
     assert make("ddpo", resume=True).epoch == 0
+
+
+# ----------------------------------------------------- whole denoisers, precision, memory, decoders
+
+
+def weights(trainer):
+    return torch.cat([v.flatten() for v in trainer.policy.state_dict().values()])
+
+
+@pytest.mark.parametrize("algorithm", ["ddpo", "draft"])
+def test_resume_of_a_whole_denoiser_is_the_same_run(make, pipelines, algorithm):
+    options = {"model.lora_rank": 0, "train.updates_per_epoch": 2, "train.epochs": 3}
+    options["train.lr"] = 1e-3
+    if algorithm == "ddpo":
+        options["algorithm.kl_weight"] = 1.0
+    whole = make(algorithm, run="whole", **options)
+    base = weights(whole)
+    result = whole.train()
+    make(algorithm, run="halves", **options | {"train.epochs": 2}).train()
+    resumed = make(algorithm, run="halves", resume=True, **options)
+    again = resumed.train()
+    assert not torch.equal(weights(whole), base)
+    assert torch.equal(weights(resumed), weights(whole))
+    assert again["before"] == result["before"]
+    if algorithm == "ddpo":
+        rows = read_metrics(whole.dir)
+        assert rows[1]["kl"] < rows[2]["kl"]
+        assert [r["kl"] for r in read_metrics(resumed.dir)[1:]] == [r["kl"] for r in rows[1:]]
+    saved = UNet2DConditionModel.from_pretrained(whole.dir / "unet").state_dict()
+    assert torch.equal(torch.cat([v.flatten() for v in saved.values()]), weights(whole))
+    assert not (whole.dir / lora.WEIGHTS).exists()
+
+
+def test_a_whole_denoiser_learns(make):
+    options = {"model.lora_rank": 0, "train.epochs": 6, "train.lr": 1e-3}
+    result = make("draft", **options).train()
+    assert result["after"]["eval/reward"] > result["before"]["eval/reward"] + 0.002
+
+
+def test_no_second_denoiser_unless_asked(make):
+    trainer = make("draft", **{"model.lora_rank": 0, "train.epochs": 1})
+    trainer.train()
+    resumed = make("draft", resume=True, **{"model.lora_rank": 0, "train.epochs": 2})
+    resumed.train()  # read the base for the grid, and dropped it
+    assert not trainer.policy._copies
+    assert not resumed.policy._copies
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+@pytest.mark.parametrize("algorithm", ["ddpo", "draft"])
+def test_float16_trains_with_scaled_gradients(make, monkeypatch, algorithm, rank):
+    taken = []
+    for dtype in ("float32", "float16"):
+        options = {"model.dtype": dtype, "model.lora_rank": rank, "train.lr": 1e-3}
+        trainer = make(algorithm, run=dtype, **options)
+        if rank:
+            perturb(trainer.policy)
+        before = weights(trainer)
+        (grad,) = gradients(trainer, monkeypatch)
+        taken.append(grad / (trainer.scaler.get_scale() if dtype == "float16" else 1))
+        assert {p.dtype for p in trainer.parameters} == {torch.float32}
+        assert not torch.equal(weights(trainer), before)
+    # the reward gradients of a rollout differ as its pictures do
+    cosine = torch.nn.functional.cosine_similarity(taken[0], taken[1], dim=0)
+    assert cosine > 0.95, cosine
+    assert 0.8 < taken[1].norm() / taken[0].norm() < 1.25
+
+
+def test_an_overflow_in_float16_skips_the_step_and_lowers_the_scale(make):
+    trainer = make("draft", **{"model.dtype": "float16", "train.epochs": 2})
+    before, scale = weights(trainer), trainer.scaler.get_scale()
+    for p in trainer.parameters:
+        p.grad = torch.full_like(p, torch.inf)
+    trainer.scaler.scale(torch.ones(1))  # as a backward pass does
+    trainer._step()
+    assert torch.equal(weights(trainer), before)
+    assert trainer.scaler.get_scale() == scale / 2
+    trainer.epoch = 1
+    trainer.save()
+    resumed = make("draft", resume=True, **{"model.dtype": "float16", "train.epochs": 2})
+    assert resumed.scaler.state_dict() == trainer.scaler.state_dict()
+    resumed.train()
+
+
+def test_text_encoders_are_freed_once_the_prompts_are_known(make, monkeypatch):
+    trainer = make("ddpo", **{"train.epochs": 2, "data.groups": 2})
+    seen = []
+    encode = trainer.policy.embed
+    monkeypatch.setattr(trainer.policy, "embed", lambda texts: seen.extend(texts) or encode(texts))
+    trainer.train()
+    assert trainer.policy.pipe.text_encoder is None
+    assert len(seen) == len(set(seen)) == len(OBJECTS) + 1  # held-out texts, and ""
+    kept = make("ddpo", run="b", **{"model.free_text_encoders": False})
+    kept.train()
+    kept.policy.encode(["a new one"])
+    with pytest.raises(RuntimeError, match="'a new one' was not encoded"):
+        trainer.policy.encode(["a new one"])
+
+
+def test_rewards_in_training_see_the_tiny_vae(make, tmp_path):
+    name = tiny_vae(tmp_path / "tiny")
+    for algorithm in ("ddpo", "draft"):
+        trainer = make(
+            algorithm, run=algorithm, **{"model.tiny_vae": name, "model.decode_batch": 3}
+        )
+        full, tiny = [], []
+        trainer.policy.vae.decoder.register_forward_hook(lambda *_, to=full: to.append(1))
+        trainer.policy.tiny_vae.decoder.register_forward_hook(lambda *_, to=tiny: to.append(1))
+        trainer.train()
+        assert (len(full), len(tiny)) == (2 * 3, 6)  # 2 x 8 held-out pictures, 16 in training
+
+
+@pytest.mark.parametrize("kind", ["sdxl", "sd-turbo", "sd3", "flux-dev"])
+@pytest.mark.parametrize("algorithm", ["ddpo", "draft"])
+def test_every_family_trains(make, pipelines, kind, algorithm):
+    options = {"model.name": pipelines[kind], "model.resolution": 16, "train.epochs": 2}
+    options |= {"model.gradient_checkpointing": True}
+    if (kind, algorithm) == ("sd-turbo", "draft"):
+        options |= {"sampler.steps": 1, "sampler.guidance": 0.0}
+    trainer = make(algorithm, **options)
+    before = weights(trainer)
+    trainer.train()
+    assert not torch.equal(weights(trainer), before)
+    assert trainer.base_images[0][0].shape == (3, 16, 16)

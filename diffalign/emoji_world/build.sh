@@ -1,14 +1,25 @@
 #!/usr/bin/env bash
 # Rebuild EmojiWorld from nothing; each step resumes from its own checkpoint in runs/emoji.
+# One thread a job: two jobs of one thread do more on two cores than one of two.
 set -euo pipefail
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python=${PYTHON:-.venv/bin/python}
 out=runs/emoji
+run() { $python -m "diffalign.emoji_world.$@"; }
 mkdir -p $out/packages
-$python -m diffalign.emoji_world.build_sprites $out/packages
-$python -m diffalign.emoji_world.write_prompts
-$python -m diffalign.emoji_world.train_vae $out/vae
-$python -m diffalign.emoji_world.train_clip $out/clip --seed 1
-$python -m diffalign.emoji_world.train_base $out/sd --vae $out/vae --clip $out/clip --sizes 43 49
-$python -m diffalign.emoji_world.verifier $out/verifier
-$python -m diffalign.emoji_world.train_clip $out/judge --seed 2 --patch 16
-$python -m diffalign.emoji_world.install $out
+run build_sprites $out/packages
+run write_prompts
+run train_vae $out/vae
+run train_clip $out/clip --seed 1
+run verifier $out/verifier &
+run train_base sd $out/sd --vae $out/vae --clip $out/clip
+wait
+run train_base sd3 $out/sd3 --vae $out/vae --clip $out/clip &
+run train_base flux $out/flux --vae $out/vae --clip $out/clip
+wait
+run train_clip $out/judge --seed 2 --patch 16 --width 80 --steps 2500 &
+run distill $out/turbo --sd $out/sd --latents $out/latents.pt
+wait
+run train_preference $out/preference --clip $out/clip
+run train_aesthetic $out/aesthetic --clip $out/clip
+run install $out

@@ -77,8 +77,9 @@ def parse(prompt: str) -> Claim:
         nouns = ((_SINGULAR[n1], c1), (_SINGULAR[n2], c2))
         return Claim(nouns, None, None if relation == "and" else relation, background)
     raise ValueError(
-        f'prompt {prompt!r} is not one EmojiWorld can check; write it like "a red dog", "two cats", '
-        '"a dog left of a cat" or "a dog and a blue car", and "on a pink background" if you like'
+        f'prompt {prompt!r} is not one EmojiWorld can check; write it like "a red dog", "two '
+        'cats", "a dog left of a cat" or "a dog and a blue car", and "on a pink background" if you '
+        "like"
     )
 
 
@@ -87,9 +88,9 @@ def judge(claim: Claim, things: Sequence[Thing], background: str) -> dict[str, b
     "background" where the prompt says so.
 
     object: every noun is seen. colour: a seen object of that name has the colour, be it its own (a
-    yellow moon). count: exactly
-    that many of the name. position: the relation's axis separates some pair of the named objects by
-    more than 8 pixels the right way, and by more than the other axis does.
+    yellow moon). count: exactly that many of the name. position: the relation's axis separates some
+    pair of the named objects by more than 8 pixels the right way, and by more than the other axis
+    does.
     """
     names = [t.name for t in things]
     found = {"object": all(name in names for name, _ in claim.nouns)}

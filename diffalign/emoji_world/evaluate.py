@@ -25,7 +25,7 @@ from .. import policies, prompts
 from ..grids import image_grid, save_png
 from ..rollout import Sampling, rollout
 from .claims import parse
-from .scenes import ASSETS, SIZE, STYLES, Scene, readable, sample_scene
+from .scenes import ASSETS, STYLES, Scene, readable, sample_scene
 from .training import pixels
 from .verifier import findings
 
@@ -67,9 +67,9 @@ def real_scene(text: str, rng: random.Random) -> Scene:
             break
     nouns = claim.nouns * claim.number if claim.number else claim.nouns
     ground, style = claim.background or scene.background, rng.choice(STYLES)
-    if any(c == ground or (not c and not readable(n, style, ground)) for n, c in nouns):
-        if claim.background is None:
-            return real_scene(text, rng)  # another background
+    hidden = any(c == ground or (not c and not readable(n, style, ground)) for n, c in nouns)
+    if hidden and claim.background is None:
+        return real_scene(text, rng)  # another background
     items = tuple(
         replace(item, name=name, colour=colour, style=style)
         for item, (name, colour) in zip(scene.items, nouns, strict=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -42,7 +43,8 @@ def blocks(state: dict[str, Tensor], tower: str, prefix: str, layers: int) -> di
 
 def convert(model: CLIPModel) -> tuple[dict, dict[str, Tensor]]:
     """(open_clip_config, state dict) of a CLIPModel with quick GELU."""
-    text, vision = model.config.text_config, model.config.vision_config
+    text: Any = model.config.text_config
+    vision: Any = model.config.vision_config
     assert text.hidden_act == vision.hidden_act == "quick_gelu"
     # open_clip reads the text feature at the highest token id
     assert text.eos_token_id == text.vocab_size - 1

@@ -1,4 +1,4 @@
-"""EmojiWorld's tiny pipelines in the real diffusers classes: how each is built, called and drawn."""
+"""EmojiWorld's tiny pipelines in the real diffusers classes: how they are built and called."""
 
 from __future__ import annotations
 
@@ -55,6 +55,9 @@ def build_unet(channels: int, width: int) -> UNet2DConditionModel:
         cross_attention_dim=width,
         attention_head_dim=4,
         norm_num_groups=16,
+        # the prompt as a whole also joins the timestep: every block then knows what is asked for
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
     )
 
 
@@ -62,20 +65,21 @@ def build_sd(vae: Any, clip: Path) -> tuple[Any, dict[str, nn.Module]]:
     """(pipeline, {name: what is trained}); as for the other builders."""
     text_encoder, tokenizer = _clip(CLIPTextModel, clip)
     unet: Any = build_unet(vae.config.latent_channels, text_encoder.config.hidden_size)
+    # the cosine schedule: 16×16 latents lose their content at lower noise than 64×64 ones
+    scheduler: Any = DDIMScheduler(
+        beta_schedule="squaredcos_cap_v2",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,  # unused by trailing spacing; diffusers warns about 0
+        clip_sample=False,
+    )
     pipe = StableDiffusionPipeline(
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,
         unet=unet.to(memory_format=torch.channels_last),
-        # the cosine schedule: 16×16 latents lose their content at lower noise than 64×64 ones
-        scheduler=DDIMScheduler(
-            beta_schedule="squaredcos_cap_v2",
-            prediction_type="v_prediction",
-            rescale_betas_zero_snr=True,
-            timestep_spacing="trailing",
-            steps_offset=1,  # unused by trailing spacing; diffusers warns about 0
-            clip_sample=False,
-        ),
+        scheduler=scheduler,
         safety_checker=None,  # type: ignore[arg-type]
         feature_extractor=None,  # type: ignore[arg-type]
         image_encoder=None,  # type: ignore[arg-type]
@@ -85,7 +89,7 @@ def build_sd(vae: Any, clip: Path) -> tuple[Any, dict[str, nn.Module]]:
 
 
 def _t5(width: int) -> tuple[Any, Any]:
-    """A T5 encoder of two layers and its tokenizer, of the world's words."""
+    """A T5 encoder of one layer and its tokenizer, of the world's words."""
     words = [*OBJECTS, *map(plural, OBJECTS), *COLOURS, *BACKGROUNDS, *NUMBERS, *STYLES]
     words += ["a", "an", "on", "of", "and", "left", "right", "above", "below", "background"]
     tokenizer = build_t5_tokenizer(words, WORDS)
@@ -94,7 +98,7 @@ def _t5(width: int) -> tuple[Any, Any]:
         d_model=width,
         d_kv=24,
         d_ff=2 * width,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         dropout_rate=0.0,
         feed_forward_proj="gated-gelu",
@@ -128,7 +132,7 @@ def build_sd3(vae: Any, clip: Path) -> tuple[Any, dict[str, nn.Module]]:
         patch_size=2,
         in_channels=vae.config.latent_channels,
         out_channels=vae.config.latent_channels,
-        num_layers=6,
+        num_layers=5,
         attention_head_dim=32,
         num_attention_heads=4,
         joint_attention_dim=width,
@@ -160,7 +164,7 @@ def build_flux(vae: Any, clip: Path) -> tuple[Any, dict[str, nn.Module]]:
         patch_size=1,
         in_channels=4 * vae.config.latent_channels,
         num_layers=2,
-        num_single_layers=5,
+        num_single_layers=4,
         attention_head_dim=32,
         num_attention_heads=4,
         joint_attention_dim=96,
@@ -228,7 +232,7 @@ def call_flux(
 def draw(
     pipe: Any, prompts: list[str], seeds: Sequence[int], steps: int = 20, guidance: float = 3.0
 ) -> list[Image.Image]:
-    """Pictures of `prompts` by a plain call of any of the pipelines, one seed each, 16 at a time."""
+    """Pictures of `prompts` by a plain call of any of the pipelines, one seed each."""
     pictures: list[Image.Image] = []
     options: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
     if isinstance(pipe, StableDiffusion3Pipeline):
@@ -238,5 +242,6 @@ def draw(
     for start in range(0, len(prompts), 16):
         rows = slice(start, start + 16)
         generators = [torch.Generator().manual_seed(s) for s in seeds[rows]]
-        pictures += pipe(prompts[rows], generator=generators, **options).images
+        drawn: Any = pipe(prompts[rows], generator=generators, **options)
+        pictures += drawn.images
     return pictures

@@ -16,7 +16,8 @@ LENGTH = 32  # tokens a prompt, padding included
 def build_tokenizer() -> CLIPTokenizer:
     """Byte-pair merges learnt until every word of the world is one token (about 1,500 tokens)."""
     words = [*OBJECTS, *map(plural, OBJECTS), *COLOURS, *BACKGROUNDS, *NUMBERS, *RELATIONS, *STYLES]
-    words += "a an on of background with and the bunch small big photo picture emoji".split()
+    words += ["a", "an", "on", "of", "background", "with", "and", "the", "bunch"]
+    words += ["small", "big", "photo", "picture", "emoji"]
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.pre_tokenizer = pre_tokenizers.Split(Regex(r"\w+"), "removed", invert=True)
     trained.train_from_iterator(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -46,7 +47,7 @@ def vividness(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def examples(model: CLIPModel, seed: int, n: int, reserved: bool) -> tuple[Tensor, Tensor]:
+def examples(model: Any, seed: int, n: int, reserved: bool) -> tuple[Tensor, Tensor]:
     """(unit embeddings (n, d), beauty (n,)) of scenes of which two in three are degraded."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -56,9 +57,7 @@ def examples(model: CLIPModel, seed: int, n: int, reserved: bool) -> tuple[Tenso
         clean = pixels(scenes[start : start + 100]).float() / 255
         strength = torch.rand(len(clean)) * (torch.rand(len(clean)) < 2 / 3)
         kinds = [rng.choice(DEGRADATIONS) for _ in clean]
-        shown = torch.where(
-            strength.view(-1, 1, 1, 1) > 0, degrade(clean, strength, kinds), clean
-        )
+        shown = torch.where(strength.view(-1, 1, 1, 1) > 0, degrade(clean, strength, kinds), clean)
         out = model.get_image_features(pixel_values=normalise(shown)).pooler_output
         embeddings.append(F.normalize(out, dim=-1))
         beauty.append(2 + 4 * vividness(clean) + 4 * (1 - strength))

@@ -7,8 +7,9 @@
 - flux: FluxPipeline. As FLUX.1-dev it takes the guidance scale as an input:
   the last quarter of the steps distils the model's own classifier-free guidance (2210.03142).
 
-VAE and CLIP text tower are frozen; the other text encoders are trained with the denoiser. Captions are dropped one time in ten for classifier-free guidance. The first third of the
-run sees mostly single objects: what a thing looks like comes before where it stands.
+VAE and CLIP text tower are frozen; the other text encoders are trained with the denoiser. Captions
+are dropped one time in ten for classifier-free guidance. The first third of the run sees mostly
+single objects: what a thing looks like comes before where it stands.
 """
 
 from __future__ import annotations
@@ -37,9 +38,7 @@ SHARE = {"single": 0.45, "pair": 0.15, "count": 0.18, "relation": 0.22}
 def dataset(vae: Any, cache: Path) -> tuple[dict[str, Tensor], list[str], Tensor]:
     """Rows of each scene kind, captions, and latents (n, 8, 16, 16) float16, cached on disk."""
     rng = random.Random(2)
-    scenes = [
-        sample_scene(rng, kind) for kind in KINDS for _ in range(round(SHARE[kind] * SCENES))
-    ]
+    scenes = [sample_scene(rng, kind) for kind in KINDS for _ in range(round(SHARE[kind] * SCENES))]
     if not cache.exists():
         parts = []
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -111,7 +110,7 @@ def flux_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int, teacher: Any
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"sd": sd_loss, "sd3": sd3_loss, "flux": flux_loss}
-STEPS = {"sd": 6500, "sd3": 6000, "flux": 6000}
+STEPS = {"sd": 20000, "sd3": 14000, "flux": 14000}
 BATCH = {"sd": 32, "sd3": 48, "flux": 48}
 
 
@@ -138,7 +137,9 @@ def main() -> None:
         def loss(step: int) -> Tensor:
             pick = draw(start + step, batch)
             dropped = torch.rand(batch) < (0.0 if options else 0.1)
-            prompts = ["" if d else captions[i] for i, d in zip(pick.tolist(), dropped, strict=True)]
+            prompts = [
+                "" if d else captions[i] for i, d in zip(pick.tolist(), dropped, strict=True)
+            ]
             return LOSSES[family](pipe, latents[pick].float(), prompts, step, **options)
 
         return loss

@@ -3,9 +3,9 @@
     python -m diffalign.emoji_world.write_prompts
 
 prompts/{train,held_out}.txt: single objects, three and one prompts per object. prompts/eval_train
-and eval_held_out (.jsonl, with "category"): EmojiEval's six categories, about 448 prompts each. Held-out
-prompts ask for combinations that `scenes.held_out` reserves, which no model but the verifier has
-been trained on: a colour or background of an object, a number of it, or a pair of objects.
+and eval_held_out (.jsonl, with "category"): EmojiEval's six categories, about 448 prompts each.
+Held-out prompts ask for combinations that `scenes.held_out` reserves, which no pipeline has been
+trained on: a colour or background of an object, a number of it, or a pair of objects.
 """
 
 from __future__ import annotations
@@ -14,8 +14,20 @@ import json
 import random
 
 from .claims import parse
-from .scenes import ASSETS, BACKGROUNDS, COLOURS, OBJECTS, STYLES, Item, Scene, caption, held_out
-from .scenes import readable, reserved_colour, sample_scene
+from .scenes import (
+    ASSETS,
+    BACKGROUNDS,
+    COLOURS,
+    OBJECTS,
+    STYLES,
+    Item,
+    Scene,
+    caption,
+    held_out,
+    readable,
+    reserved_colour,
+    sample_scene,
+)
 
 PAIRS = 56  # prompts of each category that is not one per object
 

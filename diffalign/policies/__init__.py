@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 
 from ..dynamics import Levels
-from .base import Cond, Policy
+from .base import Cond, Policy, pixels_per_latent, text_options
+from .flux import FluxPolicy
+from .sd3 import SD3Policy
 from .unet import UNetPolicy
 
-__all__ = ["FAMILIES", "Cond", "Policy", "UNetPolicy", "check", "family", "load", "peek"]
+__all__ = [
+    "FAMILIES",
+    "Cond",
+    "Policy",
+    "check",
+    "check_tiny_vae",
+    "family",
+    "load",
+    "peek",
+    "pipeline",
+    "text_options",
+]
 
-FAMILIES: dict[str, type[Policy]] = {"StableDiffusionPipeline": UNetPolicy}
+FAMILIES: dict[str, type[Policy]] = {
+    "StableDiffusionPipeline": UNetPolicy,
+    "StableDiffusionXLPipeline": UNetPolicy,
+    "StableDiffusion3Pipeline": SD3Policy,
+    "FluxPipeline": FluxPolicy,
+}
 
 
 def check(name: str) -> None:
@@ -53,18 +72,66 @@ def family(name: str) -> type[Policy]:
     return FAMILIES[pipeline]
 
 
-def peek(name: str, steps: int) -> tuple[Levels, tuple[int, ...]]:
+def peek(name: str, steps: int, resolution: int | None = None) -> tuple[Levels, tuple[int, ...]]:
     """(K + 1,) levels and latent shape of a pipeline, without reading any weights."""
-    return family(name).peek(name, steps)
+    return family(name).peek(name, steps, resolution)
 
 
-def load(name: str, device: torch.device | str = "cpu", dtype: str = "float32") -> Policy:
-    """The policy of a local pipeline folder or a hub id such as "org/model".
-
-    dtype is that of the frozen network: float32 or bfloat16. Raises as `family` does.
-    """
-    kind = family(name)
+def pipeline(name: str, **options: Any) -> Any:
+    """The diffusers pipeline itself, of a local folder or hub id."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pipe = DiffusionPipeline.from_pretrained(name)
-    return kind(pipe, device, getattr(torch, dtype))
+    index: Any = DiffusionPipeline.load_config(name)
+    # diffusers asks for parts that were saved as none (SD3 without its T5) to be passed as None
+    parts = {key: None for key, value in index.items() if value == [None, None]}
+    with warnings.catch_warnings():
+        # torch_dtype is to become dtype, which our oldest diffusers does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return DiffusionPipeline.from_pretrained(name, **parts, **options)
+
+
+def load(
+    name: str,
+    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+    resolution: int | None = None,
+    train_all: bool = False,
+) -> Policy:
+    """The policy of a local pipeline folder or a hub id such as "org/model".
+
+    dtype is that of the frozen network and the text encoders: float32, bfloat16 or float16. With
+    train_all every weight of the denoiser trains: it is then kept in float32 and runs in dtype.
+    Raises as `family` does.
+    """
+    kind = family(name)
+    half = getattr(torch, dtype)
+    # in half precision some VAEs overflow
+    dtypes = {"default": half, "vae": torch.float32}
+    if train_all:
+        dtypes[kind.denoiser] = torch.float32
+    policy = kind(pipeline(name, torch_dtype=dtypes), device, half, resolution)
+    if train_all:
+        policy.network.requires_grad_(True)
+    return policy
+
+
+def check_tiny_vae(tiny: str, name: str) -> None:
+    """Refuse an AutoencoderTiny that does not decode the latents of the pipeline `name`."""
+    try:
+        given: Any = AutoencoderTiny.load_config(tiny)
+    except OSError as error:
+        raise ValueError(
+            f"model.tiny_vae={tiny!r} is neither the folder of an AutoencoderTiny nor a hub id "
+            f"that can be read: {error}"
+        ) from error
+    if given["_class_name"] != "AutoencoderTiny":
+        raise ValueError(f"model.tiny_vae={tiny!r} is a {given['_class_name']}, no AutoencoderTiny")
+    vae: Any = AutoencoderKL.load_config(name, subfolder="vae")
+    blocks = len(given["decoder_block_out_channels"]) - 1
+    found = given["latent_channels"], given["upsampling_scaling_factor"] ** blocks
+    needed = vae["latent_channels"], pixels_per_latent(vae)
+    if found != needed:
+        raise ValueError(
+            f"model.tiny_vae={tiny!r} decodes {found[0]} channels to {found[1]} pixels a latent, "
+            f"and the VAE of {name!r} {needed[0]} channels to {needed[1]}; use one made for it"
+        )

@@ -1,19 +1,23 @@
 """The contract between a diffusers pipeline and everything above it.
 
 A family file (`unet.py`, ...) says how its network is called and what its output means; the rest is
-here: classifier-free guidance, prompt cache, decoding and LoRA adapters.
+here: classifier-free guidance, prompt cache, decoding, trained weights and their copies.
 """
 
 from __future__ import annotations
 
+import copy
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar
 
 import torch
+from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..dynamics import Levels, Prediction
@@ -22,7 +26,10 @@ from . import lora
 
 @dataclass(frozen=True)
 class Cond:
-    """Text conditioning of n samples: tensors (n, ...) by name, of prompt and negative prompt."""
+    """Text conditioning of n samples: tensors (n, ...) by name, of prompt and negative prompt.
+
+    There is no negative where guidance makes no second branch.
+    """
 
     positive: dict[str, Tensor]
     negative: dict[str, Tensor]
@@ -38,47 +45,136 @@ class Cond:
         return len(next(iter(self.positive.values())))
 
 
+def latent_side(resolution: int, factor: int, patch: int = 1) -> int:
+    """Side of the latents of a picture of `resolution` pixels.
+
+    factor: pixels per latent. patch: latents per token of a transformer. Raises ValueError where
+    the resolution is no multiple of both.
+    """
+    step = factor * patch
+    if resolution % step:
+        valid = max(step, round(resolution / step) * step)
+        raise ValueError(
+            f"model.resolution={resolution} is not a multiple of {step}, the pixels of a "
+            f"{'latent' if patch == 1 else 'token'} of this model; the nearest is {valid}"
+        )
+    return resolution // factor
+
+
+def pixels_per_latent(vae: Mapping[str, Any]) -> int:
+    """The factor between the sides of picture and latents, from the config of a VAE."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def text_options(pipe: Any) -> dict[str, int]:
+    """What `pipe(...)` must be told to encode prompts as a policy does: its number of T5 tokens.
+
+    It is the pipeline's default, or less where its T5 tokenizer has a smaller maximum.
+    """
+    default = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
+    if default is None:
+        return {}
+    t5 = pipe.tokenizer_3 if "tokenizer_3" in pipe.components else pipe.tokenizer_2
+    most = default.default if t5 is None else t5.model_max_length
+    return {"max_sequence_length": min(default.default, most)}
+
+
 class Policy(ABC):
     """A text-to-image pipeline as a policy: what algorithms may ask of a model.
 
     Latents are float32 (n, *latent_shape); pictures are (n, 3, H, W) in [0, 1].
-    The frozen weights run in `dtype` under autocast; LoRA weights stay float32.
+    Frozen weights run in `dtype` under autocast; what is trained stays float32.
+
+    resolution: side of the pictures in pixels, None = the model's own.
     """
 
-    network: Any  # the denoiser, with the adapters on it
-    vae: Any
-    pipe: Any
-    latent_shape: tuple[int, ...]
+    denoiser: ClassVar[str] = "transformer"  # its name in the pipeline: unet | transformer
+    lora_targets: ClassVar[tuple[str, ...]]  # layers that get a LoRA where the config names none
+    uses_cfg: ClassVar[bool] = True  # False: guidance is an input of the network, or there is none
+    max_sequence_length: int | None = None  # T5 tokens a prompt; None = as the pipeline has it
+    zero_negative = False  # an empty negative prompt is zeros instead of the embedding of ""
     parametrise: Callable[[Tensor, Tensor, Levels], Prediction]  # (x, network output, level)
 
-    def __init__(self, pipe: Any, device: torch.device | str, dtype: torch.dtype):
-        self.pipe = pipe
+    def __init__(
+        self,
+        pipe: Any,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        resolution: int | None = None,
+    ):
+        self.pipe: Any = pipe.to(device)
         self.device = torch.device(device)
         self.dtype = dtype
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
+        self.network: Any = getattr(pipe, self.denoiser)  # with the adapters on it
+        self.vae: Any = pipe.vae
+        self.tiny_vae: Any = None
+        scheduler = pipe.scheduler
+        self.schedule_config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        self.latent_shape = self.shape(self.network.config, self.vae.config, resolution)
+        self.resolution = resolution
         self.decode_batch = 16
         self.calls = 0  # samples through the denoiser so far, both branches of CFG counted
         self._prompts: dict[str, dict[str, Tensor]] = {}
+        self._copies: dict[str, Any] = {}  # of a wholly trained network: "base", "old", ...
 
     @classmethod
     @abstractmethod
-    def peek(cls, name: str, steps: int) -> tuple[Levels, tuple[int, ...]]:
-        """Levels of a sampling run and shape of a latent, from the pipeline's configs alone."""
+    def shape(
+        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
+    ) -> tuple[int, ...]:
+        """Shape of a latent, from the configs of denoiser and VAE; refuses what cannot be run."""
 
+    @classmethod
     @abstractmethod
-    def levels(self, steps: int) -> Levels:
-        """The (steps + 1,) levels of a sampling run, from noise to data."""
+    def schedule(cls, config: dict[str, Any], steps: int, shape: tuple[int, ...]) -> Levels:
+        """The (steps + 1,) levels of a run, noise to data, from the scheduler's config.
+
+        `config["_class_name"]` is the scheduler's class; shape is that of a latent.
+        """
 
     @abstractmethod
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         """Text embeddings (n, ...) by name, as `call` wants them."""
 
     @abstractmethod
-    def call(self, x: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
-        """Raw network output for `x` (n, *latent), `t` (n,) and embeddings (n, ...)."""
+    def call(self, x: Tensor, t: Tensor, text: dict[str, Tensor], guidance: float) -> Tensor:
+        """Raw network output for `x` (n, *latent), `t` (n,) and embeddings (n, ...).
+
+        guidance is for networks that take it as an input (`uses_cfg = False`); others ignore it.
+        """
+
+    @classmethod
+    def peek(
+        cls, name: str, steps: int, resolution: int | None = None
+    ) -> tuple[Levels, tuple[int, ...]]:
+        """Levels of a sampling run and shape of a latent, from the pipeline's configs alone."""
+        # load_config only reads a JSON file, of whatever class
+        network: Any = UNet2DConditionModel.load_config(name, subfolder=cls.denoiser)
+        vae: Any = AutoencoderKL.load_config(name, subfolder="vae")
+        scheduler: Any = DDIMScheduler.load_config(name, subfolder="scheduler")
+        shape = cls.shape(network, vae, resolution)
+        return cls.schedule(scheduler, steps, shape), shape
+
+    def levels(self, steps: int) -> Levels:
+        """The (steps + 1,) levels of a sampling run, from noise to data."""
+        return self.schedule(self.schedule_config, steps, self.latent_shape).to(self.device)
 
     def encode(self, prompts: Sequence[str], negative: str = "") -> Cond:
-        """Conditioning of `prompts`; every distinct text goes through the encoders once per run."""
-        missing = [p for p in dict.fromkeys([*prompts, negative]) if p not in self._prompts]
+        """Conditioning of `prompts`; every distinct text goes through the encoders once per run.
+
+        Raises RuntimeError for a new text once the encoders are freed.
+        """
+        zeros = self.zero_negative and not negative
+        texts = [*prompts, *([negative] if self.uses_cfg and not zeros else [])]
+        missing = [p for p in dict.fromkeys(texts) if p not in self._prompts]
+        if missing and not self.has_text_encoders:
+            raise RuntimeError(
+                f"the prompt {missing[0]!r} was not encoded before the text encoders were freed; "
+                "set model.free_text_encoders=false to encode prompts at any time"
+            )
         for start in range(0, len(missing), 64):
             chunk = missing[start : start + 64]
             with torch.no_grad():
@@ -87,21 +183,38 @@ class Policy(ABC):
                 self._prompts[prompt] = {k: v[i].cpu() for k, v in embedded.items()}
 
         def rows(texts: Sequence[str]) -> dict[str, Tensor]:
-            names = self._prompts[negative]
+            names = self._prompts[texts[0]]
             return {
                 k: torch.stack([self._prompts[p][k] for p in texts]).to(self.device) for k in names
             }
 
-        return Cond(rows(prompts), rows([negative] * len(prompts)))
+        positive = rows(prompts)
+        if not self.uses_cfg:
+            return Cond(positive, {})
+        if zeros:
+            return Cond(positive, {k: torch.zeros_like(v) for k, v in positive.items()})
+        return Cond(positive, rows([negative] * len(prompts)))
+
+    @property
+    def has_text_encoders(self) -> bool:
+        return any(v is not None for k, v in self.pipe.components.items() if "text_encoder" in k)
+
+    def free_text_encoders(self) -> None:
+        """Drop the text encoders from memory; texts encoded so far stay known."""
+        names = [k for k in self.pipe.components if "text_encoder" in k]
+        self.pipe.register_modules(**dict.fromkeys(names))
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def predict(self, x: Tensor, level: Levels, cond: Cond, guidance: float = 1.0) -> Prediction:
         """The network's view of `x` (n, *latent) at `level` (one level, or one a sample).
 
-        guidance w != 1 is classifier-free guidance `u + w (c - u)` (arXiv 2207.12598) on the raw
-        output, both branches in one call. float32; carries gradient where grad is enabled.
+        guidance w > 1 is classifier-free guidance `u + w (c - u)` (arXiv 2207.12598) on the raw
+        output, both branches in one call; w <= 1 is off, as in diffusers. Where `uses_cfg` is
+        False the network gets w instead. float32; carries gradient where grad is enabled.
         """
         t = level.t.to(self.device).expand(len(x)) if level.t.ndim == 0 else level.t.to(self.device)
-        guided = guidance != 1.0
+        guided = self.uses_cfg and guidance > 1
         text = cond.positive
         if guided:
             x_in, t = torch.cat([x, x]), torch.cat([t, t])
@@ -110,7 +223,7 @@ class Policy(ABC):
             x_in = x
         self.calls += len(x_in)
         with self.autocast():
-            output = self.call(x_in, t, text).float()
+            output = self.call(x_in, t, text, guidance).float()
         if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance * (conditional - unconditional)
@@ -121,36 +234,140 @@ class Policy(ABC):
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
-    def decode(self, x0: Tensor, differentiable: bool = False) -> Tensor:
+    def decode(self, x0: Tensor, differentiable: bool = False, tiny: bool = False) -> Tensor:
         """Pictures (n, 3, H, W) in [0, 1] of clean latents (n, *latent).
 
         Slices of `decode_batch` bound the memory; with `differentiable` the graph to `x0` is kept.
+        tiny: by the tiny VAE, where one was given.
         """
+        vae = self.tiny_vae if tiny and self.tiny_vae is not None else self.vae
         with torch.set_grad_enabled(differentiable):
-            return torch.cat([self._decode(chunk) for chunk in x0.split(self.decode_batch)])
+            return torch.cat([self._decode(chunk, vae) for chunk in x0.split(self.decode_batch)])
 
-    def _decode(self, x0: Tensor) -> Tensor:
-        config = self.vae.config
-        x0 = x0 / config.scaling_factor + (getattr(config, "shift_factor", None) or 0.0)
-        image = self.vae.decode(x0.to(self.vae.dtype)).sample.float()
+    def _decode(self, x0: Tensor, vae: Any) -> Tensor:
+        # a tiny VAE takes latents as the denoiser has them, and says so by a scale of 1
+        x0 = x0 / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        image = vae.decode(x0.to(vae.dtype)).sample.float()
         return (image / 2 + 0.5).clamp(0, 1)
 
+    def add_tiny_vae(self, name: str) -> None:
+        """Have `decode(tiny=True)` use the AutoencoderTiny of a local folder or hub id."""
+        vae: Any = AutoencoderTiny.from_pretrained(name)
+        self.tiny_vae = vae.to(self.device).requires_grad_(False).eval()
+
+    def add_lora(
+        self,
+        rank: int,
+        alpha: float | None = None,
+        targets: Sequence[str] | None = None,
+        seed: int = 0,
+        name: str = "default",
+    ) -> None:
+        """Train a LoRA, see `lora.add`; targets None are those of the family."""
+        lora.add(self.network, rank, alpha, targets or self.lora_targets, seed, name)
+
+    @property
+    def is_lora(self) -> bool:
+        return bool(getattr(self.network, "peft_config", None))
+
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """The float32 weights of the adapter in use, in a fixed order."""
+        """The float32 weights that train, in a fixed order."""
         return [p for p in self.network.parameters() if p.requires_grad]
+
+    def state_dict(self, name: str = "default") -> dict[str, Tensor]:
+        """What was trained, or its copy `name`, on the CPU: A and B of a LoRA, or all weights."""
+        if self.is_lora:
+            return lora.state_dict(self.network, name)
+        network = self.network if name == "default" else self._copies[name]
+        return {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+
+    def load_state_dict(self, state: dict[str, Tensor], name: str = "default") -> None:
+        if self.is_lora:
+            lora.load_state_dict(self.network, state, name)
+        else:
+            network = self.network if name == "default" else self._copies[name]
+            network.load_state_dict(state)
+
+    def add_copy(self, name: str) -> None:
+        """Keep a frozen copy of what is trained, as it is now, for `adapter(name)`.
+
+        Of a LoRA this is small; of a wholly trained network it is as large as the network.
+        """
+        if self.is_lora:
+            config = self.network.peft_config["default"]
+            targets = sorted(config.target_modules)
+            lora.add(self.network, config.r, config.lora_alpha, targets, 0, name)
+            lora.load_state_dict(self.network, lora.state_dict(self.network), name)
+        else:
+            self._copies[name] = copy.deepcopy(self.network).requires_grad_(False)
+
+    def weights(self, name: str = "default") -> list[nn.Parameter]:
+        """The weights of what is trained, or of its copy, in the order of
+        `trainable_parameters`."""
+        if self.is_lora:
+            return [p for n, p in self.network.named_parameters() if f".{name}." in n]
+        return list((self.network if name == "default" else self._copies[name]).parameters())
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The frozen base model: every adapter off."""
-        with lora.disabled(self.network):
+        """The base model: a LoRA is off; of a wholly trained network the base is read again.
+
+        The latter costs the memory of a second denoiser from the first use on, until
+        `forget("base")`.
+        """
+        if self.is_lora:
+            with lora.disabled(self.network):
+                yield
+            return
+        if "base" not in self._copies:
+            base = type(self.network).from_pretrained(
+                self.pipe.config._name_or_path, subfolder=self.denoiser
+            )
+            self._copies["base"] = base.to(self.network.device).requires_grad_(False).eval()
+        with self._instead(self._copies["base"]):
             yield
 
     @contextmanager
     def adapter(self, name: str) -> Iterator[None]:
-        """The adapter `name` in place of "default", e.g. "old" or "ema"."""
-        with lora.active(self.network, name):
-            yield
+        """The copy `name` in place of what is trained, e.g. "old" or "ema"."""
+        if self.is_lora:
+            with lora.active(self.network, name):
+                yield
+        else:
+            with self._instead(self._copies[name]):
+                yield
 
-    @abstractmethod
-    def save_lora(self, folder: Path) -> Path:
-        """Write the weights file that `pipe.load_lora_weights(folder)` reads; returns its path."""
+    @contextmanager
+    def _instead(self, network: Any) -> Iterator[None]:
+        # another module rather than other weights in this one: graphs made inside stay right
+        trained, self.network = self.network, network
+        try:
+            yield
+        finally:
+            self.network = trained
+
+    def forget(self, name: str) -> None:
+        """Free the copy `name` of a wholly trained network, if there is one."""
+        self._copies.pop(name, None)
+
+    def save(self, folder: Path) -> Path:
+        """Write what was trained as diffusers reads it; returns the path of the file or folder.
+
+        A LoRA is the file that `pipe.load_lora_weights(folder)` reads; a wholly trained denoiser is
+        a folder for `from_pretrained(folder, subfolder=self.denoiser)`.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder) as temporary:
+            written, target = Path(temporary) / lora.WEIGHTS, folder / lora.WEIGHTS
+            if not self.is_lora:
+                written, target = Path(temporary) / self.denoiser, folder / self.denoiser
+                self.network.save_pretrained(written)
+                target.mkdir(exist_ok=True)
+                for file in written.iterdir():
+                    file.chmod(0o644)
+                    file.replace(target / file.name)
+                return target
+            layers = {f"{self.denoiser}_lora_layers": lora.exported(self.network)}
+            self.pipe.save_lora_weights(temporary, **layers)
+            written.chmod(0o644)  # safetensors writes for the owner alone
+            return written.replace(target)

@@ -1,62 +1,89 @@
-"""Stable Diffusion 1.x and 2.x: a UNet that predicts noise or v on a DDPM schedule."""
+"""Stable Diffusion 1.x, 2.x and XL: a UNet that predicts noise or v on a DDPM schedule."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..dynamics import Levels, Prediction
-from . import lora
-from .base import Policy
+from .base import Policy, latent_side, pixels_per_latent
 
 PARAMETRISATIONS = {"epsilon": Prediction.from_epsilon, "v_prediction": Prediction.from_v}
 
 
-def latent_shape(config: Any) -> tuple[int, int, int]:
-    """(channels, height, width) of the latents a UNet config was made for."""
-    size = config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else size
-    return config["in_channels"], height, width
-
-
 class UNetPolicy(Policy):
-    """`StableDiffusionPipeline` (2112.10752) as a policy: epsilon or v-prediction, VP levels.
+    """`StableDiffusionPipeline` (2112.10752) and `StableDiffusionXLPipeline` (2307.01952), one-step
+    distillations of them (SD-Turbo, SDXL-Turbo, 2311.17042) included: epsilon or v, VP levels.
 
     The noise schedule and the spacing of the timesteps are the pipeline's own, read as DDIM; other
-    samplers of the hub's configuration (PNDM, Euler) only differ in how they integrate.
+    samplers of the hub's configuration (PNDM, Euler) only differ in how they integrate, and Euler
+    starts from noise of scale `sigma` where DDIM starts from scale 1.
+
+    A LoRA goes to all attention projections, as in DDPO and AlignProp. Left out: convolutions, time
+    embedding, the feed-forward of the transformer blocks and their proj_in and proj_out.
     """
 
-    def __init__(self, pipe: Any, device: torch.device | str, dtype: torch.dtype):
-        super().__init__(pipe.to(device), device, dtype)
-        self.network, self.vae = pipe.unet.eval(), pipe.vae.eval()
-        for part in (pipe.unet, pipe.vae, pipe.text_encoder):
-            part.requires_grad_(False)
-        # only the denoiser: in half precision some VAEs overflow
-        if dtype != torch.float32:
-            self.network.to(dtype)
-        self.scheduler: Any = DDIMScheduler.from_config(pipe.scheduler.config)
-        config = self.scheduler.config
-        if config.prediction_type not in PARAMETRISATIONS:
-            raise ValueError(
-                f"prediction_type={config.prediction_type!r} of the scheduler is not supported; "
-                f"known: {', '.join(PARAMETRISATIONS)}"
-            )
-        self.parametrise = PARAMETRISATIONS[config.prediction_type]
-        self.latent_shape = latent_shape(pipe.unet.config)
+    denoiser = "unet"
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    @staticmethod
-    def schedule(scheduler: DDIMScheduler, steps: int) -> Levels:
+    def __init__(
+        self,
+        pipe: Any,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        resolution: int | None = None,
+    ):
+        super().__init__(pipe, device, dtype, resolution)
+        self.parametrise = PARAMETRISATIONS[pipe.scheduler.config.prediction_type]
+        self.zero_negative = pipe.config.get("force_zeros_for_empty_prompt", False)
+        self.is_xl = self.network.config.addition_embed_type == "text_time"
+        factor = pixels_per_latent(self.vae.config)
+        height, width = (side * factor for side in self.latent_shape[1:])
+        # original size, crop corner, target size
+        self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device)
+
+    @classmethod
+    def shape(
+        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
+    ) -> tuple[int, ...]:
+        if network.get("time_cond_proj_dim") is not None:
+            raise ValueError(
+                "this UNet takes the guidance scale as an input (time_cond_proj_dim), as latent "
+                "consistency models do, and these are not supported; use the model it was "
+                "distilled from, or a Turbo model"
+            )
+        size = network["sample_size"]
+        height, width = (size, size) if isinstance(size, int) else size
+        if resolution is not None:
+            height = width = latent_side(resolution, pixels_per_latent(vae))
+        return network["in_channels"], height, width
+
+    @classmethod
+    def schedule(cls, config: dict[str, Any], steps: int, shape: tuple[int, ...]) -> Levels:
         """VP levels `alpha = sqrt(abar_t)`, `sigma = sqrt(1 - abar_t)` at the scheduler's
         timesteps.
 
         The state after step i is at the timestep of step i + 1. diffusers steps to `t - 1000 //
         steps` instead, which is the same whenever `steps` divides the number of training timesteps.
         """
+        name, kind = config["_class_name"], config.get("prediction_type", "epsilon")
+        if "beta_start" not in config:
+            raise ValueError(f"{name} has no DDPM noise schedule; use a pipeline with e.g. DDIM")
+        if kind not in PARAMETRISATIONS:
+            raise ValueError(
+                f"prediction_type={kind!r} of the scheduler is not supported; "
+                f"known: {', '.join(PARAMETRISATIONS)}"
+            )
+        # Turbo models carry set_alpha_to_one=False for a sampler that ends at sigma 0 anyway
+        if "set_alpha_to_one" not in inspect.signature(getattr(diffusers, name)).parameters:
+            config = config | {"set_alpha_to_one": True}
+        scheduler: Any = DDIMScheduler.from_config(config)
         scheduler.set_timesteps(steps)
         t = scheduler.timesteps.cpu()
         final = torch.as_tensor(scheduler.final_alpha_cumprod).reshape(1).cpu()
@@ -64,27 +91,17 @@ class UNetPolicy(Policy):
         t = torch.cat([t, torch.zeros(1, dtype=t.dtype)])
         return Levels(t.float(), abar.sqrt().float(), (1 - abar).sqrt().float())
 
-    @classmethod
-    def peek(cls, name: str, steps: int) -> tuple[Levels, tuple[int, ...]]:
-        scheduler: Any = DDIMScheduler.from_pretrained(name, subfolder="scheduler")
-        config = UNet2DConditionModel.load_config(name, subfolder="unet")
-        return cls.schedule(scheduler, steps), latent_shape(config)
-
-    def levels(self, steps: int) -> Levels:
-        return self.schedule(self.scheduler, steps).to(self.device)
-
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
-        embeds, _ = self.pipe.encode_prompt(prompts, self.device, 1, False)
-        return {"prompt": embeds}
+        embedded = self.pipe.encode_prompt(
+            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        return {"prompt": embedded[0]} | ({"pooled": embedded[2]} if self.is_xl else {})
 
-    def call(self, x: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
+    def call(self, x: Tensor, t: Tensor, text: dict[str, Tensor], guidance: float) -> Tensor:
+        added = None
+        if self.is_xl:
+            added = {"text_embeds": text["pooled"], "time_ids": self.time_ids.expand(len(x), -1)}
         embeds = text["prompt"].to(self.dtype)
-        return self.network(x.to(self.dtype), t, encoder_hidden_states=embeds).sample
-
-    def save_lora(self, folder: Path) -> Path:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder) as temporary:
-            self.pipe.save_lora_weights(temporary, unet_lora_layers=lora.exported(self.network))
-            written = Path(temporary) / lora.WEIGHTS
-            written.chmod(0o644)  # safetensors writes for the owner alone
-            return written.replace(folder / lora.WEIGHTS)
+        return self.network(
+            x.to(self.dtype), t, encoder_hidden_states=embeds, added_cond_kwargs=added
+        ).sample

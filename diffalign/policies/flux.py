@@ -1,0 +1,79 @@
+"""FLUX.1 dev and schnell: a rectified-flow transformer on packed latents, with CLIP and T5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..dynamics import Levels, Prediction
+from .base import Policy, latent_side, pixels_per_latent
+from .flow import PATCH, flow_levels
+
+
+class FluxPolicy(Policy):
+    """`FluxPipeline` as a policy: u = noise - data; guidance is an input (dev) or absent (schnell).
+
+    There is no second branch: dev is distilled from classifier-free guidance (arXiv 2210.03142) and
+    takes its scale as an embedding; schnell ignores the scale, as in diffusers. True CFG with a
+    negative prompt, ControlNets and IP-adapters are not supported.
+
+    Above the policy latents are (n, C, H, W); packing 2×2 of them into tokens happens in `call`.
+    The LoRA targets are Flow-GRPO's: attention and MLPs of the double-stream blocks; of the
+    single-stream blocks the references train attention's q, k, v alone, and leave out their
+    `proj_mlp` and `proj_out`, and all modulation.
+    """
+
+    uses_cfg = False
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
+    )  # fmt: skip
+    parametrise = staticmethod(Prediction.from_flow)
+
+    @classmethod
+    def shape(
+        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
+    ) -> tuple[int, ...]:
+        # the transformer has no size of its own; the VAE's sample_size is 1024 for FLUX.1
+        side = latent_side(resolution or vae["sample_size"], pixels_per_latent(vae), PATCH)
+        return network["in_channels"] // PATCH**2, side, side
+
+    @classmethod
+    def schedule(cls, config: dict[str, Any], steps: int, shape: tuple[int, ...]) -> Levels:
+        return flow_levels(config, steps, shape, linspace=True)
+
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        length = self.max_sequence_length
+        if length is None:
+            length = min(512, self.pipe.tokenizer_2.model_max_length)
+        tokens, pooled, _ = self.pipe.encode_prompt(
+            prompts, None, device=self.device, max_sequence_length=length
+        )
+        return {"prompt": tokens, "pooled": pooled}
+
+    def call(self, x: Tensor, t: Tensor, text: dict[str, Tensor], guidance: float) -> Tensor:
+        n, channels, height, width = x.shape
+        rows, columns = height // PATCH, width // PATCH
+        # (row, column) of every token in the last two places; text tokens are all at the origin
+        places = torch.zeros(rows, columns, 3, device=x.device)
+        places[..., 1] += torch.arange(rows, device=x.device)[:, None]
+        places[..., 2] += torch.arange(columns, device=x.device)
+        packed = x.view(n, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
+        scale = None
+        if self.network.config.guidance_embeds:
+            scale = torch.full((n,), float(guidance), device=x.device)
+        out = self.network(
+            packed.reshape(n, rows * columns, -1).to(self.dtype),
+            timestep=t / 1000,
+            guidance=scale,
+            encoder_hidden_states=text["prompt"].to(self.dtype),
+            pooled_projections=text["pooled"].to(self.dtype),
+            img_ids=places.view(-1, 3),
+            txt_ids=torch.zeros(text["prompt"].shape[1], 3, device=x.device),
+        ).sample
+        grid = out.view(n, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+        return grid.reshape(n, channels, height, width)

@@ -1,0 +1,71 @@
+"""Stable Diffusion 3 and 3.5: a rectified-flow transformer with two CLIPs and, optionally, a T5."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..dynamics import Levels, Prediction
+from .base import Policy, latent_side, pixels_per_latent
+from .flow import flow_levels
+
+
+class SD3Policy(Policy):
+    """`StableDiffusion3Pipeline` (arXiv 2403.03206) as a policy: u = noise - data, with CFG.
+
+    The LoRA targets are Flow-GRPO's: the attention projections of both streams. It leaves out the
+    MLPs, the modulation (adaLN) and the second attention `attn2` of SD3.5-medium's first blocks.
+    Skip-layer guidance (SD3.5-medium) and IP-adapters are not supported.
+    """
+
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
+    parametrise = staticmethod(Prediction.from_flow)
+
+    @classmethod
+    def shape(
+        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
+    ) -> tuple[int, ...]:
+        side, patch = network["sample_size"], network["patch_size"]
+        if resolution is not None:
+            side = latent_side(resolution, pixels_per_latent(vae), patch)
+        largest = network["pos_embed_max_size"] * patch
+        if side > largest:
+            raise ValueError(
+                f"model.resolution={resolution} needs {side // patch} tokens a side, and this "
+                f"model has positions for {largest // patch}; use "
+                f"{largest * pixels_per_latent(vae)} pixels at most"
+            )
+        return network["in_channels"], side, side
+
+    @classmethod
+    def schedule(cls, config: dict[str, Any], steps: int, shape: tuple[int, ...]) -> Levels:
+        return flow_levels(config, steps, shape, linspace=False)
+
+    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Without a T5 the pipeline appends as many zero tokens as a T5 prompt would have."""
+        length = self.max_sequence_length
+        if length is None:
+            t5 = self.pipe.tokenizer_3
+            length = min(256, t5.model_max_length) if t5 is not None else 256
+        tokens, _, pooled, _ = self.pipe.encode_prompt(
+            prompts,
+            None,
+            None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=length,
+        )
+        return {"prompt": tokens, "pooled": pooled}
+
+    def call(self, x: Tensor, t: Tensor, text: dict[str, Tensor], guidance: float) -> Tensor:
+        return self.network(
+            x.to(self.dtype),
+            timestep=t,
+            encoder_hidden_states=text["prompt"].to(self.dtype),
+            pooled_projections=text["pooled"].to(self.dtype),
+        ).sample
