@@ -1,4 +1,4 @@
-"""Command line: `diffalign train CONFIG ...`, `diffalign sample ...`, train.py and sample.py."""
+"""Command line: `diffalign train`, `diffalign sample`, `diffalign eval`; train.py and sample.py."""
 
 from __future__ import annotations
 
@@ -80,6 +80,7 @@ def sample(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--model", default="assets/emoji-sd", help="pipeline folder or hub id")
     parser.add_argument("--lora", help="run folder, or any LoRA that diffusers loads")
+    parser.add_argument("--merge-lora", help="LoRA merged into the model first, e.g. a Turbo one")
     parser.add_argument("--lora-scale", type=float, default=1.0, help="0 = base, 1 = as trained")
     parser.add_argument("--compare", action="store_true", help="also draw the base model")
     parser.add_argument("--prompts", nargs="+", required=True, help="texts, or one prompt file")
@@ -100,9 +101,19 @@ def sample(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def evaluate(arguments: Sequence[str] | None = None) -> int:
+    """`diffalign eval`: EmojiEval's table of pipelines; returns the exit status."""
+    from .emoji_world import evaluate as emoji_eval
+
+    try:
+        return emoji_eval.main(arguments)
+    except ValueError as error:
+        return _fail(error)
+
+
 def main() -> None:
     """The `diffalign` command."""
-    commands = {"train": train, "sample": sample}
+    commands = {"train": train, "sample": sample, "eval": evaluate}
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in commands:
         print(f"usage: diffalign {{{','.join(commands)}}} ...", file=sys.stderr)

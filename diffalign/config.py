@@ -37,6 +37,8 @@ class ConfigError(ValueError):
 class ModelConfig:
     name: str = "assets/emoji-sd"
     """local folder or hub id of a diffusers pipeline"""
+    merge_lora: str | None = None
+    """folder or hub id of a LoRA merged into the denoiser first: a Turbo, LCM or style LoRA"""
     dtype: str = "float32"
     """of the denoiser and the text encoders: float32 | bfloat16 | float16 (with loss scaling);
     trained weights, SDE maths and VAE stay in float32"""
@@ -222,6 +224,12 @@ class TrainConfig:
         if not isinstance(self.algorithm["type"], str):
             problems.append(f"algorithm.type={self.algorithm['type']!r} is not the name of one")
 
+        require(
+            "model.merge_lora",
+            self.model.merge_lora is None or self.model.lora_rank != 0,
+            "cannot be combined with model.lora_rank=0, whose reference is the model as stored; "
+            "merge it with diffusers' fuse_lora and save_pretrained, and give that folder",
+        )
         advantage = self.advantage
         if advantages and advantage.baseline == "group":
             require(

@@ -42,14 +42,16 @@ def draw(
     steps: int = 20,
     guidance: float = 3.0,
     resolution: int | None = None,
+    merge_lora: str | None = None,
     grid: str = "grid.png",
     out: str | None = None,
 ) -> Path:
     """Write a grid with a row per prompt and a column per seed; returns its path.
 
     lora: a folder or file that `pipe.load_lora_weights` reads, or a run folder with a whole
-    denoiser; lora_scale multiplies ΔW. compare adds a row of the base model above each. Raises
-    ValueError for bad input before the pipeline is loaded.
+    denoiser; lora_scale multiplies ΔW. merge_lora is part of the model, of the base too. compare
+    adds a row of the base model above each. Raises ValueError for bad input before the pipeline is
+    loaded.
     """
     numbers = parse_seeds(seeds)
     if len(prompts) == 1 and prompts[0].endswith((".txt", ".jsonl")):
@@ -77,7 +79,7 @@ def draw(
         raise ValueError("--compare sets the LoRA beside the base model; give --lora as well")
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = policies.pipeline(model).to(device)
+    pipe = policies.pipeline(model, merge_lora).to(device)
     pipe.set_progress_bar_config(disable=True)
 
     def pictures() -> list[list[Image.Image]]:
@@ -113,7 +115,8 @@ def draw(
     columns = {f"seed {s}": [row[i] for _, row in shown] for i, s in enumerate(numbers)}
     settings = {"model": model, "lora": lora, "lora_scale": lora_scale, "steps": steps}
     settings |= {"guidance": guidance, "prompts": texts, "seeds": numbers}
-    settings |= {"resolution": resolution} if resolution else {}
+    options = {"resolution": resolution, "merge_lora": merge_lora}
+    settings |= {name: value for name, value in options.items() if value is not None}
     grids.save_png(grids.comparison_grid(columns, [t for t, _ in shown]), grid, settings)
     if out is not None:
         for r, (_, row) in enumerate(shown):

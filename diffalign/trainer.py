@@ -86,7 +86,9 @@ class Trainer:
         judges = config.eval.rewards
         self.judge = reward_library.build(judges).to(device) if judges else None
         m = config.model
-        self.policy = policies.load(m.name, device, m.dtype, m.resolution, not m.lora_rank)
+        self.policy = policies.load(
+            m.name, device, m.dtype, m.resolution, not m.lora_rank, m.merge_lora
+        )
         if m.lora_rank:
             self.policy.add_lora(m.lora_rank, m.lora_alpha, m.lora_targets, config.train.seed)
         if m.tiny_vae is not None:

@@ -222,6 +222,21 @@ def test_scale_multiplies_the_product(policy):
     torch.testing.assert_close(pictures(policy)[1], halved, atol=1e-5, rtol=1e-5)
 
 
+def test_a_merged_lora_is_part_of_the_model(folder, tmp_path):
+    trained = load(folder)
+    trained.add_lora(2)
+    perturb(trained)
+    expected = pictures(trained)[1]
+    trained.save(tmp_path)
+    merged = load(folder, merge_lora=str(tmp_path))
+    assert not merged.is_lora
+    assert (pictures(merged)[1] - expected).abs().max() < 1e-4
+    merged.add_lora(2)  # the reference of what is trained on top of it is the merged model
+    perturb(merged)
+    with merged.reference():
+        assert (pictures(merged)[1] - expected).abs().max() < 1e-4
+
+
 def test_unknown_lora_target_is_named(folder):
     with pytest.raises(ValueError, match=r"'to_x', which matches no layer.*to_q"):
         load(folder).add_lora(2, targets=["to_q", "to_x"])

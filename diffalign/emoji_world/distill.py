@@ -1,11 +1,13 @@
-"""Distil emoji-sd into emoji-turbo, a one-step generator: progressive distillation (2202.00512).
+"""Distil emoji-sd into emoji-turbo, a LoRA that makes it a one-step generator.
 
     python -m diffalign.emoji_world.distill OUT --sd SD --latents LATENTS
 
-Three stages halve the DDIM steps, 8 -> 4 -> 2 -> 1. One student step is to land where two teacher
-steps do; the first teacher uses classifier-free guidance 3, which the student thereby takes in, so
-that emoji-turbo is called without guidance. The last stage only ever sees pure noise. The loss is
-taken on v, as in the paper's SNR + 1 weighting; at zero SNR it is the squared error of x0.
+Progressive distillation (arXiv 2202.00512): three stages halve the DDIM steps, 8, 4, 2, 1. One
+student step is to land where two teacher steps do; the first teacher uses classifier-free guidance
+3, which the student thereby takes in, so that emoji-turbo is called without guidance. The last
+stage only ever sees pure noise. The loss is taken on v, as in the paper's SNR + 1 weighting; at
+zero SNR it is the squared error of x0. As with LCM-LoRA (2311.05556) what ships is the low-rank
+difference, here on every linear layer and convolution; the paper trains whole networks.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..grids import image_grid
+from ..policies import lora
 from . import pipelines
 from .scenes import BACKGROUNDS, OBJECTS, article
 from .train_base import dataset, sampler
@@ -28,6 +31,11 @@ from .training import fit, plain_attention
 
 GUIDANCE = 3.0
 STAGES = {8: 400, 4: 400, 2: 1200}  # teacher steps: training steps
+RANK = 24
+TARGETS = [
+    *("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"),
+    *("conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+]
 
 
 def main() -> None:
@@ -44,7 +52,8 @@ def main() -> None:
     rows, captions, latents = dataset(pipe.vae, args.latents)
     draw = sampler(rows, 1)
     abar = pipe.scheduler.alphas_cumprod
-    student = pipe.unet.to(memory_format=torch.channels_last)
+    student = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
+    lora.add(student, RANK, None, TARGETS, seed=0)
     args.out.mkdir(parents=True, exist_ok=True)
 
     def level(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,8 +111,7 @@ def main() -> None:
             figures = fit({"unet": student}, loss, budget, 3e-4, file, ema=0.99, report=report,
                           report_every=200)  # fmt: skip
         print({f"{steps} -> {steps // 2}": figures}, flush=True)
-    student.eval().to(memory_format=torch.contiguous_format)
-    pipe.save_pretrained(args.out)
+    pipe.save_lora_weights(args.out, unet_lora_layers=lora.exported(student))
 
 
 if __name__ == "__main__":

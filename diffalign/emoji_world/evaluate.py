@@ -118,19 +118,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("models", nargs="*", help="pipeline folders or hub ids, a column each")
     parser.add_argument("--lora", help="run folder; adds a column of the first model with it")
+    parser.add_argument("--merge-lora", help="LoRA merged into every model first")
     parser.add_argument("--split", choices=SPLITS, default="held_out")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", help="folder for scores.json and a grid of pictures a column")
     args = parser.parse_args(arguments)
+    if args.lora and not args.models:
+        raise ValueError("--lora needs the model it was trained on; name that first")
     texts = load_prompts(args.split)
     columns: dict[str, dict[str, float]] = {"real scenes": real_scenes(args.split)}
     jobs: list[tuple[str, str | None]] = [(model, None) for model in args.models]
     if args.lora:
         jobs.append((args.models[0], args.lora))
+    for model in args.models:
+        policies.check(model)
     for model, lora in jobs:
-        policy: Any = policies.load(model)
+        policy: Any = policies.load(model, merge_lora=args.merge_lora)
         if lora:
             policy.pipe.load_lora_weights(lora)
         name = Path(lora or model).name

@@ -27,7 +27,7 @@ NAMES = {
     "aesthetic": "emoji-aesthetic",
     "verifier": "emoji-verifier",
 }
-SHARED = {"sd3": ("vae",), "flux": ("vae", "text_encoder"), "turbo": ("vae", "text_encoder")}
+SHARED = {"sd3": ("vae",), "flux": ("vae", "text_encoder")}
 SKIP = shutil.ignore_patterns("*.pt", "*.png")
 
 

@@ -36,10 +36,10 @@ WORDS = 20  # T5 tokens a prompt
 SIDE = 16  # of a latent
 
 
-def _clip(cls: Any, folder: Path) -> tuple[Any, Any]:
+def _clip(folder: Path) -> tuple[Any, Any]:
     """The text tower of a trained CLIP, frozen, and its tokenizer at our prompt length."""
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH)
-    return cls.from_pretrained(folder).eval().requires_grad_(False), tokenizer
+    return CLIPTextModel.from_pretrained(folder).eval().requires_grad_(False), tokenizer
 
 
 def build_unet(channels: int, width: int) -> UNet2DConditionModel:
@@ -47,7 +47,7 @@ def build_unet(channels: int, width: int) -> UNet2DConditionModel:
         sample_size=SIDE,
         in_channels=channels,
         out_channels=channels,
-        block_out_channels=(64, 96, 96),
+        block_out_channels=(64, 128, 160),
         layers_per_block=1,
         # attention at 8×8 and 4×4 only: at 16×16 it costs 1.6 times the step on a CPU
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -63,7 +63,7 @@ def build_unet(channels: int, width: int) -> UNet2DConditionModel:
 
 def build_sd(vae: Any, clip: Path) -> tuple[Any, dict[str, nn.Module]]:
     """(pipeline, {name: what is trained}); as for the other builders."""
-    text_encoder, tokenizer = _clip(CLIPTextModel, clip)
+    text_encoder, tokenizer = _clip(clip)
     unet: Any = build_unet(vae.config.latent_channels, text_encoder.config.hidden_size)
     # the cosine schedule: 16×16 latents lose their content at lower noise than 64×64 ones
     scheduler: Any = DDIMScheduler(
@@ -106,27 +106,30 @@ def _t5(width: int) -> tuple[Any, Any]:
     return T5EncoderModel(config), tokenizer
 
 
-def build_sd3(vae: Any, clip: Path) -> tuple[Any, dict[str, nn.Module]]:
-    """Every slot must be filled for a plain load; the second CLIP and the T5 are trained with the
-    denoiser."""
-    text_encoder, tokenizer = _clip(CLIPTextModelWithProjection, clip)
-    config = text_encoder.config
-    second = CLIPTextModelWithProjection(
+def _small_clip(like: Any) -> CLIPTextModelWithProjection:
+    """One layer of 32 over the vocabulary of `like`, a CLIPTextConfig."""
+    return CLIPTextModelWithProjection(
         CLIPTextConfig(
-            vocab_size=config.vocab_size,
+            vocab_size=like.vocab_size,
             hidden_size=32,
             intermediate_size=128,
             projection_dim=32,
             num_hidden_layers=1,
             num_attention_heads=2,
-            max_position_embeddings=config.max_position_embeddings,
-            bos_token_id=config.bos_token_id,
-            eos_token_id=config.eos_token_id,
-            pad_token_id=config.pad_token_id,
+            max_position_embeddings=like.max_position_embeddings,
+            bos_token_id=like.bos_token_id,
+            eos_token_id=like.eos_token_id,
+            pad_token_id=like.pad_token_id,
         )
     )
-    width = config.projection_dim + 32
-    t5, tokenizer_3 = _t5(width)
+
+
+def build_sd3(vae: Any, clip: Path) -> tuple[Any, dict[str, nn.Module]]:
+    """All three encoders are small and trained with the denoiser; a plain load needs every slot."""
+    tokenizer = CLIPTokenizer.from_pretrained(clip, model_max_length=LENGTH)
+    like = CLIPTextConfig.from_pretrained(clip)
+    first, second = _small_clip(like), _small_clip(like)
+    t5, tokenizer_3 = _t5(128)
     transformer = SD3Transformer2DModel(
         sample_size=SIDE,
         patch_size=2,
@@ -135,9 +138,9 @@ def build_sd3(vae: Any, clip: Path) -> tuple[Any, dict[str, nn.Module]]:
         num_layers=5,
         attention_head_dim=32,
         num_attention_heads=4,
-        joint_attention_dim=width,
+        joint_attention_dim=128,
         caption_projection_dim=128,
-        pooled_projection_dim=width,
+        pooled_projection_dim=64,
         pos_embed_max_size=SIDE,
         qk_norm="rms_norm",
     )
@@ -145,20 +148,20 @@ def build_sd3(vae: Any, clip: Path) -> tuple[Any, dict[str, nn.Module]]:
         transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(),
         vae=vae,
-        text_encoder=text_encoder,
+        text_encoder=first,
         tokenizer=tokenizer,
         text_encoder_2=second,
         tokenizer_2=tokenizer,
         text_encoder_3=t5,
         tokenizer_3=tokenizer_3,  # type: ignore[arg-type]
     )
-    trained = {"transformer": transformer, "text_encoder_2": second, "text_encoder_3": t5}
-    return pipe, trained
+    encoders: dict[str, nn.Module] = {"text_encoder": first, "text_encoder_2": second}
+    return pipe, {"transformer": transformer, **encoders, "text_encoder_3": t5}
 
 
 def build_flux(vae: Any, clip: Path) -> tuple[Any, dict[str, nn.Module]]:
     """The pooled CLIP text and a T5 that is trained with the denoiser."""
-    text_encoder, tokenizer = _clip(CLIPTextModel, clip)
+    text_encoder, tokenizer = _clip(clip)
     t5, tokenizer_2 = _t5(96)
     transformer = FluxTransformer2DModel(
         patch_size=1,
@@ -192,7 +195,7 @@ def embed_sd(pipe: Any, prompts: list[str]) -> Tensor:
 
 
 def embed_sd3(pipe: Any, prompts: list[str], length: int = WORDS) -> tuple[Tensor, Tensor]:
-    """(CLIP tokens, then T5 tokens (n, 24 + length, 160), pooled (n, 160))."""
+    """(CLIP tokens, then T5 tokens (n, 24 + length, 128), pooled (n, 64))."""
     tokens, _, pooled, _ = pipe.encode_prompt(
         prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=length
     )

@@ -7,9 +7,9 @@
 - flux: FluxPipeline. As FLUX.1-dev it takes the guidance scale as an input:
   the last quarter of the steps distils the model's own classifier-free guidance (2210.03142).
 
-VAE and CLIP text tower are frozen; the other text encoders are trained with the denoiser. Captions
-are dropped one time in ten for classifier-free guidance. The first third of the run sees mostly
-single objects: what a thing looks like comes before where it stands.
+VAE and CLIP text tower are frozen; SD3's encoders and FLUX's T5 are trained with the denoiser.
+Captions are dropped one time in ten for classifier-free guidance. The first third of the run sees
+mostly single objects: what a thing looks like comes before where it stands.
 """
 
 from __future__ import annotations

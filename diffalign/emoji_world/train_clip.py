@@ -6,7 +6,7 @@ Symmetric InfoNCE (arXiv 2103.00020) with hard negatives as in NegCLIP (2210.019
 captions of the batch, each picture is compared with captions that differ from its own in one
 respect (object, colour, background, count, position, or two colours swapped), and with "a NAME" of
 every object. Two linear heads, thrown away afterwards, name the object under each patch and, from
-the pooled token, at nine points of the picture: a small ViT learns shapes and places much sooner
+either embedding, at nine points of the picture: a small model learns shapes and places much sooner
 from labels that say where. Pictures are shifted, blurred and noised: a reward that has only seen
 clean scenes says nothing useful about generated ones. Another seed also draws other scenes, and
 another patch size sees them differently, so that reward and judge share little but the world.
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--patch", type=int, default=8, help="pixels a side of a vision token")
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=3500)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
 
@@ -139,6 +139,7 @@ def main() -> None:
     scenes: list[Scene] = [sample_scene(rng, rng.choice(MIX), None) for _ in range(60000)]
     under = names_at(scenes, (torch.arange(SIZE // args.patch) + 0.5) * args.patch)
     points = names_at(scenes, torch.tensor([16.0, 32.0, 48.0]))
+    says_where = torch.tensor([s.kind in ("single", "relation") for s in scenes])
     images = pixels(scenes)
     # no caption is longer than 20 tokens, and the end token is all that counts
     bank = tokenizer([article(n) for n in OBJECTS], padding=True, return_tensors="pt").input_ids
@@ -171,12 +172,15 @@ def main() -> None:
         # last, where an object stands, would get no gradient until all else is settled
         wrong = (a[:, None] * b[args.batch :].view(args.batch, NEGATIVES, -1)).sum(-1)
         margin = scale * (wrong - (a * b[: args.batch]).sum(-1, keepdim=True))
+        own_text = b[: args.batch][says_where[rows]]
         named = (
-            (head(vision.last_hidden_state[:, 1:]), under),
-            (point_head(vision.pooler_output).unflatten(1, (9, -1)), points),
+            (vision.last_hidden_state[:, 1:], head, under[rows]),
+            (args.width**0.5 * a, point_head, points[rows]),
+            (args.width**0.5 * own_text, point_head, points[rows][says_where[rows]]),
         )
         where = [
-            F.cross_entropy(x.float().flatten(0, 1), y[rows].flatten(), rarely) for x, y in named
+            F.cross_entropy(h(x).float().view(-1, len(rarely)), y.flatten(), rarely)
+            for x, h, y in named
         ]
         return losses[0] + F.softplus(margin).mean() + (losses[1] + losses[2] + sum(where)) / 2
 

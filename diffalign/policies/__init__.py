@@ -77,8 +77,9 @@ def peek(name: str, steps: int, resolution: int | None = None) -> tuple[Levels, 
     return family(name).peek(name, steps, resolution)
 
 
-def pipeline(name: str, **options: Any) -> Any:
-    """The diffusers pipeline itself, of a local folder or hub id."""
+def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
+    """The diffusers pipeline itself, of a local folder or hub id; merge_lora is added to its
+    weights."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     index: Any = DiffusionPipeline.load_config(name)
@@ -87,7 +88,12 @@ def pipeline(name: str, **options: Any) -> Any:
     with warnings.catch_warnings():
         # torch_dtype is to become dtype, which our oldest diffusers does not know
         warnings.simplefilter("ignore", FutureWarning)
-        return DiffusionPipeline.from_pretrained(name, **parts, **options)
+        pipe: Any = DiffusionPipeline.from_pretrained(name, **parts, **options)
+    if merge_lora is not None:
+        pipe.load_lora_weights(merge_lora)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+    return pipe
 
 
 def load(
@@ -96,11 +102,13 @@ def load(
     dtype: str = "float32",
     resolution: int | None = None,
     train_all: bool = False,
+    merge_lora: str | None = None,
 ) -> Policy:
     """The policy of a local pipeline folder or a hub id such as "org/model".
 
     dtype is that of the frozen network and the text encoders: float32, bfloat16 or float16. With
     train_all every weight of the denoiser trains: it is then kept in float32 and runs in dtype.
+    merge_lora: a LoRA that becomes part of the model before anything else.
     Raises as `family` does.
     """
     kind = family(name)
@@ -109,7 +117,7 @@ def load(
     dtypes = {"default": half, "vae": torch.float32}
     if train_all:
         dtypes[kind.denoiser] = torch.float32
-    policy = kind(pipeline(name, torch_dtype=dtypes), device, half, resolution)
+    policy = kind(pipeline(name, merge_lora, torch_dtype=dtypes), device, half, resolution)
     if train_all:
         policy.network.requires_grad_(True)
     return policy
