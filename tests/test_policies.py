@@ -353,7 +353,7 @@ def test_gradient_checkpointing_recomputes_in_eval_mode(policy):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision(folder, dtype):
     policy, half = load(folder), load(folder, dtype=dtype)
-    x = torch.randn(3, *policy.latent_shape)
+    x = torch.randn(3, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     seen = []
     for p in (policy, half):
         p.add_lora(2)
@@ -366,7 +366,8 @@ def test_half_precision(folder, dtype):
     error = (seen[1].native - seen[0].native).norm() / seen[0].native.norm()
     limit = 0.05 if dtype == "bfloat16" else 0.01
     assert 0 < error < limit
-    assert (gradient(half) - gradient(policy)).norm() < 4 * limit * gradient(policy).norm()
+    limit = 0.2 if dtype == "bfloat16" else 0.1
+    assert (gradient(half) - gradient(policy)).norm() < limit * gradient(policy).norm()
 
 
 def test_every_weight_of_the_denoiser(folder, tmp_path):

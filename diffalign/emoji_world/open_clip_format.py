@@ -96,7 +96,9 @@ def main(clip: Path, out: Path) -> None:
     config, state = convert(CLIPModel.from_pretrained(clip))
     out.mkdir(parents=True, exist_ok=True)
     (out / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n", "utf-8")
-    save_file({k: v.half() for k, v in state.items()}, out / "open_clip_model.safetensors")
+    weights = out / "open_clip_model.safetensors"
+    save_file({k: v.half() for k, v in state.items()}, weights)
+    weights.chmod(0o644)  # safetensors writes for the owner alone
     CLIPTokenizer.from_pretrained(clip).save_pretrained(out)
 
 

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from .scenes import sample_scene
 from .training import fit, pixels, unit
 
-KINDS = ("single",) * 7 + ("count", "relation", "relation")
+KINDS = ("single",) * 6 + ("pair", "count", "relation", "relation")
 
 
 def scenes(seed: int, n: int, kinds: tuple[str, ...] = KINDS):
