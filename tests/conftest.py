@@ -19,8 +19,9 @@ def load(folder: str, resolution: int = SIDE, **options) -> Policy:
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _same_every_time():
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 class Pipelines(dict):
