@@ -1,11 +1,16 @@
 """Train EmojiWorld's text-to-image pipelines of three families on the same latents.
 
-    python -m diffalign.emoji_world.train_base sd OUT --vae VAE --clip CLIP     # also: sd3, flux
+    python -m diffalign.emoji_world.train_base sd OUT --vae VAE --clip CLIP
+    python -m diffalign.emoji_world.train_base sd3 OUT --vae VAE --clip CLIP --teacher SD  # flux
 
 - sd: StableDiffusionPipeline; v-prediction with zero terminal SNR (arXiv 2305.08891).
 - sd3: StableDiffusion3Pipeline; rectified flow, logit-normal times (2403.03206).
 - flux: FluxPipeline. As FLUX.1-dev it takes the guidance scale as an input:
   the last quarter of the steps distils the model's own classifier-free guidance (2210.03142).
+
+With a teacher, a trained emoji-sd, the flows learn its prediction in place of the noise that was
+drawn: the same mean with far less variance. A VP model knows the flow as well: at equal alpha/sigma
+their latents differ by a factor alone.
 
 VAE and CLIP text tower are frozen; SD3's encoders and FLUX's T5 are trained with the denoiser.
 Captions are dropped one time in ten for classifier-free guidance. For three fifths of the run
@@ -22,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -68,6 +73,19 @@ def flow_times(n: int) -> Tensor:
     return torch.where(torch.rand(n) < 0.2, torch.rand(n), torch.randn(n).sigmoid())
 
 
+def teacher_flow(teacher: Any, x: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
+    """noise - x0 as emoji-sd predicts them at x = (1 - t) x0 + t noise, (n, 8, 16, 16)."""
+    norm = torch.hypot(1 - t, t)
+    alpha, sigma = (1 - t) / norm, t / norm
+    abar = teacher.scheduler.alphas_cumprod  # falling
+    step = len(abar) - 1 - torch.searchsorted(abar.flip(0), alpha.square()).clamp_max(len(abar) - 1)
+    alpha, sigma, norm = (v.view(-1, 1, 1, 1) for v in (alpha, sigma, norm))
+    x = x / norm
+    with torch.no_grad():
+        v = teacher.unet(x, step, pipelines.embed_sd(teacher, prompts)).sample.float()
+    return (alpha * v + sigma * x) - (alpha * x - sigma * v)
+
+
 def sd_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int) -> Tensor:
     t = torch.randint(1000, (len(x0),))
     noise = torch.randn_like(x0)
@@ -75,7 +93,7 @@ def sd_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int) -> Tensor:
     return F.mse_loss(pipe.unet(x, t, pipelines.embed_sd(pipe, prompts)).sample.float(), v)
 
 
-def sd3_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int) -> Tensor:
+def sd3_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int, teacher: Any = None) -> Tensor:
     # A plain call of the pipeline pads T5's prompt to 256 tokens, ours to 20: the model sees both,
     # the long ones with half the batch because they cost three times as much.
     length = 256 if step % 8 == 7 else pipelines.WORDS
@@ -85,10 +103,13 @@ def sd3_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int) -> Tensor:
     noise = torch.randn_like(x0)
     x = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
     u = pipelines.call_sd3(pipe, x, t, pipelines.embed_sd3(pipe, prompts, length))
-    return F.mse_loss(u.float(), noise - x0)
+    target = noise - x0 if teacher is None else teacher_flow(teacher, x, t, prompts)
+    return F.mse_loss(u.float(), target)
 
 
-def flux_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int, teacher: Any = None) -> Tensor:
+def flux_loss(
+    pipe: Any, x0: Tensor, prompts: list[str], step: int, teacher: Any = None, guide: Any = None
+) -> Tensor:
     # a plain call of the pipeline pads to 512 tokens
     length = 512 if step % 16 == 15 else pipelines.WORDS
     if length == 512:
@@ -97,12 +118,14 @@ def flux_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int, teacher: Any
     noise = torch.randn_like(x0)
     x, target = torch.lerp(x0, noise, t.view(-1, 1, 1, 1)), noise - x0
     guidance = torch.ones(len(x0))
-    if teacher is not None:
+    if teacher is not None and guide is None:
+        target = teacher_flow(teacher, x, t, prompts)
+    if guide is not None:
         guidance = 1 + 4 * torch.rand(len(x0))
         with torch.no_grad():
-            both = pipelines.embed_flux(teacher, ["" for _ in prompts] + prompts, length)
+            both = pipelines.embed_flux(guide, ["" for _ in prompts] + prompts, length)
             one = torch.ones(2 * len(x0))
-            out = pipelines.call_flux(teacher, torch.cat([x, x]), torch.cat([t, t]), both, one)
+            out = pipelines.call_flux(guide, torch.cat([x, x]), torch.cat([t, t]), both, one)
             plain, conditional = out.float().chunk(2)
             target = plain + guidance.view(-1, 1, 1, 1) * (conditional - plain)
     text = pipelines.embed_flux(pipe, prompts, length)
@@ -120,6 +143,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--clip", type=Path, required=True)
+    parser.add_argument("--teacher", type=Path, help="a trained emoji-sd, for sd3 and flux")
     parser.add_argument("--steps", type=int)
     args = parser.parse_args()
     steps = args.steps or STEPS[args.family]
@@ -129,6 +153,10 @@ def main() -> None:
     torch.manual_seed(0)
     pipe, trained = pipelines.BUILDERS[args.family](vae, args.clip)
     pipe.set_progress_bar_config(disable=True)
+    teacher: dict[str, Any] = {}
+    if args.teacher is not None:
+        teacher["teacher"] = StableDiffusionPipeline.from_pretrained(args.teacher)
+        teacher["teacher"].unet.to(memory_format=torch.channels_last).requires_grad_(False)
     args.out.mkdir(parents=True, exist_ok=True)
     rows, captions, latents = dataset(vae, args.vae.parent / "latents.pt")
     draw = sampler(rows, steps)
@@ -136,7 +164,7 @@ def main() -> None:
     def loss_of(family: str, start: int = 0, **options: Any) -> Callable[[int], Tensor]:
         def loss(step: int) -> Tensor:
             pick = draw(start + step, batch)
-            dropped = torch.rand(batch) < (0.0 if options else 0.1)
+            dropped = torch.rand(batch) < (0.0 if "guide" in options else 0.1)
             prompts = [
                 "" if d else captions[i] for i, d in zip(pick.tolist(), dropped, strict=True)
             ]
@@ -167,13 +195,13 @@ def main() -> None:
     with plain_attention():
         if args.family == "flux":
             first = round(steps * 0.75)
-            run("training", first, loss_of("flux"), 1e-3)
-            teacher = copy.copy(pipe)
+            run("training", first, loss_of("flux", **teacher), 1e-3)
+            guide = copy.copy(pipe)
             for name, module in trained.items():
-                setattr(teacher, name, copy.deepcopy(module).eval().requires_grad_(False))
-            run("guidance", steps - first, loss_of("flux", first, teacher=teacher), 5e-4)
+                setattr(guide, name, copy.deepcopy(module).eval().requires_grad_(False))
+            run("guidance", steps - first, loss_of("flux", first, guide=guide), 5e-4)
         else:
-            run("training", steps, loss_of(args.family), 1e-3)
+            run("training", steps, loss_of(args.family, **teacher), 1e-3)
     for module in trained.values():
         module.eval().to(memory_format=torch.contiguous_format)
     pipe.save_pretrained(args.out)
