@@ -131,6 +131,7 @@ def test_detector_targets_peak_at_the_objects():
 
 def test_tokenizers_hold_the_world(tmp_path):
     clip = build_tokenizer()
+    assert build_tokenizer().get_vocab() == clip.get_vocab()
     t5 = build_t5_tokenizer([*OBJECTS, "a", "on"], 12)
     t5.save_pretrained(tmp_path)
     again = type(t5).from_pretrained(tmp_path)
