@@ -14,10 +14,10 @@ run train_clip $out/clip --seed 1
 run verifier $out/verifier &
 run train_base sd $out/sd --vae $out/vae --clip $out/clip
 wait
-run train_base sd3 $out/sd3 --vae $out/vae --clip $out/clip &
-run train_base flux $out/flux --vae $out/vae --clip $out/clip
+run train_base sd3 $out/sd3 --teacher $out/sd &
+run train_base flux $out/flux --teacher $out/sd
 wait
-run train_clip $out/judge --seed 2 --patch 16 --width 80 --steps 2500 &
+run train_clip $out/judge --seed 2 --patch 16 --steps 2500 &
 run distill $out/turbo --sd $out/sd --latents $out/latents.pt
 wait
 run train_preference $out/preference --clip $out/clip

@@ -36,7 +36,7 @@ WORDS = 20  # T5 tokens a prompt
 SIDE = 16  # of a latent
 
 
-def _clip(folder: Path) -> tuple[Any, Any]:
+def text_tower(folder: Path) -> tuple[Any, Any]:
     """The text tower of a trained CLIP, frozen, and its tokenizer at our prompt length."""
     tokenizer = CLIPTokenizer.from_pretrained(folder, model_max_length=LENGTH)
     return CLIPTextModel.from_pretrained(folder).eval().requires_grad_(False), tokenizer
@@ -61,9 +61,8 @@ def build_unet(channels: int, width: int) -> UNet2DConditionModel:
     )
 
 
-def build_sd(vae: Any, clip: Path) -> tuple[Any, dict[str, nn.Module]]:
-    """(pipeline, {name: what is trained}); as for the other builders."""
-    text_encoder, tokenizer = _clip(clip)
+def build_sd(vae: Any, text_encoder: Any, tokenizer: Any) -> tuple[Any, dict[str, nn.Module]]:
+    """(pipeline, {name: what is trained}) from frozen parts; as for the other builders."""
     unet: Any = build_unet(vae.config.latent_channels, text_encoder.config.hidden_size)
     # the cosine schedule: 16×16 latents lose their content at lower noise than 64×64 ones
     scheduler: Any = DDIMScheduler(
@@ -124,11 +123,9 @@ def _small_clip(like: Any) -> CLIPTextModelWithProjection:
     )
 
 
-def build_sd3(vae: Any, clip: Path) -> tuple[Any, dict[str, nn.Module]]:
+def build_sd3(vae: Any, text_encoder: Any, tokenizer: Any) -> tuple[Any, dict[str, nn.Module]]:
     """All three encoders are small and trained with the denoiser; a plain load needs every slot."""
-    tokenizer = CLIPTokenizer.from_pretrained(clip, model_max_length=LENGTH)
-    like = CLIPTextConfig.from_pretrained(clip)
-    first, second = _small_clip(like), _small_clip(like)
+    first, second = _small_clip(text_encoder.config), _small_clip(text_encoder.config)
     t5, tokenizer_3 = _t5(128)
     transformer = SD3Transformer2DModel(
         sample_size=SIDE,
@@ -159,9 +156,8 @@ def build_sd3(vae: Any, clip: Path) -> tuple[Any, dict[str, nn.Module]]:
     return pipe, {"transformer": transformer, **encoders, "text_encoder_3": t5}
 
 
-def build_flux(vae: Any, clip: Path) -> tuple[Any, dict[str, nn.Module]]:
+def build_flux(vae: Any, text_encoder: Any, tokenizer: Any) -> tuple[Any, dict[str, nn.Module]]:
     """The pooled CLIP text and a T5 that is trained with the denoiser."""
-    text_encoder, tokenizer = _clip(clip)
     t5, tokenizer_2 = _t5(96)
     transformer = FluxTransformer2DModel(
         patch_size=1,

@@ -1,27 +1,26 @@
 """Train EmojiWorld's text-to-image pipelines of three families on the same latents.
 
     python -m diffalign.emoji_world.train_base sd OUT --vae VAE --clip CLIP
-    python -m diffalign.emoji_world.train_base sd3 OUT --vae VAE --clip CLIP --teacher SD  # flux
+    python -m diffalign.emoji_world.train_base sd3 OUT --teacher SD  # or flux
 
 - sd: StableDiffusionPipeline; v-prediction with zero terminal SNR (arXiv 2305.08891).
 - sd3: StableDiffusion3Pipeline; rectified flow, logit-normal times (2403.03206).
-- flux: FluxPipeline. As FLUX.1-dev it takes the guidance scale as an input:
-  the last quarter of the steps distils the model's own classifier-free guidance (2210.03142).
+- flux: FluxPipeline. As FLUX.1-dev it takes the guidance scale as an input: with g drawn from
+  [1, 5] it learns its teacher's prediction under classifier-free guidance g (2210.03142).
 
-With a teacher, a trained emoji-sd, the flows learn its prediction in place of the noise that was
+The flows learn the prediction of a teacher, a trained emoji-sd, in place of the noise that was
 drawn: the same mean with far less variance. A VP model knows the flow as well: at equal alpha/sigma
 their latents differ by a factor alone.
 
-VAE and CLIP text tower are frozen; SD3's encoders and FLUX's T5 are trained with the denoiser.
-Captions are dropped one time in ten for classifier-free guidance. For three fifths of the run
-nearly all scenes show a single object, and only they are learnt from the teacher; then four in five
-show several.
+VAE and CLIP text tower are frozen, and the teacher's where there is one; SD3's encoders and FLUX's
+T5 are trained with the denoiser. Captions are dropped one time in ten for classifier-free guidance,
+except for flux, which needs none. For three fifths of the run nearly all scenes show a single
+object; then four in five show several.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..grids import image_grid
@@ -78,8 +77,11 @@ def flow_times(n: int) -> Tensor:
     return torch.where(torch.rand(n) < 0.2, torch.rand(n), torch.randn(n).sigmoid())
 
 
-def teacher_flow(teacher: Any, x: Tensor, t: Tensor, prompts: list[str]) -> Tensor:
-    """noise - x0 as emoji-sd predicts them at x = (1 - t) x0 + t noise, (n, 8, 16, 16)."""
+def teacher_flow(
+    teacher: Any, x: Tensor, t: Tensor, prompts: list[str], guidance: Tensor | None = None
+) -> Tensor:
+    """noise - x0 as emoji-sd predicts them at x = (1 - t) x0 + t noise, (n, 8, 16, 16); under
+    classifier-free guidance (n,) where given."""
     norm = torch.hypot(1 - t, t)
     alpha, sigma = (1 - t) / norm, t / norm
     abar = teacher.scheduler.alphas_cumprod  # falling
@@ -87,7 +89,13 @@ def teacher_flow(teacher: Any, x: Tensor, t: Tensor, prompts: list[str]) -> Tens
     alpha, sigma, norm = (v.view(-1, 1, 1, 1) for v in (alpha, sigma, norm))
     x = x / norm
     with torch.no_grad():
-        v = teacher.unet(x, step, pipelines.embed_sd(teacher, prompts)).sample.float()
+        if guidance is None:
+            v = teacher.unet(x, step, pipelines.embed_sd(teacher, prompts)).sample.float()
+        else:
+            text = pipelines.embed_sd(teacher, ["" for _ in prompts] + prompts)
+            both = teacher.unet(torch.cat([x, x]), torch.cat([step, step]), text).sample.float()
+            plain, conditional = both.chunk(2)
+            v = plain + guidance.view(-1, 1, 1, 1) * (conditional - plain)
     return (alpha * v + sigma * x) - (alpha * x - sigma * v)
 
 
@@ -98,47 +106,33 @@ def sd_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int) -> Tensor:
     return F.mse_loss(pipe.unet(x, t, pipelines.embed_sd(pipe, prompts)).sample.float(), v)
 
 
-def sd3_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int, teacher: Any = None) -> Tensor:
+def sd3_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int, teacher: Any) -> Tensor:
     # A plain call of the pipeline pads T5's prompt to 256 tokens, ours to 20: the model sees both,
     # the long ones with half the batch because they cost three times as much.
     length = 256 if step % 8 == 7 else pipelines.WORDS
     if length == 256:
         x0, prompts = x0[::2], prompts[::2]
     t = flow_times(len(x0))
-    noise = torch.randn_like(x0)
-    x = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
+    x = torch.lerp(x0, torch.randn_like(x0), t.view(-1, 1, 1, 1))
     u = pipelines.call_sd3(pipe, x, t, pipelines.embed_sd3(pipe, prompts, length))
-    target = noise - x0 if teacher is None else teacher_flow(teacher, x, t, prompts)
-    return F.mse_loss(u.float(), target)
+    return F.mse_loss(u.float(), teacher_flow(teacher, x, t, prompts))
 
 
-def flux_loss(
-    pipe: Any, x0: Tensor, prompts: list[str], step: int, teacher: Any = None, guide: Any = None
-) -> Tensor:
+def flux_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int, teacher: Any) -> Tensor:
     # a plain call of the pipeline pads to 512 tokens
     length = 512 if step % 16 == 15 else pipelines.WORDS
     if length == 512:
         x0, prompts = x0[::4], prompts[::4]
-    t = flow_times(len(x0))
-    noise = torch.randn_like(x0)
-    x, target = torch.lerp(x0, noise, t.view(-1, 1, 1, 1)), noise - x0
-    guidance = torch.ones(len(x0))
-    if teacher is not None and guide is None:
-        target = teacher_flow(teacher, x, t, prompts)
-    if guide is not None:
-        guidance = 1 + 4 * torch.rand(len(x0))
-        with torch.no_grad():
-            both = pipelines.embed_flux(guide, ["" for _ in prompts] + prompts, length)
-            one = torch.ones(2 * len(x0))
-            out = pipelines.call_flux(guide, torch.cat([x, x]), torch.cat([t, t]), both, one)
-            plain, conditional = out.float().chunk(2)
-            target = plain + guidance.view(-1, 1, 1, 1) * (conditional - plain)
+    t, guidance = flow_times(len(x0)), 1 + 4 * torch.rand(len(x0))
+    x = torch.lerp(x0, torch.randn_like(x0), t.view(-1, 1, 1, 1))
     text = pipelines.embed_flux(pipe, prompts, length)
-    return F.mse_loss(pipelines.call_flux(pipe, x, t, text, guidance).float(), target)
+    u = pipelines.call_flux(pipe, x, t, text, guidance)
+    return F.mse_loss(u.float(), teacher_flow(teacher, x, t, prompts, guidance))
 
 
 LOSSES: dict[str, Callable[..., Tensor]] = {"sd": sd_loss, "sd3": sd3_loss, "flux": flux_loss}
-STEPS = {"sd": 18000, "sd3": 14000, "flux": 14000}
+STEPS = {"sd": 20000, "sd3": 16000, "flux": 12000}
+DROPPED = {"sd": 0.1, "sd3": 0.1, "flux": 0.0}
 BATCH = {"sd": 32, "sd3": 48, "flux": 48}
 
 
@@ -146,38 +140,39 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("family", choices=LOSSES)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--vae", type=Path, required=True)
-    parser.add_argument("--clip", type=Path, required=True)
-    parser.add_argument("--teacher", type=Path, help="a trained emoji-sd, for sd3 and flux")
+    parser.add_argument("--vae", type=Path, help="for sd")
+    parser.add_argument("--clip", type=Path, help="for sd: a CLIPModel, whose text tower it takes")
+    parser.add_argument("--teacher", type=Path, help="for sd3 and flux: a trained emoji-sd")
     parser.add_argument("--steps", type=int)
     args = parser.parse_args()
-    steps = args.steps or STEPS[args.family]
-    batch = BATCH[args.family]
+    wanted = ("vae", "clip") if args.family == "sd" else ("teacher",)
+    for name in ("vae", "clip", "teacher"):
+        if (getattr(args, name) is not None) != (name in wanted):
+            parser.error(f"{args.family} is made with --{' and --'.join(wanted)} alone")
+    steps, batch = args.steps or STEPS[args.family], BATCH[args.family]
 
-    vae: Any = AutoencoderKL.from_pretrained(args.vae).requires_grad_(False)
+    extra: dict[str, Any] = {}
+    if args.family == "sd":
+        vae: Any = AutoencoderKL.from_pretrained(args.vae)
+        text = pipelines.text_tower(args.clip)
+    else:
+        teacher: Any = StableDiffusionPipeline.from_pretrained(args.teacher)
+        teacher.unet.to(memory_format=torch.channels_last).requires_grad_(False)
+        vae, text = teacher.vae, (teacher.text_encoder.requires_grad_(False), teacher.tokenizer)
+        extra["teacher"] = teacher
+    vae.requires_grad_(False)
     torch.manual_seed(0)
-    pipe, trained = pipelines.BUILDERS[args.family](vae, args.clip)
+    pipe, trained = pipelines.BUILDERS[args.family](vae, *text)
     pipe.set_progress_bar_config(disable=True)
-    teacher: dict[str, Any] = {}
-    if args.teacher is not None:
-        teacher["teacher"] = StableDiffusionPipeline.from_pretrained(args.teacher)
-        teacher["teacher"].unet.to(memory_format=torch.channels_last).requires_grad_(False)
     args.out.mkdir(parents=True, exist_ok=True)
-    rows, captions, latents = dataset(vae, args.vae.parent / "latents.pt")
+    rows, captions, latents = dataset(vae, args.out.parent / "latents.pt")
     draw = sampler(rows, steps)
 
-    def loss_of(family: str, start: int = 0, **options: Any) -> Callable[[int], Tensor]:
-        def loss(step: int) -> Tensor:
-            pick = draw(start + step, batch)
-            dropped = torch.rand(batch) < (0.0 if "guide" in options else 0.1)
-            prompts = [
-                "" if d else captions[i] for i, d in zip(pick.tolist(), dropped, strict=True)
-            ]
-            if "teacher" in options and step >= FIRST * steps:
-                del options["teacher"]
-            return LOSSES[family](pipe, latents[pick].float(), prompts, step, **options)
-
-        return loss
+    def loss(step: int) -> Tensor:
+        pick = draw(step, batch).tolist()
+        dropped = torch.rand(batch) < DROPPED[args.family]
+        prompts = ["" if d else captions[i] for i, d in zip(pick, dropped, strict=True)]
+        return LOSSES[args.family](pipe, latents[pick].float(), prompts, step, **extra)
 
     def report(step: int) -> dict:
         """A grid of 4×8 prompts, to look at while the training goes on."""
@@ -194,21 +189,9 @@ def main() -> None:
             module.train()
         return {}
 
-    def run(name: str, steps: int, loss: Callable[[int], Tensor], lr: float) -> None:
-        modules: dict[str, nn.Module] = trained
-        file = args.out / f"{name}.pt"
-        print({name: fit(modules, loss, steps, lr, file, report=report, report_every=500)})
-
     with plain_attention():
-        if args.family == "flux":
-            first = round(steps * 0.75)
-            run("training", first, loss_of("flux", **teacher), 1e-3)
-            guide = copy.copy(pipe)
-            for name, module in trained.items():
-                setattr(guide, name, copy.deepcopy(module).eval().requires_grad_(False))
-            run("guidance", steps - first, loss_of("flux", first, guide=guide), 5e-4)
-        else:
-            run("training", steps, loss_of(args.family, **teacher), 1e-3)
+        file = args.out / "training.pt"
+        print({args.family: fit(trained, loss, steps, 1e-3, file, report=report)})
     for module in trained.values():
         module.eval().to(memory_format=torch.contiguous_format)
     pipe.save_pretrained(args.out)

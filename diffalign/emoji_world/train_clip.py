@@ -31,22 +31,23 @@ from .scenes import OBJECTS, SIZE, Scene, alterations, article, caption, sample_
 from .tokenizer import LENGTH, build_tokenizer
 from .training import fit, pixels
 
+WIDTH = 128
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 MIX = ("single", "single", "single", "pair", "count", "relation", "relation")  # of scene kinds
 NEGATIVES = 3  # altered captions per picture
 HARD = {"position": 0, "binding": 1, "object": 1, "count": 1}  # which of them come first
 
 
-def build(seed: int, patch: int, width: int, tokenizer: Any) -> CLIPModel:
+def build(seed: int, patch: int, tokenizer: Any) -> CLIPModel:
     torch.manual_seed(seed)
-    both = {"hidden_size": width, "intermediate_size": 4 * width, "num_attention_heads": 4}
-    both |= {"projection_dim": width}
+    both = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 4}
+    both |= {"projection_dim": WIDTH}
     eos = tokenizer.eos_token_id
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": LENGTH, "eos_token_id": eos}
     text |= {"bos_token_id": tokenizer.bos_token_id, "pad_token_id": eos, "num_hidden_layers": 3}
     vision = {"image_size": SIZE, "patch_size": patch, "num_hidden_layers": 4}
     return CLIPModel(
-        CLIPConfig(text_config=both | text, vision_config=both | vision, projection_dim=width)
+        CLIPConfig(text_config=both | text, vision_config=both | vision, projection_dim=WIDTH)
     )
 
 
@@ -124,17 +125,16 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--patch", type=int, default=8, help="pixels a side of a vision token")
-    parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args()
 
     tokenizer: Any = build_tokenizer()
-    model: Any = build(args.seed, args.patch, args.width, tokenizer)
+    model: Any = build(args.seed, args.patch, tokenizer)
     # three matmuls are faster on a CPU at these sizes than the fused attention's backward
     model.set_attn_implementation("eager")
-    head = torch.nn.Linear(args.width, len(OBJECTS) + 1)
-    point_head = torch.nn.Linear(args.width, 9 * (len(OBJECTS) + 1))
+    head = torch.nn.Linear(WIDTH, len(OBJECTS) + 1)
+    point_head = torch.nn.Linear(WIDTH, 9 * (len(OBJECTS) + 1))
     rarely = torch.ones(len(OBJECTS) + 1)
     rarely[-1] = 0.05  # most patches show the background
     rng = random.Random(args.seed)
@@ -182,8 +182,8 @@ def main() -> None:
         own_text = b[: args.batch][says_where[rows]]
         named = (
             (vision.last_hidden_state[:, 1:], head, under[rows]),
-            (args.width**0.5 * a, point_head, points[rows]),
-            (args.width**0.5 * own_text, point_head, points[rows][says_where[rows]]),
+            (WIDTH**0.5 * a, point_head, points[rows]),
+            (WIDTH**0.5 * own_text, point_head, points[rows][says_where[rows]]),
         )
         where = [
             F.cross_entropy(h(x).float().view(-1, len(rarely)), y.flatten(), rarely)
