@@ -237,8 +237,10 @@ def environment():
 def test_ctrl_c_keeps_what_was_trained(config, tmp_path):
     command = [sys.executable, "train.py", str(config), "--train.epochs", "100000"]
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        # a shell's background job inherits that Ctrl-C is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     metrics = tmp_path / "run" / "metrics.csv"
     deadline = time.time() + 60
     while time.time() < deadline and process.poll() is None:

@@ -154,7 +154,7 @@ def test_plain_attention_is_attention():
 
 def test_open_clip_names_cover_the_model():
     open_clip = pytest.importorskip("open_clip")
-    config, state = convert(build(0, 16, 32, build_tokenizer()))
+    config, state = convert(build(0, 16, build_tokenizer()))
     cfg = config["model_cfg"]
     cfg = cfg | {"text_cfg": {k: v for k, v in cfg["text_cfg"].items() if "token" not in k}}
     model = open_clip.CLIP(**cfg)
