@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.nn import functional as F
 
 import rewards
 from diffalign import cli, policies, prompts
-from diffalign.emoji_world import evaluate
+from diffalign.emoji_world import distill, evaluate, train_base, training
 from diffalign.emoji_world.claims import Thing, judge, parse
 from diffalign.emoji_world.open_clip_format import convert
 from diffalign.emoji_world.scenes import (
@@ -232,3 +233,66 @@ def test_shipped_reward_models_agree_with_the_picture():
         right = score(pictures, texts)[0]
         wrong = score(pictures, texts[1:] + texts[:1])[0]
         assert (right > wrong).float().mean() > 0.9, model
+
+
+def test_the_teacher_knows_the_flow():
+    """A VP network that predicts v exactly gives noise - x0, guided or not."""
+    pipe = policies.load(str(ASSETS / "emoji-sd")).pipe
+    abar = pipe.scheduler.alphas_cumprod
+    x0, noise = torch.randn(2, 3, 8, 16, 16)
+    level = torch.tensor([100, 500, 900])
+    a, s = abar[level].sqrt(), (1 - abar[level]).sqrt()
+    v = a.view(-1, 1, 1, 1) * noise - s.view(-1, 1, 1, 1) * x0
+    seen = []
+
+    def unet(x, step, text):
+        seen.append((x, step))
+        # of a guided pair the unconditional half is off by one everywhere
+        return SimpleNamespace(sample=v if len(x) == 3 else torch.cat([v + 1, v]))
+
+    teacher = SimpleNamespace(
+        unet=unet, scheduler=pipe.scheduler, encode_prompt=lambda *_: (torch.zeros(1),)
+    )
+    t = s / (a + s)  # the flow's time of equal alpha / sigma
+    x = torch.lerp(x0, noise, t.view(-1, 1, 1, 1))
+    texts = ["a dog", "a cat", ""]
+    plain = train_base.teacher_flow(teacher, x, t, texts)
+    torch.testing.assert_close(plain, noise - x0, atol=1e-4, rtol=1e-4)
+    vp = a.view(-1, 1, 1, 1) * x0 + s.view(-1, 1, 1, 1) * noise
+    torch.testing.assert_close(seen[0][0], vp, atol=1e-4, rtol=1e-4)
+    assert (seen[0][1] - level).abs().max() <= 1
+    # one unit of v is a + s units of the flow; guidance g moves v by 1 - g
+    g = torch.tensor([1.0, 2.0, 5.0])
+    guided = train_base.teacher_flow(teacher, x, t, texts, g)
+    expected = noise - x0 + ((a + s) * (1 - g)).view(-1, 1, 1, 1)
+    torch.testing.assert_close(guided, expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 5, 3, 3)])
+def test_a_truncated_lora_is_the_best_of_its_rank(shape):
+    a, b = torch.randn(4, *shape[1:]), torch.randn(shape[0], 4, *([1] * (len(shape) - 2)))
+    state = {"x.lora_A.weight": a, "x.lora_B.weight": b}
+
+    def product(state):
+        return state["x.lora_B.weight"].flatten(1) @ state["x.lora_A.weight"].flatten(1)
+
+    same, cut = distill.truncated(state, 4), distill.truncated(state, 2)
+    torch.testing.assert_close(product(same), product(state), atol=1e-4, rtol=1e-4)
+    assert cut["x.lora_A.weight"].shape == (2, *shape[1:])
+    assert cut["x.lora_B.weight"].shape == (shape[0], 2, *b.shape[2:])
+    left = torch.linalg.svdvals(product(state))[2:].norm()
+    torch.testing.assert_close((product(cut) - product(state)).norm(), left)
+
+
+def test_a_checkpoint_cut_off_leaves_the_last_one(tmp_path, monkeypatch):
+    path = tmp_path / "training.pt"
+    training.save({"step": 1}, path)
+
+    def killed(state, part):
+        part.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        training.save({"step": 2}, path)
+    assert torch.load(path)["step"] == 1

@@ -37,7 +37,7 @@ def byte_pairs(words: list[str]) -> list[tuple[str, str]]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Byte-pair merges learnt until every word of the world is one token (about 1,500 tokens)."""
+    """Byte-pair merges learnt until every word of the world is one token (about 1,100 tokens)."""
     words = [*OBJECTS, *map(plural, OBJECTS), *COLOURS, *BACKGROUNDS, *NUMBERS, *RELATIONS, *STYLES]
     words += ["a", "an", "on", "of", "background", "with", "and", "the", "bunch"]
     words += ["small", "big", "photo", "picture", "emoji"]

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 from ..grids import image_grid
 from . import pipelines
 from .scenes import BACKGROUNDS, KINDS, OBJECTS, article, caption, sample_scene
-from .training import fit, pixels, plain_attention, unit
+from .training import fit, pixels, plain_attention, save, unit
 
 SCENES = 90_000
 SHARE = {"single": 0.45, "pair": 0.15, "count": 0.18, "relation": 0.22}  # of the scenes made
@@ -53,7 +53,7 @@ def dataset(vae: Any, cache: Path) -> tuple[dict[str, Tensor], list[str], Tensor
             for i in range(0, len(scenes), 100):
                 x = unit(pixels(scenes[i : i + 100]))
                 parts.append(vae.encode(x).latent_dist.mode().half())
-        torch.save(torch.cat(parts), cache)
+        save(torch.cat(parts), cache)
     kinds = [s.kind for s in scenes]
     rows = {k: torch.tensor([i for i, own in enumerate(kinds) if own == k]) for k in KINDS}
     return rows, [caption(s) for s in scenes], torch.load(cache, weights_only=True)

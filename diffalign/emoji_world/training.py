@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +48,14 @@ def plain_attention() -> Iterator[None]:
         yield
     finally:
         nn.functional.scaled_dot_product_attention = FUSED
+
+
+def save(state: Any, path: Path) -> None:
+    """torch.save, the old file whole until the new one is: these are hours of training."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    torch.save(state, part)
+    part.replace(path)
 
 
 def fit(
@@ -110,16 +119,13 @@ def fit(
             } | (report(step + 1) if report else {})
             swap()
             print(json.dumps(figures), flush=True)
-            checkpoint.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(
-                {
-                    "step": step + 1,
-                    "seconds": seconds,
-                    "optimiser": optimiser.state_dict(),
-                    "params": [p.data for p in params],
-                    "average": average,
-                },
-                checkpoint,
-            )
+            state = {
+                "step": step + 1,
+                "seconds": seconds,
+                "optimiser": optimiser.state_dict(),
+                "params": [p.data for p in params],
+                "average": average,
+            }
+            save(state, checkpoint)
     swap()
     return figures
