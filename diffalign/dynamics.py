@@ -101,6 +101,31 @@ class Prediction:
         return cls(x - _expand(level.sigma, x) * u, x + _expand(level.alpha, x) * u, u)
 
 
+def noised(x0: Tensor, noise: Tensor, level: Levels) -> Tensor:
+    """`alpha*x0 + sigma*noise`, all (n, *latent), level () or (n,)."""
+    return _expand(level.alpha, x0) * x0 + _expand(level.sigma, x0) * noise
+
+
+def native_target(kind: str, x0: Tensor, noise: Tensor, level: Levels) -> Tensor:
+    """What a perfect network of this kind outputs at `noised(x0, noise, level)`, (n, *latent).
+
+    epsilon: noise; v_prediction: alpha*noise - sigma*x0; flow: noise - x0.
+    """
+    if kind == "epsilon":
+        return noise
+    if kind == "flow":
+        return noise - x0
+    return _expand(level.alpha, x0) * noise - _expand(level.sigma, x0) * x0
+
+
+PREDICTIONS: dict[str, Callable[[Tensor, Tensor, Levels], Prediction]] = {
+    "epsilon": Prediction.from_epsilon,
+    "v_prediction": Prediction.from_v,
+    "flow": Prediction.from_flow,
+}
+"""The kinds of network, by what they output."""
+
+
 @dataclass(frozen=True, eq=False)
 class Gaussian:
     """`N(mean, std^2 I)`: mean (n, *latent), std (n, 1, ...) or (1, 1, ...), >= 0; 0 is a point."""
@@ -246,6 +271,31 @@ def cps(x: Tensor, pred: Prediction, level: Levels, next_level: Levels, eta: flo
     """
     _check_eta("cps", eta, 1)
     return renoise(x, pred, level, next_level, next_level.sigma * math.sin(eta * math.pi / 2))
+
+
+def dpm_solver_2m(
+    pred: Prediction, x: Tensor, before: Tensor | None, levels: Levels, index: int
+) -> Tensor:
+    """Step `index` of the deterministic solver DPM-Solver++(2M) (2211.01095), (n, *latent).
+
+        h = λ' - λ, r = (λ - λ_before) / h, λ = log(alpha/sigma)
+        D = x0 + (x0 - x0_before) / 2r,   x' = (sigma'/sigma) x - alpha' (exp(-h) - 1) D
+
+    before: the x0 predicted at step index - 1, None for the first step. The step to sigma' = 0 is
+    of first order, as diffusers does with `lower_order_final`. Any Gaussian path.
+    """
+    x = _full_precision(x)
+    level, following = levels[index], levels[index + 1]
+    d = pred.x0
+    if before is not None and following.sigma > 0:
+        log_snr = (levels.alpha / levels.sigma).log()
+        h, h_before = (log_snr[i + 1] - log_snr[i] for i in (index, index - 1))
+        if h_before.isfinite():  # not at zero SNR
+            d = d + 0.5 * h / h_before * (d - before)
+    # exp(-h) = alpha sigma' / (sigma alpha'), which is 0 at the clean end
+    shrink = level.alpha * following.sigma / (level.sigma * following.alpha)
+    keep = following.sigma / level.sigma
+    return _expand(keep, x) * x + _expand(following.alpha * (1 - shrink), x) * d
 
 
 Kernel = Callable[[Tensor, Prediction, Levels, Levels, float], Gaussian]

@@ -451,3 +451,13 @@ def test_unets_that_are_refused(pipelines, tmp_path, part, change, message):
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     with pytest.raises(ValueError, match=message):
         policies.peek(str(tmp_path / "other"), 5)
+
+
+def test_levels_anywhere_agree_with_the_schedule(policy):
+    """`at` returns the levels of a schedule when asked for the times of its steps."""
+    schedule = policy.levels(4)[slice(0, 4)]
+    on_unet = policy.denoiser == "unet"
+    time = (schedule.t + 0.5) / len(policy.abar) if on_unet else schedule.sigma
+    found = policy.at(time)
+    for name in ("t", "alpha", "sigma"):
+        torch.testing.assert_close(getattr(found, name), getattr(schedule, name))

@@ -11,7 +11,7 @@ from torch import nn
 
 from diffalign.dynamics import Levels, Prediction
 from diffalign.policies import Cond
-from diffalign.rollout import Noise, Sampling, adjoint_sweep, rollout
+from diffalign.rollout import Noise, Sampling, Surrogate, adjoint_sweep, rollout
 
 PROMPTS = ["a red dog", "a cat on a blue background", "a rocket", "a tree"]
 
@@ -20,12 +20,16 @@ def sampling(policy, steps=5, kernel="ddim", eta=1.0, guidance=3.0):
     return Sampling(policy.levels(steps), kernel, eta, guidance)
 
 
+def suffix(how, first):
+    return Surrogate(tuple(range(first, how.steps)))
+
+
 def test_stored_log_prob_is_that_of_training(policy):
     """The importance ratio is 1 before any update, on the stored log-probability too."""
     perturb(policy)
     how, cond = sampling(policy), policy.encode(PROMPTS)
     paths = rollout(policy, cond, how, [1, 2, 3, 4], batch=4)
-    for i in [i for i, s in enumerate(how.stds().tolist()) if s > 0]:
+    for i in [i for i, chance in enumerate(how.stochastic) if chance]:
         again = how.transition(policy, paths.states[:, i], i, cond)
         assert torch.equal(again.log_prob(paths.states[:, i + 1]), paths.log_prob[:, i])
     # folded with other steps into other micro-batches
@@ -113,7 +117,7 @@ def test_adjoint_sweep_equals_autograd_through_the_chain(path, eta, last):
     final = states[:, -1].detach().requires_grad_()
     (grad,) = torch.autograd.grad((final.square().sum(1) - final[:, 0]).mean(), final)
     policy.graphs = 0
-    adjoint_sweep(policy, cond, how, states.detach(), grad, first)  # type: ignore[arg-type]
+    adjoint_sweep(policy, cond, how, states.detach(), grad, suffix(how, first))  # type: ignore[arg-type]
     assert policy.graphs == last
     for p, e in zip(parameters, expected, strict=True):
         torch.testing.assert_close(p.grad, e, atol=1e-13, rtol=1e-12)
@@ -128,7 +132,7 @@ def test_full_chain_gradient_equals_finite_differences():
         _, states = chain_loss(policy, how, cond, noises, 0)
     final = states[:, -1].detach().requires_grad_()
     (grad,) = torch.autograd.grad((final.square().sum(1) - final[:, 0]).mean(), final)
-    adjoint_sweep(policy, cond, how, states, grad, 0)  # type: ignore[arg-type]
+    adjoint_sweep(policy, cond, how, states, grad, suffix(how, 0))  # type: ignore[arg-type]
     weight = policy.net[0].weight
     assert isinstance(weight, nn.Parameter)
     direction = torch.randn_like(weight)
@@ -154,7 +158,7 @@ def test_gradient_reaches_the_lora_through_the_last_steps_only(policy):
             p.grad = None
         final = paths.final.detach().requires_grad_()
         (grad,) = torch.autograd.grad(policy.decode(final, True).mean(), final)
-        adjoint_sweep(policy, cond, how, paths.states, grad, first)
+        adjoint_sweep(policy, cond, how, paths.states, grad, suffix(how, first))
         return torch.cat([p.grad.flatten() for p in parameters])
 
     x = paths.states[:, 2]
@@ -168,15 +172,12 @@ def test_gradient_reaches_the_lora_through_the_last_steps_only(policy):
 
 def test_deterministic_steps_have_no_std(policy):
     how = sampling(policy, 5, "ode", 0.0)
-    assert how.stds().tolist() == [0.0] * 5
+    assert how.stds.tolist() == [0.0] * 5
     zero = rollout(policy, policy.encode(PROMPTS), how, [1, 2, 3, 4], 4)
     tiny = rollout(
         policy, policy.encode(PROMPTS), replace(how, kernel="ddim", eta=0.0), [1, 2, 3, 4], 4
     )
     torch.testing.assert_close(zero.final, tiny.final)
-
-
-# --------------------------------- the diffusers scheduler with noise, kernels, memory
 
 
 def test_stored_states_are_what_the_network_saw(policy, monkeypatch):
@@ -228,7 +229,7 @@ def test_adjoint_sweep_with_every_kernel(path, kernel, eta):
     expected = torch.autograd.grad(loss, parameters)
     final = states[:, -1].detach().requires_grad_()
     (grad,) = torch.autograd.grad((final.square().sum(1) - final[:, 0]).mean(), final)
-    adjoint_sweep(policy, cond, how, states.detach(), grad, 0)  # type: ignore[arg-type]
+    adjoint_sweep(policy, cond, how, states.detach(), grad, suffix(how, 0))  # type: ignore[arg-type]
     for p, e in zip(parameters, expected, strict=True):
         torch.testing.assert_close(p.grad, e, atol=1e-13, rtol=1e-11)
 
@@ -256,6 +257,6 @@ def test_sweep_holds_the_graph_of_one_step_at_a_time():
     for first in (4, 0):
         Kept.peak = start = Kept.alive
         with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            adjoint_sweep(policy, cond, how, states, grad, first)  # type: ignore[arg-type]
+            adjoint_sweep(policy, cond, how, states, grad, suffix(how, first))  # type: ignore[arg-type]
         peaks.append(Kept.peak - start)
     assert peaks[0] == peaks[1] > 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
-from ..dynamics import Levels, Prediction
+from ..dynamics import PREDICTIONS, Levels, Prediction, native_target
 from . import lora
 
 
@@ -93,7 +93,7 @@ class Policy(ABC):
     uses_cfg: ClassVar[bool] = True  # False: guidance is an input of the network, or there is none
     max_sequence_length: int | None = None  # T5 tokens a prompt; None = as the pipeline has it
     zero_negative = False  # an empty negative prompt is zeros instead of the embedding of ""
-    parametrise: Callable[[Tensor, Tensor, Levels], Prediction]  # (x, network output, level)
+    predicts: str  # what the network outputs: epsilon | v_prediction | flow
 
     def __init__(
         self,
@@ -162,6 +162,13 @@ class Policy(ABC):
         """The (steps + 1,) levels of a sampling run, from noise to data."""
         return self.schedule(self.schedule_config, steps, self.latent_shape).to(self.device)
 
+    @abstractmethod
+    def at(self, time: Tensor) -> Levels:
+        """Levels (n,) at `time` (n,) in (0, 1), from data to noise, anywhere in the schedule.
+
+        A flow's time is sigma; for a DDPM schedule it is the share of the training timesteps.
+        """
+
     def encode(self, prompts: Sequence[str], negative: str = "") -> Cond:
         """Conditioning of `prompts`; every distinct text goes through the encoders once per run.
 
@@ -228,6 +235,15 @@ class Policy(ABC):
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance * (conditional - unconditional)
         return self.parametrise(x, output, level)
+
+    def parametrise(self, x: Tensor, native: Tensor, level: Levels) -> Prediction:
+        """What the network's output `native` at x (n, *latent) says of x0 and noise; linear in
+        both."""
+        return PREDICTIONS[self.predicts](x, native, level)
+
+    def target(self, x0: Tensor, noise: Tensor, level: Levels) -> Tensor:
+        """The output of a perfect network at `noised(x0, noise, level)`, (n, *latent)."""
+        return native_target(self.predicts, x0, noise, level)
 
     def autocast(self):
         if self.dtype == torch.float32:
@@ -350,8 +366,9 @@ class Policy(ABC):
         """Free the copy `name` of a wholly trained network, if there is one."""
         self._copies.pop(name, None)
 
-    def save(self, folder: Path) -> Path:
-        """Write what was trained as diffusers reads it; returns the path of the file or folder.
+    def save(self, folder: Path, name: str = "default") -> Path:
+        """Write what was trained, or its copy `name`, as diffusers reads it; returns the path of
+        the file or folder.
 
         A LoRA is the file that `pipe.load_lora_weights(folder)` reads; a wholly trained denoiser is
         a folder for `from_pretrained(folder, subfolder=self.denoiser)`.
@@ -361,13 +378,14 @@ class Policy(ABC):
             written, target = Path(temporary) / lora.WEIGHTS, folder / lora.WEIGHTS
             if not self.is_lora:
                 written, target = Path(temporary) / self.denoiser, folder / self.denoiser
-                self.network.save_pretrained(written)
+                network = self.network if name == "default" else self._copies[name]
+                network.save_pretrained(written)
                 target.mkdir(exist_ok=True)
                 for file in written.iterdir():
                     file.chmod(0o644)
                     file.replace(target / file.name)
                 return target
-            layers = {f"{self.denoiser}_lora_layers": lora.exported(self.network)}
+            layers = {f"{self.denoiser}_lora_layers": lora.exported(self.network, name)}
             self.pipe.save_lora_weights(temporary, **layers)
             written.chmod(0o644)  # safetensors writes for the owner alone
             return written.replace(target)

@@ -7,10 +7,21 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
 
 from ..dynamics import Levels
+from .base import Policy
 
 PATCH = 2  # latents a side of a token, in every released SD3 and FLUX
+
+
+class FlowPolicy(Policy):
+    """A rectified flow, x = (1 - sigma) x0 + sigma noise, told t = 1000 sigma."""
+
+    predicts = "flow"
+
+    def at(self, time: Tensor) -> Levels:
+        return Levels(1000 * time, 1 - time, time).to(self.device)
 
 
 def flow_levels(

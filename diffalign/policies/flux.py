@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..dynamics import Levels, Prediction
-from .base import Policy, latent_side, pixels_per_latent
-from .flow import PATCH, flow_levels
+from ..dynamics import Levels
+from .base import latent_side, pixels_per_latent
+from .flow import PATCH, FlowPolicy, flow_levels
 
 
-class FluxPolicy(Policy):
+class FluxPolicy(FlowPolicy):
     """`FluxPipeline` as a policy: u = noise - data; guidance is an input (dev) or absent (schnell).
 
     There is no second branch: dev is distilled from classifier-free guidance (arXiv 2210.03142) and
@@ -32,7 +32,6 @@ class FluxPolicy(Policy):
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
     )  # fmt: skip
-    parametrise = staticmethod(Prediction.from_flow)
 
     @classmethod
     def shape(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -49,7 +50,9 @@ def add(
     before = network.active_adapters() if getattr(network, "peft_config", None) else [name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        network.add_adapter(config, adapter_name=name)
+        with warnings.catch_warnings():  # that there is an adapter already is meant so
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")
+            network.add_adapter(config, adapter_name=name)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from ..dynamics import Levels, Prediction
-from .base import Policy, latent_side, pixels_per_latent
-from .flow import flow_levels
+from ..dynamics import Levels
+from .base import latent_side, pixels_per_latent
+from .flow import FlowPolicy, flow_levels
 
 
-class SD3Policy(Policy):
+class SD3Policy(FlowPolicy):
     """`StableDiffusion3Pipeline` (arXiv 2403.03206) as a policy: u = noise - data, with CFG.
 
     The LoRA targets are Flow-GRPO's: the attention projections of both streams. It leaves out the
@@ -24,7 +24,6 @@ class SD3Policy(Policy):
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
-    parametrise = staticmethod(Prediction.from_flow)
 
     @classmethod
     def shape(

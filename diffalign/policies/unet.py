@@ -11,10 +11,10 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
-from ..dynamics import Levels, Prediction
+from ..dynamics import Levels
 from .base import Policy, latent_side, pixels_per_latent
 
-PARAMETRISATIONS = {"epsilon": Prediction.from_epsilon, "v_prediction": Prediction.from_v}
+KINDS = ("epsilon", "v_prediction")
 
 
 class UNetPolicy(Policy):
@@ -40,7 +40,9 @@ class UNetPolicy(Policy):
         resolution: int | None = None,
     ):
         super().__init__(pipe, device, dtype, resolution)
-        self.parametrise = PARAMETRISATIONS[pipe.scheduler.config.prediction_type]
+        self.predicts = pipe.scheduler.config.prediction_type
+        ddim: Any = DDIMScheduler.from_config(self.schedule_config)
+        self.abar = ddim.alphas_cumprod.double()
         self.zero_negative = pipe.config.get("force_zeros_for_empty_prompt", False)
         self.is_xl = self.network.config.addition_embed_type == "text_time"
         factor = pixels_per_latent(self.vae.config)
@@ -75,10 +77,10 @@ class UNetPolicy(Policy):
         name, kind = config["_class_name"], config.get("prediction_type", "epsilon")
         if "beta_start" not in config:
             raise ValueError(f"{name} has no DDPM noise schedule; use a pipeline with e.g. DDIM")
-        if kind not in PARAMETRISATIONS:
+        if kind not in KINDS:
             raise ValueError(
                 f"prediction_type={kind!r} of the scheduler is not supported; "
-                f"known: {', '.join(PARAMETRISATIONS)}"
+                f"known: {', '.join(KINDS)}"
             )
         # Turbo models carry set_alpha_to_one=False for a sampler that ends at sigma 0 anyway
         if "set_alpha_to_one" not in inspect.signature(getattr(diffusers, name)).parameters:
@@ -90,6 +92,12 @@ class UNetPolicy(Policy):
         abar = torch.cat([scheduler.alphas_cumprod.cpu()[t], final]).double()
         t = torch.cat([t, torch.zeros(1, dtype=t.dtype)])
         return Levels(t.float(), abar.sqrt().float(), (1 - abar).sqrt().float())
+
+    def at(self, time: Tensor) -> Levels:
+        t = (time.cpu() * len(self.abar)).long().clamp_max(len(self.abar) - 1)
+        abar = self.abar[t]
+        levels = Levels(t.float(), abar.sqrt().float(), (1 - abar).sqrt().float())
+        return levels.to(self.device)
 
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         embedded = self.pipe.encode_prompt(
