@@ -1,6 +1,7 @@
 """diffalign: align text-to-image diffusion and flow models with rewards."""
 
-from .config import ConfigError, TrainConfig
+from .config import TrainConfig
+from .decoding import ConfigError
 
 __version__ = "0.1.0"
 __all__ = ["ConfigError", "TrainConfig", "Trainer", "TrainingStopped"]

@@ -8,11 +8,13 @@ whether a NaN may be missing or must stop the run is the caller's business.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+
+from .config import AdvantageConfig
 
 
 def _as_rewards(rewards: Tensor | Sequence[float], count: int, name: str) -> Tensor:
@@ -67,6 +69,33 @@ def group_advantages(
         spread = group_std if epoch_std is None else epoch_std
         advantages[members] = (rewards[members] - mean) / (spread + eps)
     return _finish(advantages, clip)
+
+
+def combined_advantages(
+    total: Tensor,
+    parts: Mapping[str, Tensor],
+    weights: Mapping[str, float],
+    group_ids: Tensor,
+    config: AdvantageConfig,
+) -> Tensor:
+    """Group advantages of several rewards, (n,) float32.
+
+    config.combine: "sum" compares the weighted sum `total`, so that rewards of larger spread count
+    more; "normalised" is the weighted mean of each part's own advantages (MixGRPO, 2507.21802);
+    "gdpo" divides that by its standard deviation over all n (GDPO, 2601.05242). Clipped to
+    config.clip last. Parts of weight 0 are monitors. Raises as `group_advantages`.
+    """
+    std: Any = config.std
+    used = {k: w for k, w in weights.items() if w}
+    if config.combine == "sum" or len(used) < 2:
+        return group_advantages(total, group_ids, std, clip=config.clip)
+    scale = sum(abs(w) for w in used.values())
+    advantages = torch.zeros(len(total), dtype=torch.float64)
+    for name, weight in used.items():
+        advantages += weight / scale * group_advantages(parts[name], group_ids, std).double()
+    if config.combine == "gdpo":
+        advantages /= advantages.std(correction=0) + 1e-4
+    return _finish(advantages, config.clip)
 
 
 def zero_variance_share(rewards: Tensor, group_ids: Tensor) -> float:

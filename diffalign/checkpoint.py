@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .config import write_atomic
+from .decoding import write_atomic
 
 NAME = "checkpoint.pt"
 

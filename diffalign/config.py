@@ -8,29 +8,41 @@ A run is a `TrainConfig`. A YAML file gives only what differs from the defaults,
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 import os
-import re
-import types
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 
 import draccus
 import yaml
 
+from . import decoding
+from .decoding import (
+    ConfigError,
+    near_divisors,
+    pairs,
+    read_yaml,
+    section_keys,
+    suggest,
+    write_atomic,
+)
+
 T = TypeVar("T")
 
-DTYPES = ("float32", "bfloat16", "float16")
-KERNELS = ("ddim", "ode", "flow_sde", "dance_sde", "cps")
-BASELINES = ("group", "tracker")
-STDS = ("group", "global")
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is meant for the user as it stands."""
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "sampler.kernel": ("ddim", "ode", "flow_sde", "dance_sde", "cps"),
+    "sampler.window_schedule": ("random", "progressive", "decay", "branch"),
+    "advantage.baseline": ("group", "tracker"),
+    "advantage.std": ("group", "global"),
+    "advantage.combine": ("sum", "normalised", "gdpo"),
+    "train.optimizer": ("adamw", "adamw8bit"),
+    "train.lr_schedule": ("constant", "linear", "cosine"),
+    "eval.guard": ("off", "warn", "stop"),
+}
+"""What settings with a fixed set of values may be."""
 
 
 @dataclass
@@ -75,6 +87,19 @@ class SamplerConfig:
     """stochasticity of the kernel; 0 = deterministic"""
     batch: int = 16
     """images per denoiser call while sampling"""
+    window: int | None = None
+    """stochastic, trained steps of a policy gradient, the others being the ODE's; null = all"""
+    window_schedule: str = "random"
+    """where the window is in an epoch: random | progressive | decay (progressive, and ever fewer
+    epochs per place in the second half) | branch (a step for every image of a prompt in turn)"""
+    window_range: list[int] | None = None
+    """[first, end) of the steps that windows may cover; null = all stochastic ones"""
+    window_epochs: int = 1
+    """epochs before a progressive window moves on by one step"""
+    tail: int | None = None
+    """steps of DPM-Solver++ in place of all ODE steps after the window; null = none"""
+    same_noise: bool = False
+    """the images of a prompt start from the same noise"""
 
 
 @dataclass
@@ -93,6 +118,9 @@ class AdvantageConfig:
     """group | tracker (DDPO's per-prompt buffer)"""
     std: str = "global"
     """what a group's rewards are divided by: group | global (only for baseline=group)"""
+    combine: str = "sum"
+    """several rewards: sum (advantages of their weighted sum) | normalised (weighted mean of the
+    advantages of each) | gdpo (that, divided by its standard deviation over the epoch)"""
     clip: float = 5.0
     """advantages are clipped to [-clip, clip]"""
     buffer_size: int = 16
@@ -106,7 +134,15 @@ class OptimConfig:
     epochs: int = 50
     """rollouts, each followed by its updates"""
     lr: float = 3e-4
-    """learning rate of AdamW"""
+    """learning rate"""
+    lr_schedule: str = "constant"
+    """constant, or linear | cosine from train.lr to 0 over the run"""
+    warmup: int = 0
+    """optimiser steps over which the learning rate rises from 0"""
+    optimizer: str = "adamw"
+    """adamw | adamw8bit (bitsandbytes, CUDA)"""
+    ema: float = 0.0
+    """decay of an average of the weights that is evaluated and saved in their place; 0 = none"""
     weight_decay: float = 1e-4
     """decoupled weight decay"""
     max_grad_norm: float = 1.0
@@ -121,6 +157,8 @@ class OptimConfig:
     """of prompts, noise and LoRA initialisation"""
     checkpoint_every: int = 10
     """epochs; 0 = only at the end"""
+    max_denoiser_calls: int | None = None
+    """end after the epoch in which training has made this many; null = no end but epochs"""
 
 
 @dataclass
@@ -137,6 +175,12 @@ class EvalConfig:
     """classifier-free guidance scale"""
     rewards: dict[str, Any] = field(default_factory=dict)
     """held-out judges, never trained on; written as rewards"""
+    guard: str = "warn"
+    """off | warn | stop when the reward rises while a judge or the diversity falls"""
+    guard_drop: float = 2.0
+    """fall of a judge from its best that counts, in standard errors of the difference"""
+    guard_diversity: float = 0.7
+    """diversity that is too low, as a share of the base model's"""
     grid_prompts: int = 8
     """rows of the before/after grid"""
 
@@ -175,8 +219,8 @@ class TrainConfig:
         config = decode(cls, read_yaml(path), source=f" in {path}")
         if overrides:
             tree = config.to_dict()
-            for key, text in _pairs(overrides):
-                _override(tree, key, text)
+            for key, text in pairs(overrides):
+                decoding.override(cls, tree, key, text)
             # The file alone was accepted above, so that what is refused now was typed.
             config = decode(cls, tree, source=" on the command line")
         config.log.dir = config.log.dir or f"runs/{Path(path).stem}"
@@ -212,14 +256,14 @@ class TrainConfig:
             if not ok:
                 problems.append(f"{name}={get(name)!r} {reason}")
 
-        for name in _config_keys():
+        for name in section_keys(TrainConfig):
             value = get(name)
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 may = name in _MAY_BE_ZERO
                 bound = "0 or more" if may else "more than 0"
                 require(name, value > 0 or (may and value == 0), f"must be {bound}")
                 require(name, value != math.inf or name in _MAY_BE_INF, "is not finite")
-        for name, valid in _CHOICES.items():
+        for name, valid in CHOICES.items():
             require(name, get(name) in valid, f"is not known{suggest(get(name), valid)}")
         if not isinstance(self.algorithm["type"], str):
             problems.append(f"algorithm.type={self.algorithm['type']!r} is not the name of one")
@@ -230,6 +274,8 @@ class TrainConfig:
             "cannot be combined with model.lora_rank=0, whose reference is the model as stored; "
             "merge it with diffusers' fuse_lora and save_pretrained, and give that folder",
         )
+        self._check_window(require)
+        require("train.ema", self.train.ema < 1, "is a decay; use less than 1, such as 0.9")
         advantage = self.advantage
         if advantages and advantage.baseline == "group":
             require(
@@ -259,271 +305,39 @@ class TrainConfig:
         if problems:
             raise ConfigError("\n".join(problems))
 
+    def _check_window(self, require: Callable[[str, bool, str], None]) -> None:
+        s = self.sampler
+        reach = s.window_range
+        ordered = reach is None or (len(reach) == 2 and 0 <= reach[0] < reach[1] <= s.steps)
+        require("sampler.window_range", ordered, f"is not [first, end) of the {s.steps} steps")
+        if not ordered:
+            return
+        room = reach[1] - reach[0] if reach else s.steps
+        if s.window is not None:
+            fits = s.window <= room
+            require("sampler.window", fits, f"is wider than the {room} steps it moves in")
+        else:
+            require("sampler.tail", s.tail is None, "follows a window; set sampler.window too")
+            still = s.window_schedule not in ("progressive", "decay")
+            require("sampler.window_schedule", still, "moves a window; set sampler.window too")
+        if s.window_schedule == "branch":
+            require("sampler.window", s.window == 1, "branches have one stochastic step; use 1")
+            require("sampler.same_noise", s.same_noise, "branches share a trunk; use true")
+        if self.advantage.baseline == "tracker":
+            branches = s.window_schedule == "branch"
+            require("advantage.baseline", not branches, "does not know branches; use group")
+            plain = self.advantage.combine == "sum"
+            require("advantage.combine", plain, "compares groups; use advantage.baseline=group")
+
 
 _MAY_BE_ZERO = (
     *("model.lora_rank", "sampler.guidance", "sampler.eta", "train.weight_decay", "train.seed"),
-    *("train.checkpoint_every", "eval.every", "eval.guidance", "eval.grid_prompts"),
+    *("train.checkpoint_every", "train.warmup", "train.ema"),
+    *("eval.every", "eval.guidance", "eval.grid_prompts", "eval.guard_diversity"),
 )
 _MAY_BE_INF = ("advantage.clip", "train.max_grad_norm")
-_CHOICES = {
-    "model.dtype": DTYPES,
-    "sampler.kernel": KERNELS,
-    "advantage.baseline": BASELINES,
-    "advantage.std": STDS,
-}
-
-
-def suggest(name: str, valid: Iterable[str]) -> str:
-    """The end of an error message: "; did you mean 'lr'?", or "; valid: a, b, c"."""
-    names = {v.lower(): v for v in valid}
-    close = difflib.get_close_matches(str(name).lower(), names, n=1)
-    if close:
-        return f"; did you mean '{names[close[0]]}'?"
-    return f"; valid: {', '.join(names.values()) or 'none'}"
-
-
-def near_divisors(total: int, value: int) -> str:
-    """Divisors of `total` around `value`, in words: "8, 16, 32 or 64"."""
-    divisors = [d for d in range(1, total + 1) if total % d == 0]
-    below, above = [d for d in divisors if d < value], [d for d in divisors if d > value]
-    near = [str(d) for d in below[-2:] + above[:2]]
-    return " or ".join(filter(None, [", ".join(near[:-1]), near[-1]]))
-
-
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
-
-    Missing parent folders are made.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def decode(cls: type[T], mapping: Mapping[str, Any], where: str = "", source: str = "") -> T:
-    """Makes a dataclass of a mapping, strictly.
-
-    `where` is the dotted name of the mapping ("algorithm"; empty at the top) and `source` the place
-    to name in messages (" in configs/x.yaml"). Strings become numbers where the field is one
-    (YAML reads 3e-4 as a string); nothing else is converted. Raises `ConfigError` for unknown and
-    missing keys and for wrong types.
-    """
-    if not isinstance(mapping, Mapping):
-        name = f"section '{where}'" if where else "the configuration"
-        given = "is empty" if mapping is None else f"is {mapping!r}"
-        remedy = "give it keys or leave it out" if mapping is None else "write 'key: value' lines"
-        raise ConfigError(f"{name}{source} {given}, not a mapping; {remedy}")
-    prefix = f"{where}." if where else ""
-    hints = field_types(cls)
-    for key in mapping:
-        if key not in hints:
-            tip = suggest(key, hints)
-            elsewhere = [k for k in _config_keys() if k.endswith(f".{key}")]
-            if tip.startswith("; valid") and elsewhere:  # the right key in the wrong section
-                tip = f"; did you mean '{elsewhere[0]}'?"
-            else:
-                tip = tip.replace("you mean '", f"you mean '{prefix}")
-            raise ConfigError(f"unknown key '{prefix}{key}'{source}{tip}")
-    values: dict[str, Any] = {}
-    for key, value in mapping.items():
-        hint = hints[key]
-        if isinstance(hint, type) and is_dataclass(hint):
-            values[key] = decode(hint, value, prefix + key, source)
-        else:
-            values[key] = _decode_value(hint, value, prefix + key, source)
-    for f in fields(cls):  # pyright: ignore[reportArgumentType]
-        if f.init and f.default is f.default_factory is MISSING and f.name not in values:
-            raise ConfigError(f"missing key '{prefix}{f.name}'{source}")
-    try:
-        return cls(**values)
-    except ValueError as error:  # from a __post_init__
-        raise ConfigError(f"{where}{source}: {error}") from error
-
-
-def field_types(cls: Any) -> dict[str, Any]:
-    """The annotated type of every field of a dataclass that its constructor takes."""
-    hints = get_type_hints(cls)
-    return {f.name: hints[f.name] for f in fields(cls) if f.init}
-
-
-def _config_keys() -> list[str]:
-    return [
-        f"{section}.{key}"
-        for section, hint in field_types(TrainConfig).items()
-        if is_dataclass(hint)
-        for key in field_types(hint)
-    ]
-
-
-def _decode_value(hint: Any, value: Any, name: str, source: str) -> Any:
-    if get_origin(hint) is dict:
-        value = _numbers(value)
-    try:
-        if not _fits(hint, value):
-            raise TypeError
-        return draccus.decode(hint, value)
-    except Exception as error:
-        if isinstance(value, str) and get_origin(hint) in (list, tuple):
-            remedy = f"; write [{value}]"
-        elif hint is str and value is not None and not isinstance(value, (list, dict)):
-            remedy = f"; put it in quotes: '{value}'"
-        else:
-            remedy = ""
-        what = type_name(hint)
-        article = "" if what.startswith("one of") else "an " if what[0] in "aeiou" else "a "
-        raise ConfigError(f"{name}={value!r}{source} is not {article}{what}{remedy}") from error
-
-
-def _fits(hint: Any, value: Any) -> bool:
-    # draccus takes None and bools for numbers, and anything at all for a string.
-    origin, args = get_origin(hint) or hint, get_args(hint)
-    if origin is Any:
-        return True
-    if origin in (Union, types.UnionType):
-        return any(_fits(a, value) for a in args)
-    if origin is type(None) or value is None:
-        return origin is type(None) and value is None
-    if origin in (int, float):
-        return isinstance(value, (int, float, str)) and not isinstance(value, bool)
-    if origin is str:
-        return isinstance(value, str)
-    if origin in (list, tuple, set):
-        item = args[0] if args else Any
-        return isinstance(value, (list, tuple)) and all(_fits(item, v) for v in value)
-    if origin is dict:
-        return isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
-    return True
-
-
-def _numbers(value: Any) -> Any:
-    """Turns what YAML 1.1 leaves as strings, 3e-4 and 1e5, into floats, at any depth."""
-    if isinstance(value, Mapping):
-        return {k: _numbers(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_numbers(v) for v in value]
-    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
-        return float(value)
-    return value
-
-
-def type_name(hint: Any) -> str:
-    """A type in words: "float", "int or null", "one of is, sf"."""
-    origin, args = get_origin(hint) or hint, get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(map(str, args))
-    if origin in (Union, types.UnionType):
-        return " or ".join("null" if a is type(None) else type_name(a) for a in args)
-    if origin is dict:
-        return "mapping"
-    if origin in (list, tuple, set):
-        return "list" + (f" of {type_name(args[0])}" if args else "")
-    return getattr(origin, "__name__", str(origin))
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice: PyYAML would keep the last one in silence."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"duplicate key '{key.value}'", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The mapping in a YAML file; empty for an empty file. Raises `ConfigError`."""
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not UTF-8 (byte {error.start}); save it with that encoding"
-        ) from error
-    tree = _parse(text, str(path))
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {tree!r}, not a mapping; write 'section: {{key: value}}'")
-    return tree
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-99-99
-        raise ConfigError(f"{where}: {error}") from error
-
-
-def _pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
-    rest = list(arguments)
-    while rest:
-        token = rest.pop(0)
-        key, equals, text = token.removeprefix("--").partition("=")
-        if not token.startswith("--") or not key:
-            raise ConfigError(f"unexpected argument {token!r}; settings look like --train.lr 5e-4")
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"--{key} needs a value: --{key} VALUE, or --{key}=VALUE")
-            text = rest.pop(0)
-        yield key, text
-
-
-def _override(tree: dict[str, Any], key: str, text: str) -> None:
-    """Sets one dotted key of a complete tree; what it leaves invalid is found by `decode`."""
-    cls, node, (name, *rest) = TrainConfig, tree, key.split(".")
-    while rest and is_dataclass(field_types(cls).get(name)):
-        cls, node, name, rest = field_types(cls)[name], node[name], rest[0], rest[1:]
-    hint = field_types(cls).get(name)
-    # A string is taken as typed: YAML would read the folder name 2024_01 as the number 202401.
-    plain = hint is str or (hint == (str | None) and text != "null")
-    value = text if plain else _parse(text, f"--{key} {text}")
-    if rest and name == "rewards":
-        _override_reward(node[name], ".".join(rest), value)
-    elif rest:
-        _nest(node, [name, *rest], value, key)
-    elif is_dataclass(hint) and isinstance(value, dict):
-        node[name] = {**node[name], **value}
-    else:
-        node[name] = value
-
-
-def _override_reward(rewards: dict[str, Any], tail: str, value: Any) -> None:
-    # The name of a user's function may hold dots before its colon: pkg.module:function.
-    dot = tail.find(".", tail.find(":") + 1)
-    name, option = (tail, "") if dot < 0 else (tail[:dot], tail[dot + 1 :])
-    current = rewards.get(name)
-    if option:
-        if not isinstance(current, dict):
-            rewards[name] = {"weight": 1.0 if current is None else current}
-        _nest(rewards[name], option.split("."), value, tail)
-    elif value is None:
-        if name not in rewards:
-            raise ConfigError(f"there is no reward '{name}' to remove{suggest(name, rewards)}")
-        del rewards[name]
-    elif isinstance(current, dict) and not isinstance(value, dict):
-        current["weight"] = value
-    else:
-        rewards[name] = value
-
-
-def _nest(node: dict[str, Any], parts: list[str], value: Any, key: str) -> None:
-    for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"unknown key '{key}' on the command line; '{part}' is {node!r}")
-    node[parts[-1]] = value
+    """`decoding.decode`, with hints at the settings of a run."""
+    return decoding.decode(cls, mapping, where, source, section_keys(TrainConfig))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Union
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from diffalign.config import write_atomic
+from diffalign.decoding import write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor

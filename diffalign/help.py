@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
-from .config import TrainConfig, field_types, type_name
+from .config import TrainConfig
+from .decoding import field_types, type_name
 
 
 def field_docs(cls: type) -> dict[str, str]:

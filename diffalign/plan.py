@@ -7,11 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 import rewards as reward_library
 
-from . import algorithms, policies, prompts
+from . import algorithms, policies, prompts, windows
 from .algorithms import Needs
-from .config import ConfigError, TrainConfig
+from .config import TrainConfig
+from .decoding import ConfigError
+from .optimisation import check_optimizer
 from .prompts import Prompt, PromptSampler
 from .rollout import Sampling
 from .tracking import check_trackers
@@ -26,7 +30,7 @@ class Plan:
     rewards: Mapping[Any, Any]
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
-    stds: list[float]  # of the K transitions of the sampler
+    stochastic: list[bool]  # of the K transitions of the sampler
     latent_shape: tuple[int, ...]
     uses_cfg: bool  # guidance doubles the denoiser calls
     processes: int
@@ -48,7 +52,7 @@ class Plan:
                 f"data.groups={config.data.groups} is not a multiple of the {processes} processes, "
                 "and a group stays on one process; make it one"
             )
-        if getattr(algorithm, "single_update", False):
+        if algorithm.single_update:
             for name in ("updates_per_epoch", "inner_epochs"):
                 if getattr(config.train, name) != 1:
                     raise ConfigError(
@@ -60,6 +64,7 @@ class Plan:
         if config.eval.rewards:
             reward_library.check(config.eval.rewards)
         check_trackers(config.log.trackers)
+        check_optimizer(config.train.optimizer)
         policies.check(config.model.name)
         data = (
             [Prompt(p) for p in train_prompts]
@@ -74,56 +79,115 @@ class Plan:
         if model.tiny_vae is not None:
             policies.check_tiny_vae(model.tiny_vae, model.name)
         sampling = Sampling(levels, config.sampler.kernel, config.sampler.eta, 1.0)
-        stds = sampling.stds().tolist()
+        stochastic, trajectory = sampling.stochastic, algorithm.needs is Needs.TRAJECTORY
         if gradient:
-            algorithm.first_step(config.sampler.steps)
-        elif algorithm.needs is Needs.TRAJECTORY and not any(stds):
+            algorithm.surrogate(config.sampler.steps, torch.Generator())
+        if not trajectory:
+            for name in ("window", "window_range", "tail"):
+                value = getattr(config.sampler, name)
+                if value is not None:
+                    raise ConfigError(
+                        f"sampler.{name}={value} is for policy gradients, and "
+                        f"{config.algorithm['type']} trains no transitions; leave it out"
+                    )
+        if algorithm.needs is Needs.FINAL:
+            algorithm.check_levels(config.sampler.steps)
+            if config.sampler.same_noise and not any(stochastic):
+                raise ConfigError(
+                    "sampler.same_noise=true makes all images of a prompt alike where sampling is "
+                    "deterministic; raise sampler.eta with a stochastic sampler.kernel"
+                )
+        if trajectory and not any(stochastic):
             raise ConfigError(
                 f"sampler.kernel={config.sampler.kernel} with sampler.eta={config.sampler.eta:g} "
                 "is deterministic, and a policy gradient needs chance; raise sampler.eta"
             )
-        return cls(config, algorithm, rewards, data, held_out, stds, shape, uses_cfg, processes)
+        if trajectory:
+            low, high = windows.bounds(config.sampler, stochastic)
+            size, places = config.data.group_size, high - low
+            around = size // places, size // places + 1
+            if config.sampler.window_schedule == "branch" and size % places:
+                raise ConfigError(
+                    f"data.group_size={size} is not a multiple of the {places} steps that branch; "
+                    f"use {' or '.join(str(k * places) for k in around if k)}"
+                )
+        return cls(
+            config, algorithm, rewards, data, held_out, stochastic, shape, uses_cfg, processes
+        )
 
     @property
     def samples(self) -> int:
         """Pictures of one epoch, over all processes."""
         return self.config.data.groups * self.config.data.group_size
 
+    def _calls(self) -> tuple[float, float, str]:
+        """Denoiser calls for a sample: of its rollout and of each time it is learnt from, the
+        gradient-free ones included; and what is learnt, in words. Means where that is random."""
+        steps, c = self.config.sampler.steps, self.config
+        frozen = self.algorithm.frozen_calls(c.train.updates_per_epoch * c.train.inner_epochs)
+        if self.algorithm.needs is Needs.FINAL:
+            return (
+                steps,
+                self.algorithm.times * (1 + frozen),
+                f"{self.algorithm.times} noise levels",
+            )
+        if self.algorithm.needs is Needs.TRAJECTORY:
+            low, high = windows.bounds(c.sampler, self.stochastic)
+            trained = c.sampler.window or high - low
+            sampled = windows.calls_per_sample(c.sampler, self.stochastic, c.data.group_size)
+            return sampled, trained * (1 + frozen), f"{trained} of {steps} steps"
+        generator = torch.Generator()
+        draws = [self.algorithm.surrogate(steps, generator) for _ in range(2000)]
+        active = sum(len(d.active) for d in draws) / len(draws)
+        sampled = sum(steps if d.at is None else d.at for d in draws) / len(draws)
+        learned = sum(
+            (1 + d.renoised) * len(d.active) * (1 + frozen) + d.renoised + (d.at is not None)
+            for d in draws
+        )
+        return sampled, learned / len(draws), f"{active:g} of {steps} steps"
+
     @property
-    def trained_steps(self) -> list[int]:
-        """Steps that are trained: the stochastic ones, or the tail of a GRADIENT algorithm."""
-        steps = self.config.sampler.steps
-        if self.algorithm.needs is Needs.GRADIENT:
-            return list(range(self.algorithm.first_step(steps), steps))
-        return [i for i, std in enumerate(self.stds) if std > 0]
+    def calls_per_epoch(self) -> float:
+        """Denoiser calls that training makes in an epoch; a mean where that is random."""
+        sampled, learned, _ = self._calls()
+        branches = 2 if self.uses_cfg and self.config.sampler.guidance > 1 else 1
+        return self.samples * (sampled + self.config.train.inner_epochs * learned) * branches
 
     def describe(self) -> str:
         """The geometry and the cost of the run, for --dry-run."""
         c, n = self.config, self.samples
         updates = c.train.updates_per_epoch * c.train.inner_epochs
         branches = 2 if self.uses_cfg and c.sampler.guidance > 1 else 1
-        needs = self.algorithm.needs
-        rows = n // c.train.updates_per_epoch
-        if needs is Needs.TRAJECTORY:
-            rows *= len(self.trained_steps)
-            trained = rows * updates
-            unit = f"{rows:,} (sample, step) pairs"
-        else:
-            trained = rows * updates * (len(self.trained_steps) if needs is Needs.GRADIENT else 1)
-            unit = f"{rows:,} samples"
-        chunks = math.ceil(rows / c.train.micro_batch)
-        last = rows - (chunks - 1) * c.train.micro_batch
-        ragged = "" if last == c.train.micro_batch else f", the last of {last}"
-        reference = 2 if getattr(self.algorithm, "kl_weight", 0) else 1
+        sampled, learned, what = self._calls()
+        needs, share = self.algorithm.needs, n // c.train.updates_per_epoch
+        rows, unit = share, "samples"
+        if needs is not Needs.GRADIENT:
+            rows = share * int(what.split()[0])
+            unit = "(sample, step) pairs" if needs is Needs.TRAJECTORY else "(sample, level) pairs"
+        size = c.train.micro_batch
+        if needs is Needs.FINAL:  # the levels of a sample stay together
+            size = max(1, size // self.algorithm.times) * self.algorithm.times
+        chunks = math.ceil(rows / size)
+        last = rows - (chunks - 1) * size
+        ragged = "" if last == size else f", the last of {last}"
         evaluations = len(self.eval_prompts) * c.eval.images_per_prompt
         eval_branches = 2 if self.uses_cfg and c.eval.guidance > 1 else 1
         eval_calls = evaluations * c.eval.steps * eval_branches
-        eval_runs = 1 + math.ceil(c.train.epochs / (c.eval.every or c.train.epochs))
-        sampled, learned = n * c.sampler.steps * branches, trained * branches * reference
-        latent = math.prod(self.latent_shape)
         rank = c.model.lora_rank
+        distance = 2 * evaluations * eval_branches if rank else 0  # to the base model
+        sampled, learned = (
+            round(n * sampled) * branches,
+            round(share * updates * learned) * branches,
+        )
+        latent = math.prod(self.latent_shape)
         trained_weights = f"LoRA rank {rank}" if rank else "all weights of the denoiser"
         stored = n * (c.sampler.steps + 1) * latent * 4 / 2**20
+        most, epochs = c.train.max_denoiser_calls, c.train.epochs
+        if most is not None:
+            epochs = min(epochs, math.ceil(most / self.calls_per_epoch))
+        eval_runs = 1 + math.ceil(epochs / (c.eval.every or epochs))
+        whole = epochs * (sampled + learned)
+        whole += eval_runs * eval_calls + (eval_runs - 1) * distance
         lines = [
             f"run        {c.log.dir}",
             f"model      {c.model.name}, {trained_weights}, {c.model.dtype}",
@@ -133,14 +197,12 @@ class Plan:
             f"sampling   {c.sampler.steps} steps, {c.sampler.kernel}, eta {c.sampler.eta:g}, "
             f"guidance {c.sampler.guidance:g}: {sampled:,} denoiser calls, "
             f"{c.sampler.batch} at a time",
-            f"update     {updates} optimiser step(s) of {unit}: "
-            f"{chunks} micro-batch(es) of {min(c.train.micro_batch, rows)}{ragged}",
-            f"learning   {len(self.trained_steps)} of {c.sampler.steps} steps: "
-            f"{learned:,} denoiser calls forward and back",
+            f"update     {updates} optimiser step(s) of {rows:,} {unit}: "
+            f"{chunks} micro-batch(es) of {min(size, rows)}{ragged}",
+            f"learning   {what}: {learned:,} denoiser calls",
             f"evaluation {len(self.eval_prompts)} prompts x {c.eval.images_per_prompt} images, "
             f"{eval_runs} times: {eval_calls:,} denoiser calls each",
-            f"whole run  {c.train.epochs} epochs: "
-            f"{c.train.epochs * (sampled + learned) + eval_runs * eval_calls:,} denoiser calls",
+            f"whole run  {epochs} epochs: {whole:,} denoiser calls",
             f"memory     {stored:.1f} MiB of stored trajectories, beside model and activations",
         ]
         return "\n".join(lines)

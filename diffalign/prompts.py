@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffalign.config import suggest
+from diffalign.decoding import suggest
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,11 @@ class Prompt:
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def for_rewards(prompts: Sequence[Prompt]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Texts and metadata, as a reward is called with them."""
+    return [p.text for p in prompts], [p.metadata for p in prompts]
 
 
 def load(path: str | os.PathLike[str]) -> list[Prompt]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import io
-import itertools
 import json
 import math
 import os
@@ -19,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
-from diffalign.config import suggest, write_atomic
+from diffalign.curves import draw_curves
+from diffalign.decoding import suggest, write_atomic
 from diffalign.grids import save_png
 
 EXTRA = ("tensorboard", "wandb", "trackio")
@@ -238,116 +238,3 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
             plain = isinstance(value, (bool, int, float, str))
             flat[f"{prefix}{key}"] = value if plain else json.dumps(value, default=str)
     return flat
-
-
-INK, GREY, GRID = "#1f2430", "#6b7280", "#e5e7eb"
-TRAINED, JUDGED = "#2563eb", "#d97706"
-PANEL = (640, 400)
-MARGIN = (84, 64, 28, 62)  # left, top, right, bottom of the axes
-SCALE = 3  # lines are drawn this much larger and scaled down: PIL does not smooth them
-
-
-def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """One panel per curve: what is trained on (reward_mean) in blue, judges (eval/...) in orange.
-
-    `rows` are as `read_metrics` gives them; a panel is 640 x 400 px.
-    """
-    names = list(dict.fromkeys(k for row in rows for k in row))
-    shown = [n for n in names if n == "reward_mean"] + [n for n in names if n.startswith("eval/")]
-    curves = {
-        name: [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-        for name in shown
-    } or {"reward_mean": []}
-    across = min(len(curves), 3 if len(curves) % 3 == 0 or len(curves) > 4 else 2)
-    down = math.ceil(len(curves) / across)
-    sheet = Image.new("RGB", (PANEL[0] * across, PANEL[1] * down), "white")
-    steps = [step for points in curves.values() for step, _ in points] or [0]
-    span = (min(steps), max(*steps, min(steps) + 1))
-    for i, (name, points) in enumerate(curves.items()):
-        place = (i % across * PANEL[0], i // across * PANEL[1])
-        sheet.paste(_panel(name, points, span), place)
-    return sheet
-
-
-def _panel(name: str, points: list[tuple[int, float]], span: tuple[int, int]) -> Image.Image:
-    (width, height), (left, top, right, bottom) = PANEL, MARGIN
-    title, small = ImageFont.load_default(22), ImageFont.load_default(16)
-    color = TRAINED if name == "reward_mean" else JUDGED
-    if not points:
-        panel = Image.new("RGB", PANEL, "white")
-        ImageDraw.Draw(panel).text((left, 24), f"{name}: no values yet", GREY, title)
-        return panel
-    values = [value for _, value in points]
-    x_low, x_high = span
-    x_ticks = _ticks(x_low, x_high, 6, whole=True)
-    y_ticks = _ticks(min(values), max(values), 5)
-    y_low, y_high = min(y_ticks[0], *values), max(y_ticks[-1], *values)
-
-    def place(step: float, value: float) -> tuple[float, float]:
-        x = left + (step - x_low) / (x_high - x_low) * (width - left - right)
-        return x, height - bottom - (value - y_low) / (y_high - y_low) * (height - top - bottom)
-
-    large = Image.new("RGB", (width * SCALE, height * SCALE), "white")
-    draw = ImageDraw.Draw(large)
-
-    def line(dots: list[tuple[float, float]], fill: str, thick: float) -> None:
-        draw.line([(x * SCALE, y * SCALE) for x, y in dots], fill, round(thick * SCALE), "curve")
-
-    for value in y_ticks:
-        line([place(x_low, value), place(x_high, value)], GRID, 1)
-    line([place(x_low, y_low), place(x_high, y_low)], GREY, 1)
-    for step in x_ticks:
-        x, y = place(step, y_low)
-        line([(x, y), (x, y + 5)], GREY, 1)
-    dots = [place(*p) for p in points]
-    line(dots, color, 2.5)
-    marked = dots if len(dots) <= 30 else [dots[0], dots[-1]]
-    for x, y in marked:
-        box = [(x - 4) * SCALE, (y - 4) * SCALE, (x + 4) * SCALE, (y + 4) * SCALE]
-        draw.ellipse(box, color, "white", SCALE)
-
-    # Text last, at its final size: scaled down it would be blurred.
-    panel = large.resize(PANEL, Image.Resampling.LANCZOS)
-    draw = ImageDraw.Draw(panel)
-    draw.text((left, 18), name, INK, title)
-    digits = _digits(y_ticks)
-    ends = values if len(values) == 1 else (values[0], values[-1])
-    change = " to ".join(_label(v, digits + 1) for v in ends)
-    draw.text((width - right, 22), change, color, small, anchor="ra")
-    for value in y_ticks:
-        x, y = place(x_low, value)
-        draw.text((x - 10, y), _label(value, digits), GREY, small, anchor="rm")
-    for step in x_ticks:
-        x, y = place(step, y_low)
-        draw.text((x, y + 9), str(int(step)), GREY, small, anchor="ma")
-    middle = place((x_low + x_high) / 2, y_low)
-    draw.text((middle[0], height - 26), "epoch", GREY, small, anchor="ma")
-    return panel
-
-
-def _ticks(low: float, high: float, count: int, whole: bool = False) -> list[float]:
-    """Round numbers about `count` steps apart; those of values enclose them, those of steps do not
-    leave the axis."""
-    if high <= low:
-        pad = abs(low) * 0.05 or 0.5
-        low, high = low - pad, high + pad
-    rough = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
-    if whole:
-        step = max(1, round(step))
-        first, last = math.ceil(low / step), math.floor(high / step)
-    else:
-        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, last + 1)]
-
-
-def _label(value: float, digits: int) -> str:
-    text = f"{value:.{digits}f}"
-    return text if len(text) <= 8 else f"{value:.2e}"  # what the margin has room for
-
-
-def _digits(ticks: Sequence[float]) -> int:
-    """Decimals that tell the ticks apart."""
-    step = min(b - a for a, b in itertools.pairwise(ticks))
-    return next((d for d in range(12) if abs(round(step, d) - step) < step * 1e-6), 12)

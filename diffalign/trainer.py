@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-import hashlib
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,19 @@ import rewards as reward_library
 from rewards import RewardError
 
 from . import checkpoint, grids, policies
-from .advantages import PromptTracker, group_advantages, zero_variance_share
-from .algorithms import Batch, Needs
-from .config import ConfigError, TrainConfig
+from .advantages import PromptTracker, combined_advantages, zero_variance_share
+from .algorithms import Needs
+from .config import TrainConfig
+from .decoding import ConfigError
+from .diagnostics import diversity, thumbnails
+from .evaluation import Evaluation
+from .learning import Learner, Rollout, chunks
+from .optimisation import Optimisation
 from .plan import Plan
-from .policies import Cond
-from .prompts import Prompt, PromptSampler
-from .rollout import Sampling, Trajectories, adjoint_sweep, rollout
+from .prompts import Prompt, PromptSampler, for_rewards
+from .rollout import Sampling, Surrogate, rollout, sample_seed
 from .tracking import Meter, Tracker
+from .windows import window
 
 # |ratio - 1| of a stored log-probability before any update; above it, rollout and training disagree
 MISMATCH_WARNING = 1e-3
@@ -34,12 +40,6 @@ MISMATCH_WARNING = 1e-3
 
 class TrainingStopped(RuntimeError):
     """A reward failed. The run was saved; the message says where, and where the picture is."""
-
-
-def sample_seed(*parts: int | str) -> int:
-    """A seed below 2^63 from (run seed, epoch, prompt id, sample index), alike on any machine."""
-    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
 
 
 class Trainer:
@@ -84,7 +84,7 @@ class Trainer:
         if self.algorithm.needs is Needs.GRADIENT:
             self.reward.require_differentiable()
         judges = config.eval.rewards
-        self.judge = reward_library.build(judges).to(device) if judges else None
+        judge = reward_library.build(judges).to(device) if judges else None
         m = config.model
         self.policy = policies.load(
             m.name, device, m.dtype, m.resolution, not m.lora_rank, m.merge_lora
@@ -102,25 +102,29 @@ class Trainer:
 
         s = config.sampler
         self.sampling = Sampling(self.policy.levels(s.steps), s.kernel, s.eta, s.guidance)
-        self.eval_sampling = Sampling(
-            self.policy.levels(config.eval.steps), "ode", 0.0, config.eval.guidance
-        )
         self.sampler = PromptSampler(
             len(self.plan.train_prompts), config.data.groups, config.train.seed
         )
         self.history = PromptTracker(config.advantage.buffer_size, config.advantage.min_count)
-        self.parameters = self.policy.trainable_parameters()
-        self.optimiser = torch.optim.AdamW(
-            self.parameters, config.train.lr, weight_decay=config.train.weight_decay
+        self.algorithm.setup(self.policy)
+        self.copies = self.algorithm.copies()
+        for name in self.copies:
+            self.policy.add_copy(name)
+        t = config.train
+        self.optimisation = Optimisation(
+            self.policy, self.algorithm.parameters(), t, self.accelerator, m.dtype,
+            t.epochs * t.updates_per_epoch * t.inner_epochs,
+        )  # fmt: skip
+        self.learner = Learner(
+            config, self.algorithm, self.policy, self.sampling, self.reward, self.optimisation,
+            self.plan.samples, self.rank, self.world,
+        )  # fmt: skip
+        self.evaluation = Evaluation(
+            config, self.plan.eval_prompts, self.policy, self.reward, judge, self.accelerator
         )
-        # the smallest gradients vanish in float16 unless they are scaled up
-        self.scaler = torch.amp.GradScaler(device.type, enabled=m.dtype == "float16")
-        self.epoch, self.updates = 0, 0
-        self.base_images: list[tuple[Tensor, dict[str, float]]] = []
+        self.epoch, self.calls = 0, 0.0  # epochs done, and what they took of the denoiser
         if state is not None:
             self._restore(state)
-            for group in self.optimiser.param_groups:  # the config may have changed them
-                group["lr"], group["weight_decay"] = config.train.lr, config.train.weight_decay
         self.complete = self._state()  # as of the last epoch that was finished
         self.tracker = Tracker(
             self.dir,
@@ -138,6 +142,13 @@ class Trainer:
     def main(self) -> bool:
         return self.accelerator.is_main_process
 
+    @property
+    def finished(self) -> bool:
+        """Whether the epochs, or the denoiser calls that they may take, are used up."""
+        t = self.config.train
+        most = t.max_denoiser_calls
+        return self.epoch >= t.epochs or (most is not None and self.calls >= most)
+
     def train(self) -> dict[str, dict[str, float]]:
         """Run to the last epoch. Returns {"before": ..., "after": ...}, the held-out evaluations.
 
@@ -154,27 +165,36 @@ class Trainer:
                 self._encode_all()
                 self.policy.free_text_encoders()
             # at the start the network is the base, and a reference may cost a second one
-            with self.policy.reference() if self.updates else nullcontext():
+            with self.policy.reference() if self.optimisation.updates else nullcontext():
                 before = after = self.evaluate("base")
             self.policy.forget("base")
             if self.epoch == 0 and not self.tracker.rows:
                 self.tracker.log(0, before)
-            if self.epoch >= c.train.epochs:  # resumed when there is nothing left to do
-                after = self.evaluate(f"epoch {self.epoch}")
-            while self.epoch < c.train.epochs:
+            if self.finished:  # resumed when there is nothing left to do
+                with self._averaged():
+                    after = self.evaluate(f"epoch {self.epoch}")
+            while not self.finished:
                 metrics = self.run_epoch(self.epoch)
                 self.epoch += 1
-                done = self.epoch == c.train.epochs
+                self.calls += metrics["denoiser_calls"]
+                done, wrong = self.finished, []
                 if done or (c.eval.every and self.epoch % c.eval.every == 0):
-                    after = self.evaluate(f"epoch {self.epoch}")
+                    with self._averaged():
+                        after = self.evaluate(f"epoch {self.epoch}")
                     metrics |= after
+                    if self.plan.eval_prompts and c.eval.guard != "off":
+                        wrong = self._guarded()
+                        metrics["over_optimised"] = float(bool(wrong))
                 self.tracker.log(self.epoch, metrics)
                 self.complete = self._state()
+                done = done or bool(wrong and c.eval.guard == "stop")
                 every = c.train.checkpoint_every
                 if self.main and (done or (every and self.epoch % every == 0)):
                     self.save()
                 bar.update()
                 bar.set_postfix(reward=f"{metrics['reward_mean']:.4g}")
+                if done:
+                    break
         except RewardError as error:
             raise TrainingStopped(self._stopped(error)) from error
         except KeyboardInterrupt:
@@ -189,13 +209,13 @@ class Trainer:
 
     def _encode_all(self) -> None:
         """Encode every text that this process will ask for, of training and evaluation."""
-        data, held_out = self.plan.train_prompts, self.plan.eval_prompts
+        data = self.plan.train_prompts
         ids: set[int] = set()
         for epoch in range(self.epoch, self.config.train.epochs):
             ids |= set(self._prompt_ids(epoch))
             if len(ids) == len(data):
                 break
-        texts = {data[i].text for i in ids} | {held_out[i].text for i, _ in self._evaluated()}
+        texts = {data[i].text for i in ids} | set(self.evaluation.texts())
         if texts:
             self.policy.encode(sorted(texts))
 
@@ -205,225 +225,172 @@ class Trainer:
         share = len(ids) // self.world
         return ids[self.rank * share : (self.rank + 1) * share]
 
-    def _evaluated(self) -> list[tuple[int, int]]:
-        """(prompt, picture) of the held-out pictures that this process draws."""
-        n, pictures = len(self.plan.eval_prompts), self.config.eval.images_per_prompt
-        return [(i, j) for j in range(pictures) for i in range(n)][self.rank :: self.world]
-
     def run_epoch(self, epoch: int) -> dict[str, float]:
         """Sample, score, update. Returns the metrics of the epoch, the same on every process."""
-        c, mine = self.config, self._prompt_ids(epoch)
-        prompt_ids = [i for i in mine for _ in range(c.data.group_size)]
-        seeds = [
-            sample_seed(c.train.seed, epoch, i, j) for i in mine for j in range(c.data.group_size)
-        ]
-        batch = [self.plan.train_prompts[i] for i in prompt_ids]
-        cond = self.policy.encode([p.text for p in batch])
-        calls = self.policy.calls
-        paths = rollout(self.policy, cond, self.sampling, seeds, c.sampler.batch)
-        if self.algorithm.needs is Needs.GRADIENT:
-            metrics = self._learn_from_gradients(epoch, batch, cond, paths)
+        start, calls = time.time(), self.policy.calls
+        scored, scoring = self.reward.images, self.reward.seconds
+        plans = self.learner.surrogates(epoch)
+        data = self._sample(epoch, plans)
+        if plans:
+            meter, rewards = self.learner.from_gradients(epoch, data, plans)
+            metrics = self._reward_metrics(rewards.pop(""), rewards)
         else:
-            total, parts = self.score(paths.final, batch)
+            total, parts, small = self.score(data.paths.final, data.prompts)
             metrics = self._reward_metrics(total, parts)
-            advantage, figures = self._advantages(total, torch.tensor(prompt_ids))
+            prompt_ids = torch.tensor([i for _, i, _ in data.keys])
+            spread = diversity(self._gather(small), self._gather(prompt_ids))
+            metrics |= {} if spread is None else {"diversity": spread}
+            groups = prompt_ids
+            if self.config.sampler.window_schedule == "branch":  # compared step by step
+                groups = prompt_ids * self.sampling.steps + data.paths.start
+            advantage, whitened, figures = self._advantages(total, parts, groups)
             metrics |= figures
-            metrics |= self._learn_from_advantages(epoch, cond, paths, advantage.to(total.device))
-        metrics["denoiser_calls"] = float(self.policy.calls - calls) * self.world
-        return metrics
+            data = replace(data, advantage=advantage, reward=whitened)
+            meter = self.learner.from_advantages(epoch, data)
+        metrics |= self._reduce(meter)
+        self._warn_of_mismatch(epoch, metrics)
+        metrics |= self.algorithm.end_epoch(metrics)
+        for name, decay in self.copies.items():
+            self.optimisation.follow(name, decay(self.optimisation.updates))
+        return metrics | {
+            "lr": self.optimisation.lr,
+            "denoiser_calls": float(self.policy.calls - calls) * self.world,
+            "reward_calls": float(self.reward.images - scored) * self.world,
+            "reward_seconds": self.reward.seconds - scoring,
+            "seconds": time.time() - start,
+        }
+
+    def _sample(self, epoch: int, plans: Sequence[Surrogate]) -> Rollout:
+        """This process's trajectories of an epoch, as far as `plans` ask for them."""
+        c, needs, seed = self.config, self.algorithm.needs, self.config.train.seed
+        keys = [(epoch, i, j) for i in self._prompt_ids(epoch) for j in range(c.data.group_size)]
+        batch = [self.plan.train_prompts[i] for _, i, _ in keys]
+        options: dict[str, Any] = {"means": self.algorithm.stores_means}
+        if needs is Needs.TRAJECTORY:
+            images = [j for *_, j in keys]
+            options["window"] = window(c.sampler, self.sampling.stochastic, epoch, seed, images)
+        options["store"] = needs is not Needs.FINAL
+        if c.sampler.same_noise:
+            options["initial"] = [sample_seed(seed, epoch, i, "start") for _, i, _ in keys]
+        ends = [p.at for p in plans if p.at is not None]
+        if ends and len(ends) == len(plans):  # no update looks beyond
+            options["until"] = max(ends)
+        cond = self.policy.encode([p.text for p in batch])
+        seeds = [sample_seed(seed, *key) for key in keys]
+        drawn_by = self.algorithm.sampled_by
+        with self.policy.adapter(drawn_by) if drawn_by else nullcontext():
+            paths = rollout(self.policy, cond, self.sampling, seeds, c.sampler.batch, **options)
+        return Rollout(batch, keys, cond, paths)
+
+    def _warn_of_mismatch(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        if metrics.get("mismatch_max", 0) > MISMATCH_WARNING and self.main:
+            tqdm.write(
+                f"epoch {epoch}: the stored log-probabilities differ from those of training by a "
+                f"ratio of {metrics['mismatch_max']:.2g}; is the dtype or the batch to blame?"
+            )
 
     @torch.no_grad()
-    def score(self, latents: Tensor, batch: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total reward (n,) and its raw parts, of clean latents (n, *latent)."""
-        totals, all_parts = [], []
-        for rows in _chunks(len(latents), self.config.sampler.batch):
+    def score(
+        self, latents: Tensor, batch: Sequence[Prompt]
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Total reward (n,), its raw parts, and thumbnails, of clean latents (n, *latent)."""
+        totals, all_parts, small = [], [], []
+        for rows in chunks(len(latents), self.config.sampler.batch):
             images = self.policy.decode(latents[rows], tiny=True)
-            total, parts = self.reward.score(images, *_texts(batch[rows]))
+            total, parts = self.reward.score(images, *for_rewards(batch[rows]))
             totals.append(total)
             all_parts.append(parts)
+            small.append(thumbnails(images))
         merged = {k: torch.cat([p[k] for p in all_parts]) for k in all_parts[0]}
-        return torch.cat(totals), merged
+        return torch.cat(totals), merged, torch.cat(small)
 
-    def _advantages(self, reward: Tensor, prompt_ids: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """Advantages of this process's samples, from the rewards of all processes."""
+    def _advantages(
+        self, reward: Tensor, parts: Mapping[str, Tensor], groups: Tensor
+    ) -> tuple[Tensor, Tensor, dict[str, float]]:
+        """Advantages and whitened rewards of this process's samples, from the rewards of all."""
         c = self.config.advantage
-        everyone = self._gather(reward.cpu())
-        groups = self._gather(prompt_ids)
+        everyone, groups = self._gather(reward), self._gather(groups)
         if c.baseline == "tracker":
             advantage = self.history.update(groups, everyone, clip=c.clip)
         else:
-            std: Any = c.std
-            advantage = group_advantages(everyone, groups, std, clip=c.clip)
-        figures = {"zero_variance_groups": zero_variance_share(everyone, groups)}
+            weights = {k: weight for k, (_, weight) in self.reward.parts.items()}
+            values = {k: self._gather(parts[k]) for k in weights}
+            advantage = combined_advantages(everyone, values, weights, groups, c)
+        whitened = (everyone - everyone.mean()) / (everyone.std(correction=0) + 1e-8)
         own = slice(self.rank * len(reward), (self.rank + 1) * len(reward))
-        return advantage[own], figures
+        figures = {"zero_variance_groups": zero_variance_share(everyone, groups)}
+        return advantage[own].to(reward.device), whitened[own].to(reward.device), figures
 
-    def _learn_from_advantages(
-        self, epoch: int, cond: Cond, paths: Trajectories, advantage: Tensor
-    ) -> dict[str, float]:
-        """TRAJECTORY and FINAL: micro-batches of rows through the loss, one step per update."""
-        trajectory = self.algorithm.needs is Needs.TRAJECTORY
-        steps = torch.tensor(self.plan.trained_steps if trajectory else [0])
-        meter, first = Meter(), self.updates
-        for mine, everyone in self._updates(epoch):
-            # a row is a (sample, step) pair; FINAL has one row a sample
-            samples, index = (m.flatten() for m in torch.meshgrid(mine, steps, indexing="ij"))
-            rows = everyone * len(steps)
-            for pick in _chunks(len(samples), self.config.train.micro_batch):
-                i, t = samples[pick], index[pick]
-                transition = {
-                    "step": t,
-                    "x": paths.states[i, t],
-                    "x_next": paths.states[i, t + 1],
-                    "log_prob_old": paths.log_prob[i, t],
-                }
-                batch = Batch(
-                    self.sampling,
-                    cond[i],
-                    advantage[i],
-                    paths.final[i],
-                    on_policy=self.updates == first,
-                    **transition if trajectory else {},
-                )
-                loss, figures = self.algorithm.loss(self.policy, batch)
-                # each row counts 1/rows whatever the micro-batches and processes
-                self.scaler.scale(loss * len(i) / rows).backward()
-                meter.add({"loss": loss, **figures}, len(i))
-            meter.add({"grad_norm": self._step()})
-        figures = self._reduce(meter)
-        if figures.get("mismatch_max", 0) > MISMATCH_WARNING and self.main:
-            tqdm.write(
-                f"epoch {epoch}: the stored log-probabilities differ from those of training by a "
-                f"ratio of {figures['mismatch_max']:.2g}; is the dtype or the batch to blame?"
-            )
-        return figures
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, where there are any."""
+        with self.policy.adapter("ema") if self.config.train.ema else nullcontext():
+            yield
 
-    def _learn_from_gradients(
-        self, epoch: int, batch: list[Prompt], cond: Cond, paths: Trajectories
-    ) -> dict[str, float]:
-        """GRADIENT: reward gradient at the clean latents, then the adjoint sweep."""
-        first = self.algorithm.first_step(self.sampling.steps)
-        meter, rewards = Meter(), {}
-        for mine, everyone in self._updates(epoch):
-            for pick in _chunks(len(mine), self.config.train.micro_batch):
-                rows = mine[pick]
-                x0 = paths.final[rows].detach().requires_grad_()
-                images = self.policy.decode(x0, differentiable=True, tiny=True)
-                total, parts = self.reward.score(images, *_texts([batch[i] for i in rows]))
-                loss = self.algorithm.loss(total).sum() / everyone
-                (grad,) = torch.autograd.grad(loss, x0)
-                grad = self.scaler.scale(grad)  # the sweep is linear in it
-                adjoint_sweep(
-                    self.policy, cond[rows], self.sampling, paths.states[rows], grad, first
-                )
-                saturated = ((images <= 0) | (images >= 1)).float().flatten(1).mean(1)
-                meter.add({"saturated_pixels": saturated}, len(rows))
-                for name, values in {"": total, **parts}.items():
-                    rewards.setdefault(name, []).append(values.detach())
-            meter.add({"grad_norm": self._step()})
-        merged = {name: torch.cat(values) for name, values in rewards.items()}
-        return self._reward_metrics(merged.pop(""), merged) | self._reduce(meter)
-
-    def _updates(self, epoch: int) -> Iterator[tuple[Tensor, int]]:
-        """For each optimiser step of an epoch: this process's samples, and the number of all.
-
-        The shuffle is over the samples of all processes, so it does not depend on their number.
-        """
-        c, n = self.config.train, self.plan.samples
-        share = n // self.world
-        for inner in range(c.inner_epochs):
-            generator = torch.Generator().manual_seed(sample_seed(c.seed, epoch, "order", inner))
-            for part in torch.randperm(n, generator=generator).chunk(c.updates_per_epoch):
-                mine = part[part // share == self.rank] - self.rank * share
-                yield mine.sort().values, len(part)
-
-    def _step(self) -> float:
-        """One optimiser step from the accumulated gradients; returns their norm before clipping.
-
-        Gradients are summed over processes here rather than by wrapping the network: processes may
-        run different numbers of backward passes, and the adjoint sweep runs several per sample.
-        """
-        for p in self.parameters:
-            if p.grad is None:
-                p.grad = torch.zeros_like(p)
-        if self.world > 1:
-            flat = torch.cat([p.grad.flatten() for p in self.parameters])  # type: ignore[union-attr]
-            flat: Any = self.accelerator.reduce(flat, "sum")
-            for p, g in zip(
-                self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True
-            ):
-                p.grad = g.view_as(p)
-        self.scaler.unscale_(self.optimiser)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.train.max_grad_norm)
-        self.scaler.step(self.optimiser)  # in float16 not if a gradient has overflown
-        self.scaler.update()
-        self.optimiser.zero_grad()
-        self.updates += 1
-        return norm.item()
-
-    @torch.no_grad()
     def evaluate(self, label: str) -> dict[str, float]:
-        """Means over held-out prompts from fixed noise, ODE sampler; writes the grid."""
-        c, held_out, mine = self.config, self.plan.eval_prompts, self._evaluated()
-        scores, images = [], {}
-        for start in range(0, len(mine), c.sampler.batch):
-            chunk = mine[start : start + c.sampler.batch]
-            batch = [held_out[i] for i, _ in chunk]
-            cond = self.policy.encode([p.text for p in batch])
-            seeds = [sample_seed(c.train.seed, "eval", i, j) for i, j in chunk]
-            paths = rollout(self.policy, cond, self.eval_sampling, seeds, c.sampler.batch)
-            pictures = self.policy.decode(paths.final)
-            total, parts = self.reward.score(pictures, *_texts(batch))
-            if self.judge is not None:
-                parts = parts | self.judge.score(pictures, *_texts(batch))[1]
-            for row, (i, j) in enumerate(chunk):
-                scores.append(
-                    {"reward": total[row].item()} | {k: v[row].item() for k, v in parts.items()}
-                )
-                if j == 0 and i < c.eval.grid_prompts:
-                    images[i] = (pictures[row].cpu(), scores[-1])
-        scores = gather_object(scores)
-        images = {k: v for part in gather_object([images]) for k, v in part.items()}
-        if images and self.main:
-            self._grid(label, [images[i] for i in sorted(images)])
-        if not scores:
-            return {}
-        return {f"eval/{k}": sum(s[k] for s in scores) / len(scores) for k in scores[0]}
+        """Means over the held-out prompts (`Evaluation`); writes the grid beside the first one."""
+        means = self.evaluation.run(label)
+        if self.evaluation.grid is not None:
+            path = self.dir / "grid.png"
+            grids.save_png(self.evaluation.grid, path, self.config.to_dict())
+            self.tracker.log_images(self.epoch, "eval", self.evaluation.grid)
+        return means
 
-    def _grid(self, label: str, images: list[tuple[Tensor, dict[str, float]]]) -> None:
-        if not self.base_images:
-            self.base_images = images
-            return
-        columns, scores = {}, {}
-        for name, column in (("before", self.base_images), (label, images)):
-            columns[name] = [picture for picture, _ in column]
-            scores[name] = [score for _, score in column]
-        texts = [p.text for p in self.plan.eval_prompts[: len(images)]]
-        grid = grids.comparison_grid(columns, texts, scores)
-        grids.save_png(grid, self.dir / "grid.png", self.config.to_dict())
-        self.tracker.log_images(self.epoch, "eval", grid)
+    def _guarded(self) -> list[str]:
+        """What the last evaluation shows to be over-optimised; keeps the best weights by the
+        judges in best/."""
+        wrong = self.evaluation.wrong()
+        if self.evaluation.guard.is_best and self.main:
+            self._save_weights(self.dir / "best")
+        if wrong and self.main:
+            best = self.dir / "best"
+            kept = (
+                f"the best weights by the judges are in {best}"
+                if best.exists()
+                else (
+                    "no epoch was better by the judges than the base model"
+                    if self.config.eval.rewards
+                    else "eval.rewards names no judge to choose the best weights by"
+                )
+            )
+            what = "stopped" if self.config.eval.guard == "stop" else "going on"
+            tqdm.write(f"epoch {self.epoch}: over-optimised, {'; '.join(wrong)}; {what}, {kept}")
+        return wrong
+
+    def _parts(self) -> dict[str, Any]:
+        """What keeps a state of its own between epochs."""
+        return {
+            "optimisation": self.optimisation,
+            "history": self.history,
+            "algorithm": self.algorithm,
+            "guard": self.evaluation.guard,
+        }
 
     def _state(self) -> dict[str, Any]:
-        kept = {"optimiser": self.optimiser, "history": self.history, "scaler": self.scaler}
-        return copy.deepcopy({name: part.state_dict() for name, part in kept.items()}) | {
+        names = [*self.copies, *(["ema"] if self.config.train.ema else [])]
+        return copy.deepcopy({name: part.state_dict() for name, part in self._parts().items()}) | {
             "epoch": self.epoch,
-            "updates": self.updates,
+            "calls": self.calls,
             "adapter": self.policy.state_dict(),
+            "copies": {name: self.policy.state_dict(name) for name in names},
         }
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self.epoch, self.updates = state["epoch"], state["updates"]
+        self.epoch, self.calls = state["epoch"], state.get("calls", 0.0)
         self.policy.load_state_dict(state["adapter"])
-        self.optimiser.load_state_dict(copy.deepcopy(state["optimiser"]))
-        self.history.load_state_dict(state["history"])
-        if state.get("scaler"):  # nothing where the dtype needs none
-            self.scaler.load_state_dict(state["scaler"])
+        for name, values in state["copies"].items():
+            self.policy.load_state_dict(values, name)
+        for name, part in self._parts().items():
+            part.load_state_dict(copy.deepcopy(state[name]))
 
     def save(self) -> None:
         """Checkpoint, weights and curve of the epochs done, from the process that calls."""
         checkpoint.save(self.dir, self._state())
-        self.policy.save(self.dir)
+        self._save_weights(self.dir)
         self.tracker.curve(self.dir / "curve.png")
+
+    def _save_weights(self, folder: Path) -> None:
+        self.policy.save(folder, "ema" if self.config.train.ema else "default")
 
     def _stopped(self, error: RewardError) -> str:
         """Save what there is, and say where.
@@ -441,13 +408,15 @@ class Trainer:
         return message + f"epochs done: {self.epoch}, saved in {self.dir}; mend it and use --resume"
 
     def _reward_metrics(self, total: Tensor, parts: Mapping[str, Tensor]) -> dict[str, float]:
-        """Mean and std of the reward and of its raw parts, over all processes."""
+        """Mean, std, best and worst of the reward and of its raw parts, over all processes."""
         metrics = {}
         for name, values in {"": total, **parts}.items():
             values = self._gather(values.detach().float())
             prefix = f"reward/{name}" if name else "reward"
             metrics[f"{prefix}_mean"] = values.mean().item()
             metrics[f"{prefix}_std"] = values.std(correction=0).item()
+            metrics[f"{prefix}_best"] = values.max().item()
+            metrics[f"{prefix}_worst"] = values.min().item()
         return metrics
 
     def _gather(self, values: Tensor) -> Tensor:
@@ -464,11 +433,3 @@ def _label(reward: Any) -> str:
         return reward
     named = reward if hasattr(reward, "__qualname__") else type(reward)
     return f"{named.__module__}:{named.__qualname__}"
-
-
-def _texts(batch: Sequence[Prompt]) -> tuple[list[str], list[dict[str, Any]]]:
-    return [p.text for p in batch], [p.metadata for p in batch]
-
-
-def _chunks(n: int, size: int) -> Iterator[slice]:
-    return (slice(start, start + size) for start in range(0, n, size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ class WeightedSum(nn.Module):
         if not parts:
             raise ValueError("no reward: give at least one, for instance {'jpeg': 1.0}")
         self.parts = dict(parts)
+        self.images, self.seconds = 0, 0.0  # scored so far, and the time it took
         self.rewards = nn.ModuleList([reward.freeze() for reward, _ in self.parts.values()])
 
     def forward(
@@ -31,12 +33,15 @@ class WeightedSum(nn.Module):
         self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Total and unweighted parts, (n,) float32 each; raises as ``evaluate`` does."""
+        start = time.perf_counter()
         values = {
             name: evaluate(reward, images, prompts, metadata, name)
             for name, (reward, _) in self.parts.items()
         }
         total = sum(weight * values[name] for name, (_, weight) in self.parts.items())
         assert isinstance(total, Tensor)
+        self.images += len(images)
+        self.seconds += time.perf_counter() - start
         return total, values
 
     @property

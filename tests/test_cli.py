@@ -107,7 +107,8 @@ def test_dry_run_prices_the_run(config, capsys, no_models):
     assert "24 (sample, step) pairs" in text
     assert "3 micro-batch(es) of 10, the last of 4" in text
     # 8 samples x 4 steps sampled + 24 pairs trained an epoch, 4 prompts x 4 steps x CFG evaluated
-    assert "2 epochs: 176 denoiser calls" in text
+    # twice, and two calls a picture for the distance to the base model at the end
+    assert "2 epochs: 192 denoiser calls" in text
 
 
 def test_dry_run_counts_what_the_run_does(config, capsys):

@@ -5,7 +5,8 @@ from typing import Any, Literal
 import pytest
 
 from diffalign import config
-from diffalign.config import ConfigError, TrainConfig, decode, suggest
+from diffalign.config import TrainConfig, decode
+from diffalign.decoding import ConfigError, section_keys, suggest
 from diffalign.help import field_docs, help_text
 
 
@@ -287,7 +288,7 @@ def test_every_field_is_documented_and_shown_in_the_help(monkeypatch):
     monkeypatch.setenv("COLUMNS", "90")
     text = help_text({"method": Method, "variant": Variant})
     assert max(map(len, text.splitlines())) <= 90
-    for name in config._config_keys():
+    for name in section_keys(TrainConfig):
         assert f"--{name} " in text
     for section in (config.ModelConfig, config.SamplerConfig, config.OptimConfig):
         assert all(field_docs(section).values())

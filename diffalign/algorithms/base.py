@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from ..dynamics import Gaussian
+from ..dynamics import Gaussian, Levels, Prediction
 from ..policies.base import Cond, Policy
-from ..rollout import Sampling
+from ..rollout import Sampling, Surrogate
 
 
 class Needs(Enum):
@@ -23,50 +25,173 @@ class Needs(Enum):
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of m rows. TRAJECTORY rows are (sample, step) pairs, FINAL rows are samples.
+    """A micro-batch of m rows. TRAJECTORY rows are (sample, step) pairs, FINAL rows (sample, time).
 
-    cond: conditioning of the rows. advantage: (m,). x0: clean latents (m, *latent).
-    TRAJECTORY only: step (m,) long, x and x_next (m, *latent) the stored transition, log_prob_old
-    (m,) its log-probability when it was sampled. on_policy: no optimiser step was made since the
-    rollout.
+    x: what the denoiser is shown, (m, *latent), at `level` (m,). cond: of the rows. advantage: (m,)
+    of the sample. reward: (m,) of the sample, less the epoch's mean, over the epoch's standard
+    deviation. on_policy: no optimiser step was made since the rollout.
+    TRAJECTORY only: step (m,) long; x_next (m, *latent) the stored successor, log_prob_old (m,) of
+    it when it was sampled, and mean_old (m, *latent) of the transition, where `stores_means`.
+    FINAL only: x = alpha x0 + sigma noise, x0 and noise (m, *latent); the `times` rows of a sample
+    follow each other, and are the same noise and levels whenever the sample comes up again.
     """
 
     sampling: Sampling
     cond: Cond
+    x: Tensor
+    level: Levels
     advantage: Tensor
-    x0: Tensor
+    reward: Tensor
     on_policy: bool
-    step: Tensor | None = None
-    x: Tensor | None = None
-    x_next: Tensor | None = None
-    log_prob_old: Tensor | None = None
+    step: Any = None
+    x_next: Any = None
+    log_prob_old: Any = None
+    mean_old: Any = None
+    x0: Any = None
+    noise: Any = None
+    times: int = 1
 
-    def transition(self, policy: Policy) -> Gaussian:
-        """p_θ(x' | x) of every row, by the very function that sampled it."""
-        assert self.x is not None
-        assert self.step is not None
-        return self.sampling.transition(policy, self.x, self.step, self.cond)
+    def predict(self, policy: Policy) -> Prediction:
+        """What the denoiser says of every row, guidance included."""
+        return policy.predict(self.x, self.level, self.cond, self.sampling.guidance)
+
+    def transition(self, seen: Prediction) -> Gaussian:
+        """p_θ(x' | x) of every TRAJECTORY row, by the very function that sampled it."""
+        return self.sampling.step(self.x, seen, self.step)
 
 
-class Algorithm(Protocol):
-    """A loss over batches (TRAJECTORY, FINAL); one dataclass a file, its fields are its options."""
+KL = Literal["g_sqrt_dt", "g", "velocity"]
+
+
+@dataclass
+class Algorithm:
+    """A loss, its options as fields, and what it asks of the loop. Base of all algorithms.
+
+    The anchor is common to them: β times a distance of the policy from the base model (adapters
+    off), with one more, gradient-free forward of the denoiser while β > 0.
+
+        g_sqrt_dt  mean_D (μ_θ - μ_ref)² / 2s²       the Gaussian KL of the step, s its std
+        g          |Δσ| times that                   = / 2g² of a flow SDE, as in Flow-GRPO's code
+        velocity   mean_D (f_θ - f_ref)²             of the network's outputs (DPOK, DRaFT+, AWM)
+
+    With `kl_target` β is doubled after an epoch whose mean distance is above 1.5 times the target
+    and halved below 1/1.5 of it (PPO's adaptive penalty, arXiv 1707.06347).
+    """
 
     needs: ClassVar[Needs]
+    stores_means: ClassVar[bool] = False
+    """TRAJECTORY: keep the mean of every trained transition"""
+    single_update: ClassVar[bool] = False
+    """the loss is right only for the first update after a rollout"""
+
+    kl_weight: float = 0.0
+    """β of the distance to the base model; > 0 costs one more forward with the adapters off"""
+    kl: KL = "velocity"
+    """how the distance is measured: g_sqrt_dt (Gaussian KL) | g | velocity; the first two only
+    where transitions are trained"""
+    kl_target: float | None = None
+    """distance that kl_weight is adapted to keep, epoch by epoch; null = kl_weight stays"""
+
+    def __post_init__(self) -> None:
+        check_choice("kl", self.kl, KL)
+        check_positive(self, kl_weight=True, kl_target=False)
+        if self.kl != "velocity" and self.needs is not Needs.TRAJECTORY:
+            raise ValueError(
+                f"algorithm.kl={self.kl} is of transitions, and none are trained; use velocity"
+            )
+        if self.kl_target is not None and not self.kl_weight:
+            raise ValueError(
+                f"algorithm.kl_target={self.kl_target:g} adapts kl_weight, which is 0; start at "
+                "e.g. 0.01"
+            )
+
+    def copies(self) -> Mapping[str, Any]:
+        """Named copies of what is trained: {name: d(n)}, copy <- d copy + (1 - d) θ after an epoch
+        that ends with n optimiser steps."""
+        return {}
+
+    sampled_by: ClassVar[str | None] = None
+    """the copy that draws the rollouts; None = what is trained"""
+
+    def setup(self, policy: Policy) -> None:
+        """Make modules that depend on the policy's shapes."""
+
+    def parameters(self) -> Iterable[nn.Parameter]:
+        """Weights of its own that the loop trains beside the policy's."""
+        return ()
+
+    def frozen_calls(self, updates: int) -> float:
+        """Gradient-free denoiser calls a row, on average over the `updates` of a rollout."""
+        return float(self.kl_weight > 0)
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss over the rows, and per-row diagnostics (m,) or scalars, detached."""
-        ...
+        """TRAJECTORY, FINAL: mean loss over the rows; per-row diagnostics (m,) or scalars."""
+        raise NotImplementedError
+
+    def anchored(
+        self, policy: Policy, batch: Batch, seen: Prediction, metrics: dict[str, Tensor]
+    ) -> Tensor | float:
+        """β times the distance of every row (m,) to the base model, noted in `metrics`."""
+        if not self.kl_weight:
+            return 0.0
+        with torch.no_grad(), policy.reference():
+            base = batch.predict(policy)
+        if self.kl == "velocity":
+            distance = (seen.native - base.native).square().flatten(1).mean(1)
+        else:
+            distance = batch.transition(seen).kl(batch.transition(base))
+            if self.kl == "g":
+                distance = distance * (
+                    batch.level.sigma - batch.sampling.levels.sigma[batch.step + 1]
+                )
+        metrics["kl"] = distance.detach()
+        return self.kl_weight * distance
+
+    def end_epoch(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Adapt to the means of an epoch; returns metrics to add."""
+        if self.kl_target is None or not metrics["kl"]:  # a fresh LoRA is the base model
+            return {}
+        used = self.kl_weight
+        if metrics["kl"] > 1.5 * self.kl_target:
+            self.kl_weight *= 2
+        elif metrics["kl"] < self.kl_target / 1.5:
+            self.kl_weight /= 2
+        return {"kl_weight": used}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"kl_weight": self.kl_weight}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if self.kl_target is not None:  # else the config's counts, which may have been changed
+            self.kl_weight = state["kl_weight"]
 
 
-class GradientAlgorithm(Protocol):
-    """A loss over rewards (GRADIENT), and the steps its gradient goes through."""
+@dataclass
+class GradientAlgorithm(Algorithm):
+    """An algorithm that back-propagates the reward: which surrogate, and which loss of it."""
 
-    needs: ClassVar[Needs]
+    needs: ClassVar[Needs] = Needs.GRADIENT
 
-    def first_step(self, steps: int) -> int:
-        """Steps first_step … steps - 1 carry gradient; those before are sampled without."""
-        ...
+    def surrogate(self, steps: int, generator: torch.Generator) -> Surrogate:
+        """The differentiable stand-in for a trajectory of `steps`, drawn anew for every update."""
+        raise NotImplementedError
 
-    def loss(self, rewards: Tensor) -> Tensor:
+    def reward_loss(self, rewards: Tensor) -> Tensor:
         """Per-sample losses (n,) of differentiable rewards (n,)."""
-        ...
+        return -rewards
+
+
+def check_choice(name: str, value: str, choices: Any) -> None:
+    """Raises ValueError where an option is none of a Literal's."""
+    valid = choices.__args__
+    if value not in valid:
+        raise ValueError(f"algorithm.{name}={value!r} is unknown; use {' or '.join(valid)}")
+
+
+def check_positive(algorithm: Any, **may_be_zero: bool) -> None:
+    """Raises ValueError for options that are negative, or zero where they may not be."""
+    for name, zero in may_be_zero.items():
+        value = getattr(algorithm, name)
+        if value is not None and (value < 0 or (value == 0 and not zero)):
+            bound = "must not be negative" if zero else "must be positive"
+            raise ValueError(f"algorithm.{name}={value:g} {bound}")

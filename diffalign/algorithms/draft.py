@@ -3,48 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from torch import Tensor
+import torch
 
-from .base import Needs
+from ..rollout import Surrogate
+from .base import GradientAlgorithm
 
 
 @dataclass
-class DRaFT:
+class DRaFT(GradientAlgorithm):
     """Maximise a differentiable reward by back-propagation through sampling (arXiv 2309.17400).
 
-        max_θ E[ R(decode(x_T), c) ],   ∂L/∂θ through the last K of T steps; K = T is DRaFT, else
-        DRaFT-K
+        max_θ E[ R(decode(x_K), c) ],   ∂L/∂θ through the last k of K steps
 
-    The steps before are sampled without gradient and cut off, which is exact for K = T and the
-    paper's truncation otherwise. The loop runs the adjoint sweep (`rollout.adjoint_sweep`), equal
-    to autograd through the chain, with the memory of one denoiser step.
+    k = K (`last: null`) is DRaFT, less DRaFT-K, whose earlier steps are sampled without gradient.
+    `renoised` n > 0 is DRaFT-LV, for k = 1: the final latent is noised to the last level n times
+    more, each copy denoised in one step, and the gradient averaged over the 1 + n rewards; the
+    paper's n = 2 leaves out the original. `kl_weight` is DRaFT+ (NeMo-Aligner): the mean square
+    between the outputs of policy and base model, over the steps that carry gradient.
 
-    Differs from the paper: CFG, sampler and its noise are those of `sampler`; no LV variant yet,
-    which averages the gradient over re-noised copies of the final latent.
+    The loop runs the adjoint sweep (`rollout.adjoint_sweep`), equal to autograd through the chain,
+    with the memory of one denoiser step. Guidance, sampler and its noise are those of `sampler`.
     """
 
-    needs: ClassVar[Needs] = Needs.GRADIENT
-
     last: int | None = 1
-    """K, how many of the last steps carry gradient; null = all of them"""
+    """k, how many of the last steps carry gradient; null = all of them"""
+    renoised: int = 0
+    """n, re-noised copies of the final latent (DRaFT-LV)"""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.last is not None and self.last < 1:
             raise ValueError(
                 f"algorithm.last={self.last} must be at least 1, or null for all steps"
             )
+        if self.renoised < 0 or (self.renoised and self.last != 1):
+            raise ValueError(
+                f"algorithm.renoised={self.renoised} goes with algorithm.last=1, the step that is "
+                "repeated, and must not be negative"
+            )
 
-    def first_step(self, steps: int) -> int:
-        if self.last is None:
-            return 0
-        if self.last > steps:
+    def surrogate(self, steps: int, generator: torch.Generator) -> Surrogate:
+        if self.last is not None and self.last > steps:
             raise ValueError(
                 f"algorithm.last={self.last} exceeds sampler.steps={steps}; use null for all steps"
             )
-        return steps - self.last
-
-    def loss(self, rewards: Tensor) -> Tensor:
-        """-R, per sample (n,)."""
-        return -rewards
+        return Surrogate(tuple(range(steps - (self.last or steps), steps)), renoised=self.renoised)

@@ -1,0 +1,59 @@
+"""GRPO-Guard: ratios without bias, steps of equal weight (arXiv 2510.22319)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..policies.base import Policy
+from . import surrogate
+from .base import KL, Algorithm, Batch, Needs, check_positive
+
+
+@dataclass
+class GRPOGuard(Algorithm):
+    """Flow-GRPO with normalised ratios and re-weighted steps (arXiv 2510.22319).
+
+        log ρ̂ = s (log ρ + mean_D δ² / 2s²) = mean_D(z δ),   δ = μ_θ - μ_old,  x' = μ_old + s z
+        L = E[ max(-A ρ̂, -A clip(ρ̂, 1-ε, 1+ε)) / |b_i| ]
+
+    Plain ratios fall below 1 as the policy moves, the more the smaller s, so that the upper clip
+    hardly ever acts: ρ̂ has mean 1 at every step. b_i is how much the mean of step i moves with the
+    network's output; dividing by it gives all steps gradients of one size.
+
+    Differs from the reference: the bias is a mean over the latent of each sample, where theirs also
+    runs over the batch; |b_i| comes from the kernel itself, so that UNets are served too (it is
+    1 + a²/2 times their |Δt| for a flow SDE), and its inverse is scaled to mean 1 over the trained
+    steps, which leaves the KL and the gradient clipping as they were.
+    """
+
+    needs: ClassVar[Needs] = Needs.TRAJECTORY
+    stores_means: ClassVar[bool] = True
+
+    clip_range: float = 2e-6
+    """ε; smaller than for plain ratios, which carry a factor 1/s"""
+    ratio_norm: bool = True
+    """use ρ̂ in place of ρ"""
+    reweight: bool = True
+    """divide by |b_i|"""
+    kl: KL = "g"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, clip_range=False)
+
+    def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        seen = batch.predict(policy)
+        step = batch.transition(seen)
+        log_ratio, metrics = surrogate.log_ratio(step.log_prob(batch.x_next), batch)
+        if self.ratio_norm:
+            mean_old = step.mean.detach() if batch.on_policy else batch.mean_old
+            log_ratio = surrogate.ratio_norm(step, mean_old, log_ratio)
+        loss = surrogate.clipped(log_ratio, batch.advantage, self.clip_range)
+        if self.reweight:
+            inverse = 1 / batch.sampling.sensitivity(policy)
+            loss = loss * (inverse / inverse[batch.sampling.stochastic].mean())[batch.step]
+        metrics |= surrogate.figures(log_ratio, self.clip_range)
+        return (loss + self.anchored(policy, batch, seen, metrics)).mean(), metrics

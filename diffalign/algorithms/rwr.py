@@ -1,0 +1,38 @@
+"""RWR: reward-weighted regression, the classical baseline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..policies.base import Policy
+from .base import Batch, check_positive
+from .matching import Matching, matching_loss
+
+
+@dataclass
+class RWR(Matching):
+    """Matching of the policy's own samples, weighted by their rewards.
+
+        L = E[ exp(A / τ) ℓ_θ(x0) ],   ℓ_θ = mean_D (f_θ(alpha x0 + sigma noise) - f*)²
+
+    (Peters and Schaal 2007; on text-to-image models arXiv 2302.12192, and the RWR of DDPO's paper.)
+    It only ever imitates: bad samples are learnt less, not unlearnt. Differs from DDPO's RWR, whose
+    weights are a softmax of raw rewards over the batch: advantages, which the config clips to
+    [-5, 5], compare images of one prompt, and bound the weights by exp(5 / τ).
+    """
+
+    temperature: float = 1.0
+    """τ; small values imitate the best alone"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, temperature=False)
+
+    def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        seen = batch.predict(policy)
+        matching = matching_loss(policy, batch, seen)
+        weight = (batch.advantage / self.temperature).exp()
+        metrics = {"matching_loss": matching.detach(), "sample_weight": weight}
+        return (weight * matching + self.anchored(policy, batch, seen, metrics)).mean(), metrics

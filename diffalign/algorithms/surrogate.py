@@ -1,0 +1,55 @@
+"""PPO's clipped objective and the log-ratios it is given: pure functions over rows (m,)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..dynamics import Gaussian
+from .base import Batch
+
+
+def log_ratio(log_prob: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    """log ρ = log p_θ - log p_old of TRAJECTORY rows, and the rollout's mismatch.
+
+    Before the first update p_old is p_θ itself, detached, so that ρ is exactly 1; how far the
+    log-probability stored by the rollout is from it is the mismatch of rollout and training.
+    """
+    if not batch.on_policy:
+        return log_prob - batch.log_prob_old, {}
+    drift = log_prob.detach() - batch.log_prob_old
+    return log_prob - log_prob.detach(), {"mismatch": drift.expm1().abs()}
+
+
+def clipped(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
+    """max(-A ρ, -A clip(ρ, 1 - ε, 1 + ε)), ρ = exp(log_ratio), per row (1707.06347)."""
+    ratio = log_ratio.clamp_max(60).exp()  # 0 times infinity would be no number
+    bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return (-advantage * ratio).maximum(-advantage * bounded)
+
+
+def figures(log_ratio: Tensor, clip_range: float) -> dict[str, Tensor]:
+    """|ρ - 1|, and the shares of ratios above and below the trust region."""
+    excess = log_ratio.detach().expm1()
+    return {
+        "ratio_drift": excess.abs(),
+        "clip_high": (excess > clip_range).float(),
+        "clip_low": (excess < -clip_range).float(),
+    }
+
+
+def stds(step: Gaussian, like: Tensor) -> Tensor:
+    """The std of every transition, (m,)."""
+    return step.std.flatten().expand(len(like))
+
+
+def ratio_norm(step: Gaussian, mean_old: Tensor, log_ratio: Tensor) -> Tensor:
+    """GRPO-Guard's log ρ̂ (2510.22319), (m,).
+
+        log ρ̂ = s (log ρ + mean_D δ² / 2s²) = mean_D(z δ),   δ = μ_θ - μ_old,  x' = μ_old + s z
+
+    Zero in the mean under the old policy, where log ρ is biased below it, and without its scale
+    1/s.
+    """
+    s = stds(step, log_ratio)
+    bias = (step.mean - mean_old).square().flatten(1).mean(1) / (2 * s.square())
+    return s * (log_ratio + bias)

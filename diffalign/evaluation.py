@@ -1,0 +1,116 @@
+"""The held-out evaluation of a run: fixed prompts and noise, scores, the before/after grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor
+
+from rewards import WeightedSum
+
+from . import grids
+from .config import TrainConfig
+from .diagnostics import Guard, diversity, thumbnails
+from .policies import Cond, Policy
+from .prompts import Prompt, for_rewards
+from .rollout import Sampling, rollout, sample_seed
+
+
+class Evaluation:
+    """Draws `prompts` with the deterministic sampler, scores the pictures, compares with the base.
+
+    The noise of a picture depends on the seed, the prompt and its number alone, so that every
+    evaluation of a run draws the same. Pictures are divided among the processes; all of them get
+    the same results.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        prompts: Sequence[Prompt],
+        policy: Policy,
+        reward: WeightedSum,
+        judge: WeightedSum | None,
+        accelerator: Accelerator,
+    ):
+        e = config.eval
+        self.config, self.prompts, self.policy = config, prompts, policy
+        self.reward, self.judge = reward, judge
+        self.main = accelerator.is_main_process
+        pictures = [(i, j) for j in range(e.images_per_prompt) for i in range(len(prompts))]
+        self.mine = pictures[accelerator.process_index :: accelerator.num_processes]
+        self.sampling = Sampling(policy.levels(e.steps), "ode", 0.0, e.guidance)
+        self.guard = Guard(e.guard_drop, e.guard_diversity, list(e.rewards))
+        self.scores: dict[str, list[float]] = {}  # of every picture of the last evaluation
+        self.spread: float | None = None
+        self.grid: Image.Image | None = None  # on the main process, from the second evaluation on
+        self.first: list[tuple[Tensor, dict[str, float]]] = []
+
+    def texts(self) -> list[str]:
+        """The prompts that this process draws."""
+        return [self.prompts[i].text for i, _ in self.mine]
+
+    def wrong(self) -> list[str]:
+        """What the last evaluation shows to be over-optimised (`Guard.see`)."""
+        return self.guard.see(self.scores, self.spread)
+
+    @torch.no_grad()
+    def run(self, label: str) -> dict[str, float]:
+        """Means over the pictures. `label` heads their column of the grid; "base" says that they
+        are the base model's."""
+        c, rows, images, half = self.config, [], {}, self.sampling.steps // 2
+        for start in range(0, len(self.mine), c.sampler.batch):
+            chunk = self.mine[start : start + c.sampler.batch]
+            batch = [self.prompts[i] for i, _ in chunk]
+            cond = self.policy.encode([p.text for p in batch])
+            seeds = [sample_seed(c.train.seed, "eval", i, j) for i, j in chunk]
+            paths = rollout(self.policy, cond, self.sampling, seeds, c.sampler.batch)
+            pictures = self.policy.decode(paths.final)
+            total, parts = self.reward.score(pictures, *for_rewards(batch))
+            if self.judge is not None:
+                parts = parts | self.judge.score(pictures, *for_rewards(batch))[1]
+            if self.policy.is_lora:
+                x, same = paths.states[:, half], torch.zeros_like(total)
+                kl = same if label == "base" else self._distance(x, half, cond)
+                parts = parts | {"kl": kl}
+            small = thumbnails(pictures)
+            for row, (i, j) in enumerate(chunk):
+                scores = {k: v[row].item() for k, v in {"reward": total, **parts}.items()}
+                rows.append((i, j, scores, small[row]))
+                if j == 0 and i < c.eval.grid_prompts:
+                    images[i] = (pictures[row].cpu(), scores)
+        rows = sorted(gather_object(rows), key=lambda row: row[:2])
+        images = {k: v for part in gather_object([images]) for k, v in part.items()}
+        if images and self.main:
+            self._draw_grid(label, [images[i] for i in sorted(images)])
+        if not rows:
+            return {}
+        self.scores = {k: [row[2][k] for row in rows] for k in rows[0][2]}
+        means = {f"eval/{k}": sum(v) / len(v) for k, v in self.scores.items()}
+        self.spread = diversity(torch.stack([row[3] for row in rows]), [row[0] for row in rows])
+        if not self.guard.base:
+            self.guard.see(self.scores, self.spread)
+        return means | ({} if self.spread is None else {"eval/diversity": self.spread})
+
+    def _distance(self, x: Tensor, step: int, cond: Cond) -> Tensor:
+        """mean_D (f_θ - f_ref)² of the network's outputs at x (n, *latent), (n,)."""
+        level, guidance = self.sampling.levels[step], self.sampling.guidance
+        seen = self.policy.predict(x, level, cond, guidance).native
+        with self.policy.reference():
+            base = self.policy.predict(x, level, cond, guidance).native
+        return (seen - base).square().flatten(1).mean(1)
+
+    def _draw_grid(self, label: str, images: list[tuple[Tensor, dict[str, float]]]) -> None:
+        if not self.first:
+            self.first = images
+            return
+        columns = {"before": self.first, label: images}
+        self.grid = grids.comparison_grid(
+            {name: [picture for picture, _ in column] for name, column in columns.items()},
+            [p.text for p in self.prompts[: len(images)]],
+            {name: [score for _, score in column] for name, column in columns.items()},
+        )

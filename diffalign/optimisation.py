@@ -1,0 +1,125 @@
+"""The optimiser step: gradients summed over processes, scaled, clipped; schedule and averages."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .config import OptimConfig
+from .decoding import ConfigError
+from .policies import Policy
+
+
+def check_optimizer(name: str) -> None:
+    """Raises ConfigError for the 8-bit AdamW where bitsandbytes is missing."""
+    if name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "train.optimizer=adamw8bit needs bitsandbytes; pip install bitsandbytes, or use adamw"
+        )
+
+
+def make_optimizer(config: OptimConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, or its 8-bit form of bitsandbytes."""
+    check_optimizer(config.optimizer)
+    adamw: Any = torch.optim.AdamW
+    if config.optimizer == "adamw8bit":
+        adamw = importlib.import_module("bitsandbytes.optim").AdamW8bit
+    return adamw(parameters, config.lr, weight_decay=config.weight_decay)
+
+
+class Optimisation:
+    """Everything that moves weights: those of the policy, and an algorithm's own beside them.
+
+    steps: optimiser steps of the whole run, for the schedule.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        extra: Iterable[nn.Parameter],
+        config: OptimConfig,
+        accelerator: Accelerator,
+        dtype: str,
+        steps: int,
+    ):
+        from diffusers.optimization import get_scheduler
+
+        self.policy, self.config, self.accelerator = policy, config, accelerator
+        self.trained = policy.trainable_parameters()
+        self.extra = list(extra)
+        self.parameters = self.trained + self.extra
+        self.optimiser = make_optimizer(config, self.parameters)
+        name = config.lr_schedule
+        if name == "constant" and config.warmup:
+            name = "constant_with_warmup"
+        # only the factor over the steps is taken: a rate is then a function of `updates` alone
+        schedule: Any = get_scheduler(
+            name,
+            self.optimiser,
+            num_warmup_steps=config.warmup,
+            num_training_steps=steps,
+        )
+        self.factor = schedule.lr_lambdas[0]
+        # the smallest gradients vanish in float16 unless they are scaled up
+        on = dtype == "float16"
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=on)
+        self.updates, self.lr = 0, config.lr  # the rate of the last step
+        if config.ema:
+            policy.add_copy("ema")
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self) -> float:
+        """One step from the accumulated gradients; returns their norm before clipping.
+
+        Gradients are summed over processes here rather than by wrapping the network: processes may
+        run different numbers of backward passes, and the adjoint sweep runs several per sample.
+        """
+        for p in self.parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        if self.accelerator.num_processes > 1:
+            flat = torch.cat([p.grad.flatten() for p in self.parameters])  # type: ignore[union-attr]
+            flat: Any = self.accelerator.reduce(flat, "sum")
+            for p, g in zip(
+                self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True
+            ):
+                p.grad = g.view_as(p)
+        self.lr = self.config.lr * self.factor(self.updates)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.lr
+            group["weight_decay"] = self.config.weight_decay
+        self.scaler.unscale_(self.optimiser)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(self.extra, self.config.max_grad_norm)
+        self.scaler.step(self.optimiser)  # in float16 not if a gradient has overflown
+        self.scaler.update()
+        self.optimiser.zero_grad()
+        self.updates += 1
+        if self.config.ema:
+            n = self.updates
+            self.follow("ema", min(self.config.ema, (1 + n) / (10 + n)))
+        return norm.item()
+
+    @torch.no_grad()
+    def follow(self, name: str, decay: float) -> None:
+        """copy <- decay copy + (1 - decay) θ, of the policy's copy `name`."""
+        for copy, p in zip(self.policy.weights(name), self.policy.weights(), strict=True):
+            copy.lerp_(p.to(copy), 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {"optimiser": self.optimiser, "scaler": self.scaler}
+        return {k: part.state_dict() for k, part in parts.items()} | {"updates": self.updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.updates = state["updates"]
+        self.optimiser.load_state_dict(state["optimiser"])
+        if state["scaler"]:  # nothing where the dtype needs none
+            self.scaler.load_state_dict(state["scaler"])

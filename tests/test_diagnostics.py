@@ -1,0 +1,531 @@
+"""What watches a run and what moves its weights: diversity, guard, schedules, averages."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import test_trainer
+import torch
+from diffusers.optimization import get_scheduler
+from safetensors.torch import load_file
+from test_trainer import adapter, redness
+from torch import nn
+
+from diffalign import TrainConfig, policies
+from diffalign.advantages import combined_advantages, group_advantages
+from diffalign.config import AdvantageConfig, OptimConfig
+from diffalign.decoding import ConfigError
+from diffalign.diagnostics import Guard, diversity, thumbnails
+from diffalign.optimisation import Optimisation
+from diffalign.plan import Plan
+from diffalign.policies import lora
+from diffalign.tracking import read_metrics
+
+make = test_trainer.make  # the fixture
+
+
+def constants(*values):
+    """Thumbnails of one colour each."""
+    return torch.tensor(values)[:, None, None, None].expand(-1, 3, 32, 32)
+
+
+def test_diversity_of_constant_pictures_is_the_mean_distance_of_their_values():
+    assert diversity(constants(0.25, 0.25, 0.25), [7, 7, 7]) == 0.0
+    assert diversity(constants(0.0, 1.0), [0, 0]) == pytest.approx(1.0)
+    # pairs 0.2, 0.6, 0.4 of prompt 0 and 0.5 of prompt 1; prompt 2 has no pair
+    pictures, prompts = constants(0.0, 0.2, 0.6, 0.1, 0.6, 0.9), [0, 0, 0, 1, 1, 2]
+    assert diversity(pictures, prompts) == pytest.approx((0.4 + 0.5) / 2)
+
+
+def test_diversity_needs_pairs():
+    assert diversity(constants(0.0, 1.0), [0, 1]) is None
+    assert diversity(constants(0.0)[:0], []) is None
+
+
+def test_diversity_does_not_depend_on_the_order():
+    pictures, prompts = torch.rand(12, 3, 32, 32), torch.arange(12) % 4
+    order = torch.randperm(12)
+    again = diversity(pictures[order], prompts[order])
+    assert again == pytest.approx(diversity(pictures, prompts), rel=1e-6)
+
+
+def test_thumbnails_are_means_over_areas():
+    images = torch.rand(2, 3, 64, 96, requires_grad=True)
+    small = thumbnails(images)
+    assert not small.requires_grad
+    expected = images.unfold(2, 2, 2).unfold(3, 3, 3).mean((-1, -2))
+    torch.testing.assert_close(small, expected.detach())
+
+
+NOISE = torch.tensor([-0.3, 0.1, 0.4, -0.2])  # mean 0
+
+
+def seen(reward, noise=0.0, **judges):
+    """Scores of four pictures with these means."""
+    means = {"reward": reward, **judges}
+    return {k: (v + torch.arange(4.0) + noise * NOISE).tolist() for k, v in means.items()}
+
+
+def guard(*judges, drop=2.0, least=0.7):
+    return Guard(drop, least, judges or ("clip",))
+
+
+def test_the_first_evaluation_is_never_flagged():
+    watch = guard()
+    assert watch.see(seen(1.0, clip=-5.0), 0.0) == []
+    assert watch.is_best
+
+
+def test_a_judge_that_falls_while_the_reward_rises_is_flagged():
+    watch = guard()
+    watch.see(seen(1.0, clip=5.0), 0.2)
+    (wrong,) = watch.see(seen(2.0, noise=1.0, clip=4.5), 0.2)
+    error = NOISE.std().item() / 2
+    assert wrong == f"clip fell by 0.5 ± {error:.2g} from its best"
+    assert not watch.is_best
+
+
+def test_a_judge_that_falls_with_the_reward_is_not_over_optimised():
+    watch = guard()
+    watch.see(seen(1.0, clip=5.0), 0.2)
+    assert watch.see(seen(0.9, clip=1.0), 0.0) == []
+    assert watch.see(seen(1.0, clip=1.0), 0.0) == []
+
+
+def test_a_fall_within_the_error_is_not_flagged():
+    error = NOISE.std().item() / 2
+    for fall, drop, flagged in [(1.9, 2.0, False), (2.1, 2.0, True), (2.1, 3.0, False)]:
+        watch = guard(drop=drop)
+        watch.see(seen(1.0, clip=5.0), None)
+        wrong = watch.see(seen(2.0, noise=1.0, clip=5.0 - fall * error), None)
+        assert bool(wrong) is flagged
+
+
+def test_a_fall_counts_from_the_best_not_from_the_base():
+    watch = guard()
+    watch.see(seen(1.0, clip=5.0), None)
+    assert watch.see(seen(2.0, clip=7.0), None) == []
+    assert len(watch.see(seen(3.0, clip=6.0), None)) == 1
+
+
+def test_diversity_below_the_share_is_flagged():
+    watch = guard()
+    watch.see(seen(1.0, clip=5.0), 0.2)
+    assert watch.see(seen(2.0, clip=5.0), 0.141) == []
+    (wrong,) = watch.see(seen(2.0, clip=5.0), 0.1)
+    assert wrong == "diversity fell to 50% of the base model's"
+    assert watch.see(seen(2.0, clip=5.0), None) == []
+    without = Guard(2.0, 0.7, [])
+    without.see(seen(1.0), 0.2)
+    assert len(without.see(seen(2.0), 0.1)) == 1
+    assert not without.is_best
+
+
+def test_best_is_by_the_sum_of_judges_each_over_its_spread_on_the_base():
+    watch = guard("clip", "jpeg")
+    base = {"reward": [0.0] * 4, "clip": [0.0, 1.0, 2.0, 3.0], "jpeg": [0.0, 10.0, 20.0, 30.0]}
+    watch.see(base, None)
+
+    def best(clip, jpeg):
+        now = {"clip": [v + clip for v in base["clip"]], "jpeg": [v + jpeg for v in base["jpeg"]]}
+        watch.see({"reward": [1.0] * 4, **now}, None)
+        return watch.is_best
+
+    assert not best(-1.0, 9.0)  # of a spread ten times as wide
+    assert best(1.0, -9.0)
+    assert not best(1.0, -9.0)
+    assert best(-1.0, 12.0)
+
+
+def test_the_guard_goes_on_where_it_stopped(tmp_path):
+    watch, resumed = guard(), guard()
+    watch.see(seen(1.0, clip=5.0), 0.2)
+    watch.see(seen(2.0, clip=7.0), 0.2)
+    torch.save(watch.state_dict(), tmp_path / "state.pt")
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    now = seen(3.0, noise=1.0, clip=6.0), 0.1
+    assert resumed.see(*now) == watch.see(*now)
+    assert len(resumed.see(*now)) == 2
+
+
+LEVELS = []  # what `judge` says at its next calls
+
+
+def judge(images, prompts):
+    return LEVELS.pop(0) + torch.linspace(0, 0.1, len(images))
+
+
+JUDGED = {"eval.rewards": {"judge": {"type": "test_diagnostics:judge"}}, "eval.every": 1}
+
+
+@pytest.fixture
+def judged(make, monkeypatch):
+    """judged(levels, run, **options) -> Trainer whose reward rises, with a judge that goes along
+    the levels: the base's first, then one an epoch."""
+
+    def judged(levels, run="a", **options):
+        monkeypatch.setattr(sys.modules[__name__], "LEVELS", list(levels))
+        return make("draft", run=run, **JUDGED, **options)
+
+    return judged
+
+
+def over_optimised(trainer):
+    return [row.get("over_optimised") for row in read_metrics(trainer.dir)]
+
+
+def test_guard_stops_and_keeps_the_best_weights(judged):
+    levels = [0.0, 1.0, 2.0, 1.5, 9.0]
+    trainer = judged(levels, **{"train.epochs": 4, "eval.guard": "stop"})
+    trainer.train()
+    assert over_optimised(trainer) == [None, 0.0, 0.0, 1.0]
+    assert (trainer.dir / lora.WEIGHTS).exists()
+    judged(levels, run="two", **{"train.epochs": 2}).train()
+    best = load_file(trainer.dir / "best" / lora.WEIGHTS)
+    expected = load_file(trainer.dir.parent / "two" / lora.WEIGHTS)
+    assert best.keys() == expected.keys()
+    assert all(torch.equal(best[k], expected[k]) for k in best)
+    last = load_file(trainer.dir / lora.WEIGHTS)
+    assert any(not torch.equal(best[k], last[k]) for k in best)
+
+
+def test_guard_warns_and_goes_on(judged, capfd):
+    trainer = judged([0.0, 1.0, 0.5, 2.0], **{"train.epochs": 3})
+    trainer.train()
+    assert over_optimised(trainer) == [None, 0.0, 1.0, 0.0]
+    shown = capfd.readouterr()
+    assert "epoch 2: over-optimised, judge fell by 0.5" in shown.out + shown.err
+
+
+def test_guard_that_is_off_says_and_writes_nothing(judged, capfd):
+    trainer = judged([0.0, 1.0, 0.5], **{"train.epochs": 2, "eval.guard": "off"})
+    trainer.train()
+    shown = capfd.readouterr()
+    assert "over-optimised" not in shown.out + shown.err
+    assert not (trainer.dir / "best").exists()
+    assert over_optimised(trainer) == [None] * 3
+
+
+def test_guard_names_best_weights_only_where_they_were_written(judged, capfd):
+    """Where no epoch was better than the base model there are none."""
+    trainer = judged([1.0, 0.5], **{"train.epochs": 1})
+    trainer.train()
+    assert over_optimised(trainer) == [None, 1.0]
+    shown = capfd.readouterr()
+    named = str(trainer.dir / "best") in shown.out + shown.err
+    assert named == (trainer.dir / "best").exists()
+
+
+def test_guard_of_a_resumed_run_knows_the_best(judged):
+    judged([0.0, 2.0], **{"train.epochs": 1}).train()
+    trainer = judged([0.0, 1.0], resume=True, **{"train.epochs": 2})
+    trainer.train()
+    assert over_optimised(trainer) == [None, 0.0, 1.0]
+
+
+class Weights:
+    """What an Optimisation asks of a policy."""
+
+    def __init__(self):
+        self.named = {"default": [nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(2, 2))]}
+
+    def trainable_parameters(self):
+        return self.named["default"]
+
+    def add_copy(self, name):
+        self.named[name] = [nn.Parameter(p.detach().clone()) for p in self.named["default"]]
+
+    def weights(self, name="default"):
+        return self.named[name]
+
+
+def optimisation(policy=None, steps=12, **options):
+    accelerator = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
+    config = OptimConfig(**{"lr": 1e-2, **options})
+    return Optimisation(policy or Weights(), [], config, accelerator, "float32", steps)  # type: ignore[arg-type]
+
+
+def step(o):
+    """One step on a loss; returns the learning rate that was used."""
+    o.backward(sum((p - 2).square().sum() for p in o.parameters))
+    o.step()
+    return o.optimiser.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rates_are_those_of_the_diffusers_scheduler(schedule, warmup):
+    options = {"lr_schedule": schedule, "warmup": warmup}
+    optimiser = torch.optim.AdamW([nn.Parameter(torch.ones(1))], 1e-2)
+    name = "constant_with_warmup" if (schedule, warmup) == ("constant", 3) else schedule
+    reference = get_scheduler(name, optimiser, num_warmup_steps=warmup, num_training_steps=12)
+    expected = []
+    for _ in range(12):
+        expected.append(reference.get_last_lr()[0])
+        optimiser.step()
+        reference.step()
+    first = optimisation(**options)
+    used = [step(first) for _ in range(5)]
+    resumed = optimisation(**options)
+    resumed.load_state_dict(first.state_dict())
+    used += [step(resumed) for _ in range(7)]
+    assert used == pytest.approx(expected)
+    if warmup:
+        assert used[0] == 0.0
+
+
+def test_resumed_optimiser_moves_weights_as_if_it_had_not_stopped():
+    options = {"lr_schedule": "cosine", "warmup": 2, "ema": 0.5}
+    whole, first, resumed = (optimisation(**options) for _ in range(3))
+    for _ in range(6):
+        step(whole)
+    for _ in range(3):
+        step(first)
+    for name in ("default", "ema"):
+        for p, q in zip(resumed.policy.weights(name), first.policy.weights(name), strict=True):
+            p.data.copy_(q)
+    resumed.load_state_dict(first.state_dict())
+    for _ in range(3):
+        step(resumed)
+    for name in ("default", "ema"):
+        for p, q in zip(resumed.policy.weights(name), whole.policy.weights(name), strict=True):
+            assert torch.equal(p, q)
+
+
+def test_schedule_spans_the_updates_of_the_whole_run(make):
+    options = {"train.lr_schedule": "linear", "train.updates_per_epoch": 2, "train.inner_epochs": 2}
+    trainer = make("ddpo", **{"train.epochs": 2, "train.warmup": 2}, **options)
+    trainer.train()
+    rows = read_metrics(trainer.dir)[1:]  # of the last of four updates each
+    assert [row["lr"] for row in rows] == pytest.approx([1e-2 * 5 / 6, 1e-2 * 1 / 6])
+
+
+def test_average_of_the_weights_is_saved_and_evaluated(make, monkeypatch):
+    trainer = make("draft", **{"train.ema": 0.4, "train.epochs": 6, "train.updates_per_epoch": 2})
+    policy, taken = trainer.policy, []
+    taken.append([p.detach().clone() for p in policy.weights()])
+    real = trainer.optimisation.step
+
+    def recorded():
+        norm = real()
+        taken.append([p.detach().clone() for p in policy.weights()])
+        return norm
+
+    monkeypatch.setattr(trainer.optimisation, "step", recorded)
+    after = trainer.train()["after"]["eval/reward"]
+    average = taken[0]
+    for n, now in enumerate(taken[1:], 1):
+        d = min(0.4, (1 + n) / (10 + n))
+        average = [d * a + (1 - d) * p for a, p in zip(average, now, strict=True)]
+    torch.testing.assert_close([*map(torch.Tensor.detach, policy.weights("ema"))], average)
+
+    # it is what the file holds and what was evaluated, and is not what was trained
+    plain = trainer.evaluate("plain")["eval/reward"]
+    trained = adapter(trainer)
+    for p, a in zip(policy.weights(), average, strict=True):
+        p.data.copy_(a)
+    assert trainer.evaluate("average")["eval/reward"] == pytest.approx(after, abs=1e-7)
+    assert abs(plain - after) > 1e-5
+    assert (adapter(trainer) - trained).abs().max() > 1e-3
+    saved = load_file(trainer.dir / lora.WEIGHTS)
+    policy.save(trainer.dir / "expected")
+    expected = load_file(trainer.dir / "expected" / lora.WEIGHTS)
+    assert saved.keys() == expected.keys()
+    for k in saved:
+        torch.testing.assert_close(saved[k], expected[k])
+
+
+def test_average_of_the_weights_survives_a_resume(make):
+    options = {"train.ema": 0.9, "train.epochs": 2}
+    whole = make("draft", run="whole", **options)
+    whole.train()
+    make("draft", **options | {"train.epochs": 1}).train()
+    resumed = make("draft", resume=True, **options)
+    resumed.train()
+    for p, q in zip(resumed.policy.weights("ema"), whole.policy.weights("ema"), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_8_bit_optimiser_without_its_package_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    with pytest.raises(ConfigError, match=r"adamw8bit needs bitsandbytes; pip install .* adamw$"):
+        optimisation(optimizer="adamw8bit")
+
+
+def test_8_bit_optimiser_is_refused_before_the_model_is_loaded(make, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+
+    def loaded(*_):
+        raise AssertionError("the model was loaded first")
+
+    monkeypatch.setattr(policies, "load", loaded)
+    with pytest.raises(ConfigError, match="adamw8bit needs bitsandbytes"):
+        make("ddpo", **{"train.optimizer": "adamw8bit"})
+
+
+GROUPS = torch.tensor([0, 0, 1, 1])
+PARTS = {"a": torch.tensor([0.0, 2.0, 0.0, 4.0]), "b": torch.tensor([10.0, 0.0, 0.0, 10.0])}
+WEIGHTS = {"a": 3.0, "b": -1.0}
+
+
+def combined(combine, parts=PARTS, weights=WEIGHTS, **options):
+    total = sum(weights[k] * parts[k] for k in weights)
+    config = AdvantageConfig(combine=combine, **{"std": "group", **options})
+    return combined_advantages(total, parts, weights, GROUPS, config)
+
+
+def close(values, expected, tol=1e-3):
+    torch.testing.assert_close(values, torch.tensor(expected), atol=tol, rtol=0)
+
+
+def test_sum_compares_the_total():
+    # totals -10, 6, 0, 2
+    close(combined("sum"), [-1.0, 1.0, -1.0, 1.0])
+    close(combined("sum", std="global"), [x / 34.75**0.5 for x in (-8.0, 8.0, -1.0, 1.0)])
+
+
+def test_normalised_is_the_weighted_mean_of_advantages():
+    # of a -1, 1, -1, 1 and of b 1, -1, -1, 1
+    close(combined("normalised"), [-1.0, 1.0, -0.5, 0.5])
+    # stds over the epoch 1.6583 and 5
+    expected = [-0.75 / 2.75**0.5 - 0.25, 0.75 / 2.75**0.5 + 0.25]
+    expected += [-1.5 / 2.75**0.5 + 0.25, 1.5 / 2.75**0.5 - 0.25]
+    close(combined("normalised", std="global"), expected)
+
+
+def test_gdpo_divides_by_the_spread_over_the_epoch():
+    spread = ((1 + 1 + 0.25 + 0.25) / 4) ** 0.5
+    close(combined("gdpo"), [x / spread for x in (-1.0, 1.0, -0.5, 0.5)])
+    assert combined("gdpo").std(correction=0).item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("combine", ["normalised", "gdpo"])
+def test_the_unit_of_a_part_does_not_matter(combine):
+    scaled = PARTS | {"b": 1000 * PARTS["b"] + 7}
+    close(combined(combine, scaled), combined(combine).tolist())
+    assert not torch.allclose(combined("sum", scaled), combined("sum"), atol=0.1)
+
+
+@pytest.mark.parametrize("combine", ["sum", "normalised", "gdpo"])
+def test_parts_of_weight_0_are_ignored(combine):
+    monitor = PARTS | {"c": torch.tensor([5.0, -3.0, 0.0, 1.0])}
+    again = combined(combine, monitor, WEIGHTS | {"c": 0.0})
+    assert torch.equal(again, combined(combine))
+    alone = combined(combine, {"a": PARTS["a"], "c": monitor["c"]}, {"a": 2.0, "c": 0.0})
+    assert torch.equal(alone, group_advantages(2 * PARTS["a"], GROUPS, "group"))
+
+
+@pytest.mark.parametrize("combine", ["sum", "normalised", "gdpo"])
+def test_combined_advantages_are_clipped_last(combine):
+    whole = combined(combine, clip=100.0)
+    close(combined(combine, clip=0.4), whole.clamp(-0.4, 0.4).tolist(), 1e-6)
+
+
+def test_advantages_in_training_are_the_combined_ones(make):
+    rewards = {redness: 3.0, "jpeg": -1.0}
+    trainer = make("ddpo", rewards=rewards, **{"advantage.combine": "gdpo"})
+    weights = {name: weight for name, (_, weight) in trainer.reward.parts.items()}
+    assert weights == {"redness": 3.0, "jpeg": -1.0}
+    parts = {"redness": PARTS["a"], "jpeg": PARTS["b"]}
+    total = 3 * PARTS["a"] - PARTS["b"]
+    advantage, whitened, _ = trainer._advantages(total, parts, GROUPS)
+    assert torch.equal(advantage, combined("gdpo", std="global"))
+    close(whitened, [x / 34.75**0.5 for x in (-9.5, 6.5, 0.5, 2.5)])
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sampler": {"steps": 4, "window": 5}}, "sampler.window=5 is wider than the 4 steps"),
+        (
+            {"sampler": {"window": 3, "window_range": [2, 4]}},
+            "sampler.window=3 is wider than the 2 steps",
+        ),
+        ({"sampler": {"window": 0}}, "sampler.window=0 must be more than 0"),
+        ({"sampler": {"tail": 2}}, "sampler.tail=2 follows a window; set sampler.window"),
+        *(
+            ({"sampler": {"window_range": reach}}, f"sampler.window_range={reach} is not [first,")
+            for reach in ([3], [2, 2], [4, 2], [-1, 2], [0, 21], [0, 1, 2], [])
+        ),
+        ({"sampler": {"window": 1, "window_epochs": 0}}, "sampler.window_epochs=0 must be more"),
+        ({"sampler": {"window_schedule": "progress"}}, "did you mean 'progressive'?"),
+        ({"train": {"ema": 1.0}}, "train.ema=1.0 is a decay; use less than 1"),
+        ({"train": {"ema": -0.1}}, "train.ema=-0.1 must be 0 or more"),
+        ({"train": {"warmup": -1}}, "train.warmup=-1 must be 0 or more"),
+        ({"train": {"lr_schedule": "cosin"}}, "did you mean 'cosine'?"),
+        ({"train": {"optimizer": "adam"}}, "did you mean 'adamw'?"),
+        ({"advantage": {"combine": "gpdo"}}, "did you mean 'gdpo'?"),
+        ({"eval": {"guard": "halt"}}, "valid: off, warn, stop"),
+        ({"eval": {"guard_drop": 0}}, "eval.guard_drop=0.0 must be more than 0"),
+    ],
+)
+def test_refused_settings(changes, words):
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_dict(changes).check()
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_branches_need_one_step_and_one_noise():
+    branches = {"window_schedule": "branch"}
+    with pytest.raises(ConfigError) as caught:
+        TrainConfig.from_dict({"sampler": branches}).check()
+    lines = str(caught.value).split("\n")
+    assert lines[0].startswith("sampler.window=None branches have one stochastic step; use 1")
+    assert lines[1].startswith("sampler.same_noise=False branches share a trunk; use true")
+    right = branches | {"window": 1, "same_noise": True}
+    TrainConfig.from_dict({"sampler": right}).check()
+    tracker = {"sampler": right, "advantage": {"baseline": "tracker"}}
+    with pytest.raises(ConfigError, match="'tracker' does not know branches; use group"):
+        TrainConfig.from_dict(tracker).check()
+
+
+@pytest.fixture
+def plan(pipelines, tmp_path):
+    """plan(algorithm, sampler, group_size) -> Plan of a tiny UNet of four stochastic steps."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\nb\n")
+
+    def plan(algorithm, sampler, group_size=4):
+        tree = {
+            "model": {"name": pipelines["sd-v"]},
+            "algorithm": {"type": algorithm},
+            "sampler": {"steps": 5, "batch": 1, **sampler},
+            "data": {"prompts": str(prompts), "groups": 2, "group_size": group_size},
+            "eval": {"prompts": None},
+        }
+        return Plan.make(TrainConfig.from_dict(tree), {redness: 1.0})
+
+    return plan
+
+
+BRANCH = {"window": 1, "window_schedule": "branch", "same_noise": True}
+
+
+@pytest.mark.parametrize(("size", "valid"), [(6, [4, 8]), (9, [8, 12]), (2, [4]), (4, []), (8, [])])
+def test_branches_share_the_pictures_of_a_prompt_evenly(plan, size, valid):
+    if not valid:
+        assert plan("flow_grpo", BRANCH, size).samples == 2 * size
+        return
+    with pytest.raises(ConfigError) as caught:
+        plan("flow_grpo", BRANCH, size)
+    wanted = " or ".join(map(str, valid))
+    assert str(caught.value) == (
+        f"data.group_size={size} is not a multiple of the 4 steps that branch; use {wanted}"
+    )
+    for right in valid:
+        plan("flow_grpo", BRANCH, right)
+
+
+def test_windows_cover_only_steps_with_chance(plan):
+    with pytest.raises(ValueError, match=r"window_range=\[2, 5\] covers step 4.*end before 4"):
+        plan("flow_grpo", {"window": 1, "window_range": [2, 5]})
+    plan("flow_grpo", {"window": 1, "window_range": [2, 4]})
+
+
+@pytest.mark.parametrize("algorithm", ["nft", "awm", "fpo", "rwr", "draft", "refl"])
+def test_windows_are_for_policy_gradients(plan, algorithm):
+    with pytest.raises(ConfigError, match=rf"window=2 is for policy gradients, and {algorithm} "):
+        plan(algorithm, {"window": 2})
