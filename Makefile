@@ -10,7 +10,7 @@ setup: $(READY)
 $(READY): pyproject.toml
 	python3 -m venv $(VENV)
 	$(PY) -m pip install --quiet --upgrade pip
-	$(PY) -m pip install --quiet -e ".[dev]"
+	$(PY) -m pip install --quiet -e ".[dev,ocr,server]"
 	touch $@
 
 # Align the embedded EmojiWorld pipeline to a reward, on the CPU, in a few minutes.

@@ -13,39 +13,79 @@ import difflib
 import functools
 import importlib
 import inspect
+import json
 import math
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
 
 from torch import nn
 
+from .adversarial import Adversarial
+from .aesthetic import Aesthetic
+from .augment import Augmented
 from .base import FunctionReward, Reward, RewardError, call_parameters, callable_name, evaluate
 from .clip import Clip
-from .combine import WeightedSum
+from .combine import Ensemble, Floor, WeightedSum, applies
+from .composition import Composition
+from .hps import HPS
+from .imagereward import ImageReward
 from .jpeg import Jpeg, jpeg_kilobytes
+from .ocr import OCR
+from .pickscore import PickScore
 from .preprocess import clip_pixels
+from .remote import Remote
+from .similarity import Similarity
+from .vlm import VLM
 
 __all__ = [
+    "HPS",
+    "OCR",
     "REGISTRY",
+    "VLM",
+    "Adversarial",
+    "Aesthetic",
+    "Augmented",
     "Clip",
+    "Composition",
+    "Ensemble",
+    "Floor",
     "FunctionReward",
+    "ImageReward",
     "Jpeg",
+    "PickScore",
+    "Remote",
     "Reward",
     "RewardError",
+    "Similarity",
     "WeightedSum",
     "build",
     "check",
     "clip_pixels",
     "evaluate",
+    "from_arguments",
     "jpeg_kilobytes",
 ]
 
 REGISTRY: dict[str, Callable[..., Reward]] = {
+    "adversarial": Adversarial,
+    "aesthetic": Aesthetic,
     "clip": Clip,
+    "composition": Composition,
+    "ensemble": Ensemble,
+    "hps": HPS,
+    "imagereward": ImageReward,
     "jpeg": Jpeg,
     "jpeg_incompressibility": functools.partial(Jpeg, incompressible=True),
+    "ocr": OCR,
+    "pickscore": PickScore,
+    "remote": Remote,
+    "similarity": Similarity,
+    "vlm": VLM,
 }
+
+COMMON = ("weight", "at_least", "rate", "augment")  # options of every reward
 
 Spec = Mapping[Any, Any]  # {name or callable: weight or {"weight": ..., **options}}
 
@@ -53,25 +93,83 @@ Spec = Mapping[Any, Any]  # {name or callable: weight or {"weight": ..., **optio
 def build(spec: Spec) -> WeightedSum:
     """Load the rewards of ``spec`` and their weights, after ``check(spec)``.
 
-    A key is a registered name, ``module:function``, any label when the value has a ``type`` (one
-    of the former two), or the reward, class or function itself. A value is the weight, or a
-    mapping of ``weight`` (default 1) and that reward's own options.
+    A key is a registered name, ``module:function``, the name of an installed entry point of the
+    group ``diffalign.rewards``, any label when the value has a ``type`` (one of the former), or
+    the reward, class or function itself. A value is the weight, or a mapping of the reward's own
+    options and of those that all have:
+
+        weight    of its values in the sum (1); the first multiplier of a constraint
+        at_least  makes it a constraint on its mean, see ``WeightedSum``; rate: of its multiplier
+        augment   scores that many random views of each image in place of it, see ``Augmented``
     """
+    parts = _parse(spec)
     return WeightedSum(
-        {label: (_load(label, *made), weight) for label, weight, *made in _parse(spec)}
+        {part.label: _load(part) for part in parts},
+        {part.label: part.weight for part in parts},
+        {part.label: part.floor for part in parts if part.floor},
     )
 
 
-def check(spec: Spec) -> None:
-    """Raise one ValueError saying what is wrong in ``spec``; no model weights are loaded."""
-    _parse(spec)
+def check(
+    spec: Spec, prompts: Sequence[str] | None = None, metadata: Sequence[dict] | None = None
+) -> None:
+    """Raise one ValueError saying what is wrong in ``spec``, or which of the ``prompts`` it cannot
+    judge; no model weights are loaded."""
+    parts = _parse(spec)
+    if prompts is None:
+        return
+    rows = list(zip(prompts, metadata or [{}] * len(prompts), strict=True))
+    labels = [part.label for part in parts]
+    for prompt, known in rows:
+        asked = known.get("rewards", labels)
+        if not isinstance(asked, list) or not set(asked) <= set(labels) or not asked:
+            raise ValueError(
+                f"prompt {prompt!r} has rewards={asked!r} in its metadata; give a list of one or "
+                f"more of {', '.join(labels)}"
+            )
+    for part in parts:
+        own = [row for row in rows if applies(part.label, row[1])]
+        judge = getattr(part.target, "func", part.target)
+        if own and hasattr(judge, "check_prompts"):
+            try:
+                judge.check_prompts([p for p, _ in own], [m for _, m in own])
+            except ValueError as error:
+                raise ValueError(f"rewards.{part.label}: {error}") from error
 
 
-def _load(label: str, target: Any, options: dict[str, Any]) -> Reward:
+def from_arguments(texts: Sequence[str]) -> dict[str, dict]:
+    """The spec in a command line's ``NAME`` and ``NAME={JSON options}``; raises ValueError."""
+    spec = {}
+    for text in texts:
+        name, _, options = text.partition("=")
+        try:
+            value = json.loads(options or "{}")
+        except ValueError as error:
+            raise ValueError(f"--reward {text}: the options are not JSON ({error})") from error
+        if not isinstance(value, dict) or name in spec:
+            problem = "is given twice" if name in spec else "wants its options as {...}"
+            raise ValueError(f"--reward {name} {problem}")
+        spec[name] = value
+    return spec
+
+
+class _Part(NamedTuple):
+    label: str
+    weight: float
+    floor: Floor | None
+    augment: int
+    target: Any
+    options: dict[str, Any]
+
+
+def _load(part: _Part) -> Reward:
+    target, options = part.target, part.options
     if _is_factory(target):
         target, options = target(**options), {}
     reward = target if isinstance(target, Reward) else FunctionReward(target, **options)
-    reward.name = label
+    if part.augment:
+        reward = Augmented(reward, part.augment)
+    reward.name = part.label
     return reward
 
 
@@ -80,7 +178,7 @@ def _is_factory(target: Any) -> bool:
     return inspect.isclass(target) or target in REGISTRY.values()
 
 
-def _parse(spec: Spec) -> list[tuple[str, float, Any, dict[str, Any]]]:
+def _parse(spec: Spec) -> list[_Part]:
     if not spec:
         raise ValueError("no reward: give at least one, for instance rewards: {jpeg: 1.0}")
     parts = []
@@ -88,26 +186,45 @@ def _parse(spec: Spec) -> list[tuple[str, float, Any, dict[str, Any]]]:
         options = dict(value) if isinstance(value, Mapping) else {"weight": value}
         kind = options.pop("type", key)
         label = key if isinstance(key, str) else getattr(key, "name", None) or callable_name(key)
-        if any(label == part[0] for part in parts):
+        if any(label == part.label for part in parts):
             raise ValueError(f"two rewards are called {label!r}; give one a label and a `type`")
         try:
-            weight = _weight(options.pop("weight", 1.0))
+            weight, floor, augment = _common(options)
             target = _resolve(kind) if isinstance(kind, str) else kind
             _check_options(target, options)
         except ValueError as error:
             raise ValueError(f"rewards.{label}: {error}") from error
-        parts.append((label, weight, target, options))
+        parts.append(_Part(label, weight, floor, augment, target, options))
+    if all(part.floor for part in parts):
+        raise ValueError("every reward is a constraint; give one without at_least to maximise")
     return parts
 
 
-def _weight(value: Any) -> float:
+def _common(options: dict[str, Any]) -> tuple[float, Floor | None, int]:
+    """Weight, constraint and number of views, taken out of the options of a reward."""
+    weight = _number("weight", options.pop("weight", 1.0))
+    floor, augment = None, options.pop("augment", 0)
+    if "at_least" in options:
+        bound = _number("at_least", options.pop("at_least"))
+        floor = Floor(bound, _number("rate", options.pop("rate", 1.0)))
+        if floor.rate <= 0 or weight < 0:
+            raise ValueError(
+                f"weight={weight:g} and rate={floor.rate:g} of a constraint: its multiplier is "
+                "never negative, and the rate must be positive"
+            )
+    if isinstance(augment, bool) or not isinstance(augment, int) or augment < 0:
+        raise ValueError(f"augment={augment!r} is not a number of views, 1 or more (0: none)")
+    return weight, floor, augment
+
+
+def _number(name: str, value: Any) -> float:
     try:
-        weight = math.nan if isinstance(value, bool) else float(value)  # YAML reads 1e-3 as text
+        number = math.nan if isinstance(value, bool) else float(value)  # YAML reads 1e-3 as text
     except (TypeError, ValueError):
-        weight = math.nan
-    if not math.isfinite(weight):
-        raise ValueError(f"weight {value!r} is not a finite number")
-    return weight
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} {value!r} is not a finite number")
+    return number
 
 
 def _resolve(name: str) -> Any:
@@ -115,6 +232,8 @@ def _resolve(name: str) -> Any:
         return REGISTRY[name]
     module_name, colon, path = name.partition(":")
     if not colon:
+        for entry in entry_points(group="diffalign.rewards", name=name):
+            return entry.load()
         raise ValueError(
             f"unknown reward {name!r}{_nearest(name, REGISTRY)} Known: "
             f"{', '.join(sorted(REGISTRY))}. For your own, write module:function"
@@ -148,7 +267,7 @@ def _check_options(target: Any, options: dict[str, Any]) -> None:
     named = {name: p for name, p in parameters.items() if p.kind not in variadic}
     if not any(p.kind is variadic[1] for p in parameters.values()):
         for option in set(options) - set(named):
-            known = ", ".join(["weight", *named])
+            known = ", ".join([*COMMON, *named])
             raise ValueError(f"unknown option {option!r}{_nearest(option, named)} Known: {known}")
     missing = [n for n, p in named.items() if p.default is p.empty and n not in options]
     if missing:

@@ -14,13 +14,14 @@ class Reward(nn.Module):
     """A frozen scorer of images: ``forward`` maps (n, 3, H, W) to (n,), higher is better.
 
     Images are RGB float tensors in [0, 1]; values are float32. A reward with
-    ``differentiable = True`` carries gradient from its values to the pixels. Rewards are never
-    trained here, so ``train()`` leaves them in eval mode: a dropout layer would make the score
-    random.
+    ``differentiable = True`` carries gradient from its values to the pixels. ``train()`` leaves
+    rewards in eval mode: a dropout layer would make the score random.
     """
 
     name: str = "reward"
     differentiable: bool = False
+    per_group: bool = False  # compares the images of a prompt, which one call must hold together
+    learns: bool = False  # `learn` changes it, and `memory` is what changed
     # Completes "rewards.NAME is not differentiable: ..."; may use {name}.
     gradient_hint: str = (
         "if its values do carry gradient to the images, set `differentiable = True` on it; "
@@ -31,10 +32,27 @@ class Reward(nn.Module):
     def check_options(cls, **options: Any) -> None:
         """Raise ValueError for options that cannot work. Loads nothing; unset ones are absent."""
 
+    @classmethod
+    def check_prompts(cls, prompts: list[str], metadata: list[dict]) -> None:
+        """Raise ValueError for a prompt that this reward cannot judge. Loads nothing."""
+
     def forward(
         self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None
     ) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not define forward")
+
+    def learn(
+        self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None
+    ) -> dict[str, float]:
+        """Learn from the images of an epoch, all processes' alike; returns figures to log."""
+        return {}
+
+    def memory(self) -> dict[str, Any]:
+        """What `learn` changed, in tensors and plain values, for a checkpoint."""
+        return {}
+
+    def recall(self, memory: Mapping[str, Any]) -> None:
+        """Take up a `memory`."""
 
     def train(self, mode: bool = True):
         return super().train(False)
@@ -68,8 +86,9 @@ class FunctionReward(Reward):
     """Any ``f(images, prompts)`` or ``f(images, prompts, metadata)`` as a Reward.
 
     ``f`` may be a function, a callable object or an ``nn.Module`` (moved and frozen with this
-    one); it returns (n,) values as a tensor, a numpy array or a list. ``differentiable`` is read
-    from ``f.differentiable``, False when absent. ``options`` are passed to every call as keywords.
+    one); it returns (n,) values as a tensor, a numpy array or a list. ``differentiable`` and
+    ``per_group`` are read from ``f``, False when absent. ``options`` are passed to every call as
+    keywords.
     """
 
     def __init__(self, function: Callable, **options: Any):
@@ -78,6 +97,7 @@ class FunctionReward(Reward):
         self.options = options
         self.name = callable_name(function)
         self.differentiable = bool(getattr(function, "differentiable", False))
+        self.per_group = bool(getattr(function, "per_group", False))
         self.takes_metadata = "metadata" in call_parameters(function)
         self.freeze()
 

@@ -26,7 +26,8 @@ class Clip(Reward):
     ``local-dir:PATH``, a folder with open_clip_config.json, or ``ARCH::CHECKPOINT`` where
     CHECKPOINT is a file or an open_clip tag (``ViT-H-14::weights.pt``; OpenAI's weights need an
     architecture ending in ``-quickgelu``). ``backend`` "auto" reads that off; a folder that both
-    libraries can load goes to transformers.
+    libraries can load goes to transformers. ``processor`` is the folder or hub id of a transformers
+    model's tokenizer and pixel statistics, by default ``model`` itself.
 
     ``scale`` s: "cosine" 1, range [-1, 1]; "100"; "logit" the model's exp(logit_scale), about 100.
     ``dtype`` is that of the two towers; resizing, normalisation and cosine are float32 (float64
@@ -39,20 +40,29 @@ class Clip(Reward):
     differentiable = True
 
     def __init__(
-        self, model: str, backend: str = "auto", scale: str = "cosine", dtype: str = "float32"
+        self,
+        model: str,
+        backend: str = "auto",
+        scale: str = "cosine",
+        dtype: str = "float32",
+        processor: str | None = None,
     ):
-        self.check_options(model=model, backend=backend, scale=scale, dtype=dtype)
+        self.check_options(
+            model=model, backend=backend, scale=scale, dtype=dtype, processor=processor
+        )
         super().__init__()
-        if backend == "auto":
-            backend = _guess_backend(model)
-        tower = _OpenClip if backend == "open_clip" else _Transformers
-        self.tower: Any = tower(str(model), getattr(torch, dtype))
+        if _guess_backend(str(model), backend) == "open_clip":
+            self.tower: Any = _OpenClip(str(model), getattr(torch, dtype))
+        else:
+            self.tower = _Transformers(str(model), getattr(torch, dtype), str(processor or model))
         self.scale = str(scale)
         self._text_cache: OrderedDict[str, Tensor] = OrderedDict()
         self.freeze()
 
     @classmethod
-    def check_options(cls, model="", backend="auto", scale="cosine", dtype="float32", **options):
+    def check_options(
+        cls, model="", backend="auto", scale="cosine", dtype="float32", processor=None, **options
+    ):
         for option, value, allowed in (
             ("backend", backend, ("auto", "transformers", "open_clip")),
             ("scale", str(scale), ("cosine", "100", "logit")),
@@ -60,14 +70,21 @@ class Clip(Reward):
         ):
             if value not in allowed:
                 raise ValueError(f"{option}={value!r} is not one of {', '.join(allowed)}")
-        path = str(model).removeprefix("local-dir:").rpartition("::")[2]
-        local = str(model).startswith("local-dir:") or path.startswith((".", "/", "~", "assets/"))
-        local = local or path.count(os.sep) > 1 or path.endswith((".pt", ".bin", ".safetensors"))
-        if local and not str(model).startswith("hf-hub:") and not Path(path).exists():
+        if processor and _guess_backend(str(model), backend) == "open_clip":
             raise ValueError(
-                f"model={model!r}: {path} does not exist under {Path.cwd()}; give an existing "
-                "path or a hub id such as openai/clip-vit-base-patch32"
+                f"processor={processor!r} is for transformers models; {model!r} is open_clip's, "
+                "which brings its own tokenizer: leave processor out"
             )
+        for option, value in (("model", str(model)), ("processor", str(processor or ""))):
+            path = value.removeprefix("local-dir:").rpartition("::")[2]
+            local = value.startswith("local-dir:") or path.startswith((".", "/", "~", "assets/"))
+            local = local or path.count(os.sep) > 1
+            local = local or path.endswith((".pt", ".bin", ".safetensors"))
+            if local and not value.startswith("hf-hub:") and not Path(path).exists():
+                raise ValueError(
+                    f"{option}={value!r}: {path} does not exist under {Path.cwd()}; give an "
+                    "existing path or a hub id such as openai/clip-vit-base-patch32"
+                )
 
     def image_features(self, images: Tensor) -> Tensor:
         """Unit-length projected features, (n, 3, H, W) -> (n, d), at least float32."""
@@ -100,7 +117,9 @@ def _unit(features: Tensor) -> Tensor:
     return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
-def _guess_backend(model: str) -> str:
+def _guess_backend(model: str, backend: str = "auto") -> str:
+    if backend != "auto":
+        return backend
     folder = Path(model)
     if "::" in model or model.startswith(("hf-hub:", "local-dir:")):
         return "open_clip"
@@ -111,14 +130,19 @@ def _guess_backend(model: str) -> str:
 
 
 class _Transformers(nn.Module):
-    def __init__(self, name: str, dtype: torch.dtype):
+    def __init__(self, name: str, dtype: torch.dtype, processor: str):
         super().__init__()
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
         self.model: Any = CLIPModel.from_pretrained(name, dtype=torch.float32)
         self.logit_scale = self.model.logit_scale.exp().item()  # before bfloat16 rounds it by 1 %
         self.model.to(dtype)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(name)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(processor)
+        if len(self.tokenizer) < 256:  # transformers 5 makes an empty one up; CLIP's has all bytes
+            raise ValueError(
+                f"{processor} has no tokenizer; set `processor` to the folder or hub id of one, "
+                "such as openai/clip-vit-base-patch32"
+            )
         text = self.model.config.text_config
         self.context = text.max_position_embeddings
         # CLIP reads its text feature at the end token; 2 is the legacy value that means "argmax".
@@ -131,11 +155,11 @@ class _Transformers(nn.Module):
         self.size = self.model.config.vision_config.image_size
         self.mean, self.std, self.crop = CLIP_MEAN, CLIP_STD, True
         try:
-            processor: Any = CLIPImageProcessor.from_pretrained(name)
+            pixels: Any = CLIPImageProcessor.from_pretrained(processor)
         except OSError:  # no preprocessor_config.json
             return
-        self.mean, self.std = processor.image_mean, processor.image_std
-        self.crop = processor.do_center_crop
+        self.mean, self.std = pixels.image_mean, pixels.image_std
+        self.crop = pixels.do_center_crop
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         return self.tokenizer(

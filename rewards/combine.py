@@ -1,28 +1,53 @@
-"""The weighted sum of rewards that training maximises."""
+"""Several rewards as one: weighted sums, constraints, conservative ensembles."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .base import Reward, evaluate
 
 
+class Floor(NamedTuple):
+    """The constraint mean R >= at_least; its multiplier moves by rate times what is missing."""
+
+    at_least: float
+    rate: float = 1.0
+
+
 class WeightedSum(nn.Module):
     """R(u, c) = sum_k w_k R_k(u, c); every R_k frozen and validated by ``evaluate``.
 
-    ``parts`` maps a label to (reward, weight). A weight of 0 keeps a reward as a monitor.
+    ``parts`` are the rewards by their labels, ``weights`` theirs; 0 keeps one as a monitor. A part
+    with a ``Floor`` is a constraint: its weight is the Lagrange multiplier λ >= 0 of
+
+        maximise sum_{k not a constraint} E[R_k]  subject to  E[R_c] >= b_c,
+
+    which ``adapt`` moves by dual ascent. (The constants -λ b are left out: they change no
+    advantage and no gradient.)
+
+    A prompt whose metadata has ``rewards``, a list of labels, is scored by those alone; the other
+    values are NaN, *missing*, and count as 0 in the total.
     """
 
-    def __init__(self, parts: Mapping[str, tuple[Reward, float]]):
+    def __init__(
+        self,
+        parts: Mapping[str, Reward],
+        weights: Mapping[str, float],
+        floors: Mapping[str, Floor] | None = None,
+    ):
         super().__init__()
         if not parts:
             raise ValueError("no reward: give at least one, for instance {'jpeg': 1.0}")
-        self.parts = dict(parts)
+        self.parts, self.weights, self.floors = dict(parts), dict(weights), dict(floors or {})
         self.images, self.seconds = 0, 0.0  # scored so far, and the time it took
-        self.rewards = nn.ModuleList([reward.freeze() for reward, _ in self.parts.values()])
+        self.rewards = nn.ModuleList([reward.freeze() for reward in self.parts.values()])
+        self._threads = ThreadPoolExecutor(len(self.parts), thread_name_prefix="reward")
 
     def forward(
         self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None
@@ -30,30 +55,150 @@ class WeightedSum(nn.Module):
         return self.score(images, prompts, metadata)[0]
 
     def score(
-        self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None
+        self,
+        images: Tensor,
+        prompts: list[str],
+        metadata: list[dict] | None = None,
+        held_out: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Total and unweighted parts, (n,) float32 each; raises as ``evaluate`` does."""
+        """Total and unweighted parts, (n,) float32 each; raises as ``evaluate`` does.
+
+        Without gradient the parts run side by side, each in a thread of its own. ``held_out`` is
+        for values to compare over a run: rewards that compare a prompt's images with each other are
+        missing then (the mean of their win rates is always a half), and so are those that learn;
+        the total is without constraints, whose multipliers change.
+        """
         start = time.perf_counter()
-        values = {
-            name: evaluate(reward, images, prompts, metadata, name)
-            for name, (reward, _) in self.parts.items()
-        }
-        total = sum(weight * values[name] for name, (_, weight) in self.parts.items())
-        assert isinstance(total, Tensor)
+        gradient = torch.is_grad_enabled()  # threads do not inherit it
+
+        def one(name: str) -> Tensor:
+            with torch.set_grad_enabled(gradient):
+                return self._one(name, images, prompts, metadata, held_out)
+
+        alone = gradient or len(self.parts) == 1
+        each = map(one, self.parts) if alone else self._threads.map(one, self.parts)
+        values = dict(zip(self.parts, each, strict=True))
+        total = self.total(values, constraints=not held_out)
         self.images += len(images)
         self.seconds += time.perf_counter() - start
         return total, values
 
+    def _one(
+        self, name: str, images: Tensor, prompts: list[str], metadata: Any, held_out: bool
+    ) -> Tensor:
+        rows = [i for i in range(len(prompts)) if applies(name, metadata[i] if metadata else {})]
+        reward = self.parts[name]
+        if held_out and (reward.per_group or reward.learns):
+            rows = []
+        if len(rows) == len(prompts):
+            return evaluate(reward, images, prompts, metadata, name)
+        missing = images.new_full((len(prompts),), torch.nan, dtype=torch.float32)
+        if not rows:
+            return missing
+        where = torch.tensor(rows, device=images.device)
+        texts = [prompts[i] for i in rows]
+        found = evaluate(reward, images[where], texts, [metadata[i] for i in rows], name)
+        return missing.index_put((where,), found)
+
+    def total(self, values: Mapping[str, Tensor], constraints: bool = True) -> Tensor:
+        """The weighted sum (n,) of the parts (n,), missing ones left out; NaN where all are."""
+        used = [k for k in self.weights if constraints or k not in self.floors]
+        parts = torch.stack([self.weights[k] * values[k].nan_to_num(nan=0.0) for k in used])
+        missing = torch.stack([values[k].isnan() for k in used]).all(0)
+        return parts.sum(0).masked_fill(missing, torch.nan)
+
+    def adapt(self, means: Mapping[str, float]) -> None:
+        """Dual ascent after an epoch: λ <- max(0, λ + rate (b - mean)), ``means`` those of the
+        parts over the epoch; parts without a mean keep their multiplier."""
+        for name, floor in self.floors.items():
+            if name in means:
+                step = floor.rate * (floor.at_least - means[name])
+                self.weights[name] = max(0.0, self.weights[name] + step)
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """What training changed: multipliers, and the memory of rewards that learn. No weights."""
+        learners = {k: r.memory() for k, r in self.parts.items() if r.learns}
+        return {"multipliers": {k: self.weights[k] for k in self.floors}, "learners": learners}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # type: ignore[override]
+        self.weights |= state["multipliers"]
+        for name, memory in state["learners"].items():
+            self.parts[name].recall(memory)
+
     @property
     def differentiable(self) -> bool:
-        return all(reward.differentiable for reward, _ in self.parts.values())
+        return all(reward.differentiable for reward in self.parts.values())
+
+    @property
+    def per_group(self) -> bool:
+        return any(reward.per_group for reward in self.parts.values())
+
+    @property
+    def learns(self) -> bool:
+        return any(reward.learns for reward in self.parts.values())
 
     def require_differentiable(self) -> None:
         """Raise ValueError naming the first reward without gradient, and what to do about it."""
-        for name, (reward, _) in self.parts.items():
+        for name, reward in self.parts.items():
             if not reward.differentiable:
                 hint = reward.gradient_hint.format(name=name)
                 raise ValueError(
                     f"rewards.{name} is not differentiable, and reward backpropagation needs "
                     f"every reward to be: {hint}"
                 )
+
+
+def applies(name: str, metadata: Mapping[str, Any]) -> bool:
+    """Whether the reward ``name`` scores a prompt with this metadata."""
+    return name in metadata.get("rewards", (name,))
+
+
+class Ensemble(Reward):
+    """One cautious value out of several rewards of the same kind.
+
+        min:       R(u, c) = min_k v_k                      v_k = w_k R_k(u, c)
+        mean_std:  R(u, c) = mean_k v_k - penalty std_k v_k       (population std)
+
+    A picture that fools one model seldom fools all of them. ``of`` is a spec as ``rewards.build``
+    takes it; its weights w_k bring the members to one scale. Differentiable where every member is;
+    the gradient of min is that of the lowest member. Raises ValueError for fewer than two members.
+    Source: Coste et al. (arXiv 2310.02743), who use both, the latter with the variance.
+    """
+
+    name = "ensemble"
+
+    def __init__(self, of: Mapping[Any, Any], how: str = "min", penalty: float = 1.0):
+        self.check_options(of=of, how=how, penalty=penalty)
+        super().__init__()
+        from . import build
+
+        self.members = build(of)
+        self.how, self.penalty = how, penalty
+        self.differentiable = self.members.differentiable
+        self.per_group = self.members.per_group
+
+    @classmethod
+    def check_options(cls, of: Any = (), how: str = "min", penalty: float = 1.0, **options: Any):
+        from . import check
+
+        if not isinstance(of, Mapping) or len(of) < 2:
+            raise ValueError(f"of={of!r} is not a mapping of two rewards or more; one needs none")
+        check(of)
+        if how not in ("min", "mean_std"):
+            raise ValueError(f"how={how!r} is not one of min, mean_std")
+        if not isinstance(penalty, (int, float)) or penalty < 0:
+            raise ValueError(f"penalty={penalty!r} is not a number from 0 up")
+
+    def forward(self, images, prompts, metadata=None):
+        members = self.members
+        values = [members.weights[k] * v for k, v in members.score(images, prompts)[1].items()]
+        return conservative(torch.stack(values), self.how, self.penalty)
+
+
+def conservative(values: Tensor, how: str, penalty: float = 1.0) -> Tensor:
+    """(k, n) values of k members to (n,), see ``Ensemble``."""
+    if how == "min":
+        return values.min(0).values
+    centred = values - values.mean(0)
+    # the root has no gradient at 0, where all members agree
+    return values.mean(0) - penalty * (centred.square().mean(0) + 1e-12).sqrt()

@@ -10,6 +10,8 @@ from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def quantize_pixels(images: Tensor) -> Tensor:
@@ -34,6 +36,19 @@ def resize(images: Tensor, height: int, width: int, quantize: bool = False) -> T
     return images
 
 
+def pad_square(images: Tensor, size: int) -> Tensor:
+    """Longest side resized to ``size``, the other centred between black borders.
+
+    (n, 3, H, W) in [0, 1] -> (n, 3, size, size), at least float32, not normalised. The shorter
+    side becomes round(short * size / long); of an odd border the extra pixel is right or bottom.
+    """
+    scale = size / max(images.shape[-2:])
+    height, width = (round(n * scale) for n in images.shape[-2:])
+    top, left = (size - height) // 2, (size - width) // 2
+    borders = (left, size - width - left, top, size - height - top)
+    return F.pad(resize(images, height, width), borders)
+
+
 def clip_pixels(
     images: Tensor,
     size: int = 224,
@@ -41,13 +56,15 @@ def clip_pixels(
     std: Sequence[float] = CLIP_STD,
     crop: bool = True,
     quantize: bool = False,
+    shortest: int | None = None,
 ) -> Tensor:
     """CLIP's preprocessing, (x - mean) / std of the resized and centre-cropped image.
 
     (n, 3, H, W) RGB in [0, 1] -> (n, 3, size, size), float32 (float64 for float64 images). The
-    shortest side becomes ``size``, the other int(size * long / short); the crop starts at
-    (long - size) // 2, as in transformers' image processor. (torchvision's CenterCrop rounds half
-    to even, so open_clip's crop can sit one pixel further when the excess is odd.)
+    shortest side becomes ``shortest`` (default ``size``), the other int(shortest * long / short);
+    the crop starts at (n - size) // 2, as in transformers' image processor. (torchvision's
+    CenterCrop rounds half to even, so open_clip's crop can sit one pixel further when the excess
+    is odd.)
     ``crop=False`` ignores the aspect ratio and resizes both sides to ``size``.
 
     Leave ``quantize`` off for training. On, the images are first rounded to 8 bits and every
@@ -57,8 +74,8 @@ def clip_pixels(
     images = quantize_pixels(images) if quantize else images
     height, width = images.shape[-2:]
     if crop:
-        short = min(height, width)
-        images = resize(images, int(size * height / short), int(size * width / short), quantize)
+        short, target = min(height, width), shortest or size
+        images = resize(images, int(target * height / short), int(target * width / short), quantize)
         top, left = ((n - size) // 2 for n in images.shape[-2:])
         images = images[..., top : top + size, left : left + size]
     else:

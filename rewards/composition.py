@@ -1,0 +1,300 @@
+"""Objects, counts, colours and positions that a prompt asks for, checked with a detector."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .base import Reward
+from .clip import Clip
+from .preprocess import quantize_pixels, resize
+
+# axis, and sign of the offset along it
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
+COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+COLOUR_TEXTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
+GROUNDING_DINO = ("grounding-dino", "mm-grounding-dino")
+OWL = ("owlvit", "owlv2")
+MARGIN = 0.1  # of the two objects' sizes
+NMS_IOU = 0.5  # of two boxes of a class that overlap more, the better one is kept
+BATCH = 8  # images that a detector sees at once
+
+
+@dataclass(frozen=True)
+class Detection:
+    """An object found: ``box`` x0, y0, x1, y1 in pixels; ``colour`` None if not told."""
+
+    label: str
+    score: float
+    box: tuple[float, float, float, float]
+    colour: str | None = None
+
+
+Detector = Callable[[Tensor, list[list[str]]], list[list[Detection]]]
+
+
+class Composition(Reward):
+    """GenEval's checks of what a prompt asks for, by the objects that a detector finds.
+
+    Every prompt carries in its metadata GenEval's ``include`` and, if any, ``exclude`` and ``tag``:
+
+        {"tag": "position", "include": [{"class": "cat", "count": 1},
+         {"class": "dog", "count": 1, "color": "red", "position": ["left of", 0]}],
+         "exclude": [{"class": "dog", "count": 2}]}
+
+    The position is relative to an earlier clause. With m objects of a clause found for n wanted,
+    mode "partial" is the mean over all clauses of
+
+        count     1 - |n - m| / n
+        colour    (objects of the colour) / n if m = n     } one 0 for both
+        position  1 if m = n and the relation holds, or 0  } if m != n
+
+    A relation holds if it does for every pair with the target's objects, and the target clause is
+    right in all it asks: with d the offset of the centres and s the sum of the sizes along the
+    axis, if the offset along the axis exceeds 0.1 s + |d| / 2. Range (-M, 1], M = ``max_per_class``
+    (surplus objects count below 0); ``exclude`` has no part in it. Mode "strict" is 1 if all of
+    those are 1 and no excluded class is found ``count`` times or more, else 0. (The benchmark also
+    passes surplus objects that no clause excludes.)
+
+    ``detector``: a folder or hub id of a transformers Grounding DINO, OWL-ViT or OWLv2, or a
+    ``Detector`` or its ``module:function``, called with the images (n, 3, H, W) and the class names
+    of each, which returns a list of detections for each. Those above ``threshold``
+    (``counting_threshold`` if the tag is "counting") count, the best M of a class. GenEval takes
+    0.3, 0.9 and 16 with its Mask2Former; zero-shot detectors are less sure, so by default the
+    second is the first. ``clip`` is the model that names the colour of a box where the detector
+    does not, in the words of GenEval; it took openai/clip-vit-large-patch14.
+
+    Not differentiable. Raises ValueError for bad options, for a prompt without such metadata, and
+    for a colour that nothing names. Source: GenEval (arXiv 2310.11513); as partial reward
+    Flow-GRPO (arXiv 2505.05470), where a wrong relation still had half of its credit.
+    """
+
+    name = "composition"
+    gradient_hint = "it counts detected objects; choose an algorithm that needs no reward gradient"
+
+    def __init__(
+        self,
+        detector: str | Detector = "IDEA-Research/grounding-dino-tiny",
+        mode: str = "partial",
+        threshold: float = 0.3,
+        counting_threshold: float | None = None,
+        max_per_class: int = 16,
+        clip: str | None = None,
+    ):
+        limits = [threshold, threshold if counting_threshold is None else counting_threshold]
+        options = {"threshold": limits[0], "counting_threshold": limits[1]}
+        self.check_options(detector, mode, max_per_class, clip, **options)
+        super().__init__()
+        self.detect: Any = _function(detector) or ZeroShot(str(detector), min(limits))
+        self.mode, self.max_per_class = mode, max_per_class
+        self.threshold, self.counting_threshold = limits
+        self.clip = Clip(clip) if clip else None
+        self.freeze()
+
+    @classmethod
+    def check_options(
+        cls, detector: Any = "", mode="partial", max_per_class=16, clip=None, **options
+    ):
+        if mode not in ("partial", "strict"):
+            raise ValueError(f"mode={mode!r} is not one of partial, strict")
+        for name, limit in options.items():
+            unset = limit is None and name == "counting_threshold"
+            if not unset and not (isinstance(limit, (int, float)) and 0 <= limit < 1):
+                raise ValueError(f"{name}={limit!r} is not a number in [0, 1)")
+        if type(max_per_class) is not int or max_per_class < 1:
+            raise ValueError(f"max_per_class={max_per_class!r} is not 1 or more")
+        if clip:
+            Clip.check_options(model=clip)
+        path = str(detector)
+        local = path.startswith((".", "/", "~", "assets/")) or path.count(os.sep) > 1
+        if _function(detector) is None and local and not Path(path).exists():
+            raise ValueError(
+                f"detector={path!r} does not exist under {Path.cwd()}; give an existing folder, a "
+                "hub id such as IDEA-Research/grounding-dino-tiny, or module:function"
+            )
+
+    @classmethod
+    def check_prompts(cls, prompts, metadata):
+        for prompt, known in zip(prompts, metadata, strict=True):
+            try:
+                _check_clauses(known)
+            except ValueError as error:
+                raise ValueError(
+                    f"prompt {prompt!r}: {error}; the composition reward needs in every prompt's "
+                    'metadata, as GenEval has it, "include": [{"class": "dog", "count": 1}, ...]'
+                ) from error
+
+    def forward(self, images, prompts, metadata=None):
+        metadata = metadata or [{}] * len(prompts)
+        self.check_prompts(prompts, metadata)
+        images = images.detach()
+        clauses = [[*m["include"], *m.get("exclude", [])] for m in metadata]
+        classes = [list(dict.fromkeys(clause["class"] for clause in c)) for c in clauses]
+        found = self.detect(images, classes)
+        scores = [self._score(*item) for item in zip(images, metadata, found, strict=True)]
+        return torch.tensor(scores, dtype=torch.float32, device=images.device)
+
+    def _score(self, image: Tensor, known: dict, detections: list[Detection]) -> float:
+        counting = known.get("tag") == "counting"
+        limit = self.counting_threshold if counting else self.threshold
+        seen: defaultdict[str, list[Detection]] = defaultdict(list)
+        for one in sorted(detections, key=lambda d: -d.score):
+            if one.score > limit and len(seen[one.label]) < self.max_per_class:
+                seen[one.label].append(one)
+        values: list[float] = []
+        matched: list[list[Detection]] = []  # of each clause; empty if anything is wrong
+        for clause in known["include"]:
+            things, n = seen[clause["class"]], clause["count"]
+            own = [1 - abs(n - len(things)) / n]
+            if len(things) != n:
+                own += [0.0] if "color" in clause or "position" in clause else []
+            else:
+                if "color" in clause:
+                    asked = clause["color"]
+                    own.append(sum(self._colour(image, t, asked) == asked for t in things) / n)
+                if "position" in clause:
+                    relation, target = clause["position"]
+                    pairs = [(a.box, b.box) for a in things for b in matched[target]]
+                    own.append(float(bool(pairs) and all(holds(relation, *p) for p in pairs)))
+            matched.append(things if all(value == 1 for value in own) else [])
+            values += own
+        if self.mode == "partial":
+            return sum(values) / len(values)
+        excluded = any(len(seen[c["class"]]) >= c["count"] for c in known.get("exclude", []))
+        return float(not excluded and all(value == 1 for value in values))
+
+    def _colour(self, image: Tensor, thing: Detection, asked: str) -> str:
+        """The named colour of a detection in its image (3, H, W)."""
+        if thing.colour is not None:
+            return thing.colour
+        if self.clip is None:
+            raise ValueError(
+                f"a {asked} {thing.label} is asked for and the detector names no colours; set "
+                "`clip`, such as clip: openai/clip-vit-large-patch14"
+            )
+        rows = _inside(thing.box[1], thing.box[3], image.shape[1])
+        columns = _inside(thing.box[0], thing.box[2], image.shape[2])
+        size = self.clip.tower.size
+        crop = resize(image[None, :, rows, columns], size, size)
+        names = list(dict.fromkeys([*COLOURS, asked]))
+        texts = [text.format(name, thing.label) for name in names for text in COLOUR_TEXTS]
+        features = self.clip.text_features(texts).unflatten(0, (len(names), -1)).mean(1)
+        likeness = F.normalize(features, dim=-1) @ self.clip.image_features(crop)[0]
+        return names[int(likeness.argmax())]
+
+
+def holds(relation: str, a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    """Whether box ``a`` is ``relation`` box ``b``, as ``Composition`` defines it."""
+    offset = [(a[i] + a[i + 2] - b[i] - b[i + 2]) / 2 for i in (0, 1)]
+    axis, sign = RELATIONS[relation]
+    sizes = a[axis + 2] - a[axis] + b[axis + 2] - b[axis]
+    return sign * offset[axis] - MARGIN * sizes > math.hypot(*offset) / 2
+
+
+def _inside(low: float, high: float, side: int) -> slice:
+    """The pixels, at least one, that an interval covers of ``side``."""
+    start = min(max(math.floor(low), 0), side - 1)
+    return slice(start, max(start + 1, min(math.ceil(high), side)))
+
+
+def _function(detector: Any) -> Any:
+    """The detector given as callable or ``module:function``, None for a model's name."""
+    if callable(detector):
+        return detector
+    if ":" not in str(detector) or Path(str(detector)).exists():
+        return None
+    from . import _resolve
+
+    if not callable(target := _resolve(str(detector))):
+        raise ValueError(f"detector={detector!r} is not callable")
+    return target
+
+
+def _check_clauses(known: dict) -> None:
+    include, exclude = known.get("include"), known.get("exclude", [])
+    if not isinstance(include, list) or not include or not isinstance(exclude, list):
+        raise ValueError(f"include is {include!r} and exclude {exclude!r}")
+    for i, clause in enumerate([*include, *exclude]):
+        if not isinstance(clause, dict):
+            raise ValueError(f"clause {clause!r} is not an object")
+        keys = ("class", "count", *(("color", "position") if i < len(include) else ()))
+        for key in set(clause) - set(keys):
+            raise ValueError(f"clause {clause} has {key!r}; known: {', '.join(keys)}")
+        name, count, colour = clause.get("class"), clause.get("count"), clause.get("color", "")
+        if not isinstance(name, str) or not name.strip() or "." in name:
+            raise ValueError(f"clause {clause} has no class, a text without full stops")
+        if type(count) is not int or count < 1 or not isinstance(colour, str):
+            raise ValueError(f"clause {clause}: count must be 1 or more, color a text")
+        earlier = [[relation, target] for relation in RELATIONS for target in range(i)]
+        if "position" in clause and clause["position"] not in earlier:
+            raise ValueError(
+                f"clause {clause}: the position is not one of {', '.join(RELATIONS)} and the "
+                'number (from 0) of an earlier clause, such as ["left of", 0]'
+            )
+
+
+class ZeroShot(nn.Module):
+    """A transformers zero-shot detector, Grounding DINO, OWL-ViT or OWLv2, as a ``Detector``.
+
+    Only the classes asked for compete for a box. A box's class is the one whose words have the
+    highest probability among them, which is its score; boxes below ``threshold`` are left out, and
+    per class those that overlap a better one by an IoU of more than 0.5.
+    """
+
+    def __init__(self, name: str, threshold: float):
+        super().__init__()
+        from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+        self.model: Any = AutoModelForZeroShotObjectDetection.from_pretrained(name)
+        self.kind = self.model.config.model_type
+        if self.kind not in (known := GROUNDING_DINO + OWL):
+            raise ValueError(f"detector={name!r} is a {self.kind}; use one of {', '.join(known)}")
+        self.processor: Any = AutoProcessor.from_pretrained(name)
+        self.threshold = threshold
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, classes: list[list[str]]) -> list[list[Detection]]:
+        found: list[list[Detection]] = [[] for _ in classes]
+        for names in {tuple(c): c for c in classes}.values():
+            rows = [i for i, c in enumerate(classes) if c == names]
+            for start in range(0, len(rows), BATCH):
+                some = rows[start : start + BATCH]
+                for i, one in zip(some, self._alike(images[some], names), strict=True):
+                    found[i] = one
+        return found
+
+    def _alike(self, images: Tensor, names: list[str]) -> list[list[Detection]]:
+        """Detections of the same classes in each of (n, 3, H, W) images."""
+        words = names if self.kind in GROUNDING_DINO else [f"a photo of a {n}" for n in names]
+        pixels = (quantize_pixels(images.float()) * 255).round().to(torch.uint8)
+        texts, sizes = [words] * len(images), [tuple(images.shape[-2:])] * len(images)
+        inputs = self.processor(images=list(pixels), text=texts, return_tensors="pt")
+        output = self.model(**inputs.to(images.device))
+        if self.kind in GROUNDING_DINO:  # one for every token: those of a class are between stops
+            ids, tokenizer = inputs["input_ids"][0], self.processor.tokenizer
+            stop = ids == tokenizer.convert_tokens_to_ids(".")
+            part = stop.cumsum(0).masked_fill(stop | (ids == tokenizer.cls_token_id), -1)
+            logits, parts = output.logits[..., : len(ids)], range(len(names))
+            best = [logits[..., part == k].amax(-1) for k in parts]
+            output.logits = torch.stack(best, -1)
+        if not output.logits.isfinite().all():
+            raise ValueError("the detector's logits are not finite")
+        decode = self.processor.image_processor.post_process_object_detection
+        return [_detections(names, **found) for found in decode(output, self.threshold, sizes)]
+
+
+def _detections(names: list[str], boxes: Tensor, scores: Tensor, labels: Tensor):
+    from torchvision.ops import batched_nms
+
+    best = batched_nms(boxes, scores, labels, NMS_IOU)
+    rows = zip(labels[best].tolist(), scores[best].tolist(), boxes[best].tolist(), strict=True)
+    return [Detection(names[k], score, tuple(box)) for k, score, box in rows]
