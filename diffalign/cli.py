@@ -1,4 +1,4 @@
-"""Command line: `diffalign train`, `diffalign sample`, `diffalign eval`; train.py and sample.py."""
+"""Command line: `diffalign` and its commands; train.py and sample.py."""
 
 from __future__ import annotations
 
@@ -112,9 +112,40 @@ def evaluate(arguments: Sequence[str] | None = None) -> int:
         return _fail(error)
 
 
+def score(arguments: Sequence[str] | None = None) -> int:
+    """`diffalign score`: finished pictures; returns the exit status."""
+    from rewards import RewardError
+
+    from .score import main as run
+
+    try:
+        return run(arguments)
+    except (ValueError, RewardError) as error:
+        return _fail(error)
+    except KeyboardInterrupt:
+        print("\nstopped; what was scored is kept, and the same command goes on")
+        return 130
+
+
+def serve_rewards(arguments: Sequence[str] | None = None) -> int:
+    """`diffalign serve-rewards`: until interrupted; returns the exit status."""
+    from rewards.server import serve
+
+    try:
+        return serve(arguments)
+    except ValueError as error:
+        return _fail(error)
+
+
 def main() -> None:
     """The `diffalign` command."""
-    commands = {"train": train, "sample": sample, "eval": evaluate}
+    commands = {
+        "train": train,
+        "sample": sample,
+        "eval": evaluate,
+        "score": score,
+        "serve-rewards": serve_rewards,
+    }
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in commands:
         print(f"usage: diffalign {{{','.join(commands)}}} ...", file=sys.stderr)

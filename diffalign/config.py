@@ -40,6 +40,7 @@ CHOICES = {
     "advantage.combine": ("sum", "normalised", "gdpo"),
     "train.optimizer": ("adamw", "adamw8bit"),
     "train.lr_schedule": ("constant", "linear", "cosine"),
+    "train.gradients": ("sum", "normalised", "pcgrad", "min_norm"),
     "eval.guard": ("off", "warn", "stop"),
 }
 """What settings with a fixed set of values may be."""
@@ -153,6 +154,9 @@ class OptimConfig:
     """optimiser steps per rollout; must divide the groups*group_size samples"""
     inner_epochs: int = 1
     """passes over a rollout"""
+    gradients: str = "sum"
+    """several rewards, reward gradients: sum | normalised (each of equal length) | pcgrad (without
+    what conflicts) | min_norm (no reward falls), picture by picture; see rewards.gradients"""
     seed: int = 0
     """of prompts, noise and LoRA initialisation"""
     checkpoint_every: int = 10

@@ -66,7 +66,8 @@ class Guard:
         self.is_best = bool(judges) and (first or height > self.best["height"])
         if self.is_best:
             self.best = {"scores": now, "height": height}
-        if first or now["reward"].mean() <= self.base["scores"]["reward"].mean():
+        # NaN, where no reward can be compared over a run, has not risen either
+        if first or not now["reward"].mean() > self.base["scores"]["reward"].mean():
             return []
         wrong = []
         for judge in judges:

@@ -16,7 +16,7 @@ from . import grids
 from .config import TrainConfig
 from .diagnostics import Guard, diversity, thumbnails
 from .policies import Cond, Policy
-from .prompts import Prompt, for_rewards
+from .prompts import Prompt, for_judges, for_rewards
 from .rollout import Sampling, rollout, sample_seed
 
 
@@ -70,9 +70,9 @@ class Evaluation:
             seeds = [sample_seed(c.train.seed, "eval", i, j) for i, j in chunk]
             paths = rollout(self.policy, cond, self.sampling, seeds, c.sampler.batch)
             pictures = self.policy.decode(paths.final)
-            total, parts = self.reward.score(pictures, *for_rewards(batch))
+            total, parts = self.reward.score(pictures, *for_rewards(batch), held_out=True)
             if self.judge is not None:
-                parts = parts | self.judge.score(pictures, *for_rewards(batch))[1]
+                parts = parts | self.judge.score(pictures, *for_judges(batch))[1]
             if self.policy.is_lora:
                 x, same = paths.states[:, half], torch.zeros_like(total)
                 kl = same if label == "base" else self._distance(x, half, cond)
@@ -82,7 +82,8 @@ class Evaluation:
                 scores = {k: v[row].item() for k, v in {"reward": total, **parts}.items()}
                 rows.append((i, j, scores, small[row]))
                 if j == 0 and i < c.eval.grid_prompts:
-                    images[i] = (pictures[row].cpu(), scores)
+                    known = {k: v for k, v in scores.items() if v == v}
+                    images[i] = (pictures[row].cpu(), known)
         rows = sorted(gather_object(rows), key=lambda row: row[:2])
         images = {k: v for part in gather_object([images]) for k, v in part.items()}
         if images and self.main:
@@ -90,7 +91,8 @@ class Evaluation:
         if not rows:
             return {}
         self.scores = {k: [row[2][k] for row in rows] for k in rows[0][2]}
-        means = {f"eval/{k}": sum(v) / len(v) for k, v in self.scores.items()}
+        scored = {k: [x for x in v if x == x] for k, v in self.scores.items()}  # NaN: not scored
+        means = {f"eval/{k}": sum(v) / len(v) for k, v in scored.items() if v}
         self.spread = diversity(torch.stack([row[3] for row in rows]), [row[0] for row in rows])
         if not self.guard.base:
             self.guard.see(self.scores, self.spread)

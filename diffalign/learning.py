@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewards.gradients import merge
+
 from .algorithms import Batch, Needs
 from .config import TrainConfig
 from .dynamics import Prediction, noised
 from .optimisation import Optimisation
 from .policies import Cond, Policy
-from .prompts import Prompt
+from .prompts import Prompt, for_rewards
 from .rollout import (
     Noise,
     Sampling,
@@ -31,13 +33,14 @@ from .tracking import Meter
 @dataclass(frozen=True)
 class Rollout:
     """This process's n samples of an epoch. keys: what noise drawn for a sample later depends on,
-    beside the run's seed. advantage and reward (whitened over the epoch): (n,), or None for
+    beside the run's seed. scores, advantage (n,) and reward (n,), whitened over the epoch: None for
     GRADIENT."""
 
     prompts: Sequence[Prompt]
     keys: Sequence[tuple[int, ...]]
     cond: Cond
     paths: Trajectories
+    scores: Any = None
     advantage: Any = None
     reward: Any = None
 
@@ -133,10 +136,10 @@ class Learner:
 
     def from_gradients(
         self, epoch: int, data: Rollout, plans: Sequence[Surrogate]
-    ) -> tuple[Meter, dict[str, Tensor]]:
+    ) -> tuple[Meter, dict[str, Tensor], list[tuple[Tensor, Prompt]]]:
         """GRADIENT: reward gradient at the clean latents, then the adjoint sweep. Returns the total
-        reward "" and its parts as well, (rows,) each."""
-        meter, rewards = Meter(), {}
+        reward "" and its parts as well, (rows,) each, and the pictures for rewards that learn."""
+        meter, rewards, pictures = Meter(), {}, []
         c, policy = self.config.train, self.policy
         for (mine, everyone), plan in zip(self._updates(epoch), plans, strict=True):
             share = 1 / (everyone * (1 + plan.renoised))
@@ -152,11 +155,11 @@ class Learner:
                     x0 = reward_input(policy, cond, self.sampling, states, plan)
                     x0 = x0.detach().requires_grad_()
                     images = policy.decode(x0, differentiable=True, tiny=True)
-                    texts = [data.prompts[j].text for j in rows.tolist()]
-                    metadata = [data.prompts[j].metadata for j in rows.tolist()]
-                    total, parts = self.reward.score(images, texts, metadata)
-                    loss = self.algorithm.reward_loss(total).sum() * share
-                    (grad,) = torch.autograd.grad(loss, x0)
+                    batch = [data.prompts[j] for j in rows.tolist()]
+                    if self.reward.learns:
+                        pictures += zip(images.detach().cpu(), batch, strict=True)
+                    pixels, total, parts = self._pixel_gradient(images, batch)
+                    (grad,) = torch.autograd.grad(images, x0, pixels * share)
                     grad = self.optimisation.scaler.scale(grad)  # the sweep is linear in it
                     penalty = self._penalty(cond, share / len(plan.active), meter)
                     adjoint_sweep(policy, cond, self.sampling, states, grad, plan, penalty)
@@ -165,7 +168,29 @@ class Learner:
                     for name, values in {"": total, **parts}.items():
                         rewards.setdefault(name, []).append(values.detach())
             meter.add({"grad_norm": self.optimisation.step()})
-        return meter, {name: torch.cat(values) for name, values in rewards.items()}
+        return meter, {name: torch.cat(values) for name, values in rewards.items()}, pictures
+
+    def _pixel_gradient(
+        self, images: Tensor, batch: Sequence[Prompt]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """∂(Σ loss)/∂images (n, 3, H, W), the total reward and its parts (n,)."""
+        pixels = images.detach().requires_grad_()
+        total, parts = self.reward.score(pixels, *for_rewards(batch))
+        how, weights = self.config.train.gradients, self.reward.weights
+        if how == "sum" or len(weights) == 1:
+            loss = self.algorithm.reward_loss(total).sum()
+            return torch.autograd.grad(loss, pixels)[0], total, parts
+        # the loss is a function of the total: its slope times an ascent direction of the rewards
+        value = total.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.algorithm.reward_loss(value).sum(), value)
+        each = [
+            torch.autograd.grad(parts[k].nansum(), pixels)[0]
+            if parts[k].requires_grad  # else missing for all of them
+            else torch.zeros_like(pixels)
+            for k in weights
+        ]
+        merged = merge(torch.stack(each, 1), total.new_tensor(list(weights.values())), how)
+        return merged * slope.view(-1, 1, 1, 1), total, parts
 
     def _penalty(self, cond: Cond, share: float, meter: Meter) -> Any:
         """kl_weight times the mean square between the outputs of policy and base (DRaFT+)."""

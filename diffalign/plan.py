@@ -16,7 +16,7 @@ from .algorithms import Needs
 from .config import TrainConfig
 from .decoding import ConfigError
 from .optimisation import check_optimizer
-from .prompts import Prompt, PromptSampler
+from .prompts import Prompt, PromptSampler, for_judges, for_rewards
 from .rollout import Sampling
 from .tracking import check_trackers
 
@@ -60,9 +60,6 @@ class Plan:
                         "use 1, or algorithm.estimator=is"
                     )
         rewards = config.rewards if rewards is None else _with_options(rewards, config.rewards)
-        reward_library.check(rewards)
-        if config.eval.rewards:
-            reward_library.check(config.eval.rewards)
         check_trackers(config.log.trackers)
         check_optimizer(config.train.optimizer)
         policies.check(config.model.name)
@@ -73,6 +70,9 @@ class Plan:
         )
         PromptSampler(len(data), config.data.groups)
         held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
+        reward_library.check(rewards, *for_rewards(data + held_out))
+        if config.eval.rewards:
+            reward_library.check(config.eval.rewards, *for_judges(held_out))
         model = config.model
         levels, shape = policies.peek(model.name, config.sampler.steps, model.resolution)
         uses_cfg = policies.family(model.name).uses_cfg

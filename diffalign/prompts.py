@@ -28,6 +28,12 @@ def for_rewards(prompts: Sequence[Prompt]) -> tuple[list[str], list[dict[str, An
     return [p.text for p in prompts], [p.metadata for p in prompts]
 
 
+def for_judges(prompts: Sequence[Prompt]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The same for held-out judges, which score every prompt whatever its `rewards` are."""
+    known = [{k: v for k, v in p.metadata.items() if k != "rewards"} for p in prompts]
+    return [p.text for p in prompts], known
+
+
 def load(path: str | os.PathLike[str]) -> list[Prompt]:
     """Reads a prompt file, UTF-8, with or without BOM, any line ends; never empty.
 

@@ -131,6 +131,7 @@ def rollout(
     means: bool = False,
     until: int | None = None,
     store: bool = True,
+    each: Callable[[Tensor], None] | None = None,
 ) -> Trajectories:
     """Sample one trajectory per row of `cond` in chunks of `batch`.
 
@@ -138,15 +139,16 @@ def rollout(
     same log-probability. window: where the kernel is stochastic, elsewhere the ODE; None = all
     steps. initial: seeds of the initial noise, where it is not that of `seeds`; of samples that
     share it, and so the prompt, the denoiser is called once for all up to their windows' first
-    step. means: keep those
-    of the transitions. until: only this many steps, all stochastic; `final` is the state after
-    them. store: False keeps the final latents alone.
+    step. means: keep those of the transitions. until: only this many steps, all stochastic; `final`
+    is the state after them. store: False keeps the final latents alone. each: called with the final
+    latents of every chunk as soon as they are there.
     """
     until = sampling.steps if until is None else until
     window = window or Window.whole(len(seeds), until)
     last = int(window.start.max()) + window.length  # alike for all, and so is a tail
-    parts = [
-        _rollout(
+    parts = []
+    for i in range(0, len(seeds), batch):
+        part = _rollout(
             policy,
             cond[slice(i, i + batch)],
             sampling,
@@ -158,8 +160,9 @@ def rollout(
             until == sampling.steps,
             store,
         )
-        for i in range(0, len(seeds), batch)
-    ]
+        parts.append(part)
+        if each is not None:
+            each(part.final)
     return Trajectories(
         torch.cat([p.start for p in parts]),
         torch.cat([p.states for p in parts]),

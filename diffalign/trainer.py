@@ -24,13 +24,14 @@ from .advantages import PromptTracker, combined_advantages, zero_variance_share
 from .algorithms import Needs
 from .config import TrainConfig
 from .decoding import ConfigError
-from .diagnostics import diversity, thumbnails
+from .diagnostics import diversity
 from .evaluation import Evaluation
-from .learning import Learner, Rollout, chunks
+from .learning import Learner, Rollout
 from .optimisation import Optimisation
 from .plan import Plan
 from .prompts import Prompt, PromptSampler, for_rewards
 from .rollout import Sampling, Surrogate, rollout, sample_seed
+from .scoring import Scorer
 from .tracking import Meter, Tracker
 from .windows import window
 
@@ -135,7 +136,7 @@ class Trainer:
         )
         if self.main:
             resolved = copy.deepcopy(config)
-            resolved.rewards = {_label(k): v for k, v in self.plan.rewards.items()}
+            resolved.rewards = _named(self.plan.rewards)
             resolved.save(self.dir / "config.yaml")
 
     @property
@@ -232,21 +233,23 @@ class Trainer:
         plans = self.learner.surrogates(epoch)
         data = self._sample(epoch, plans)
         if plans:
-            meter, rewards = self.learner.from_gradients(epoch, data, plans)
+            meter, rewards, pictures = self.learner.from_gradients(epoch, data, plans)
             metrics = self._reward_metrics(rewards.pop(""), rewards)
         else:
-            total, parts, small = self.score(data.paths.final, data.prompts)
-            metrics = self._reward_metrics(total, parts)
+            scores = data.scores
+            metrics = self._reward_metrics(scores.total, scores.parts)
             prompt_ids = torch.tensor([i for _, i, _ in data.keys])
-            spread = diversity(self._gather(small), self._gather(prompt_ids))
+            spread = diversity(self._gather(scores.small), self._gather(prompt_ids))
             metrics |= {} if spread is None else {"diversity": spread}
             groups = prompt_ids
             if self.config.sampler.window_schedule == "branch":  # compared step by step
                 groups = prompt_ids * self.sampling.steps + data.paths.start
-            advantage, whitened, figures = self._advantages(total, parts, groups)
+            advantage, whitened, figures = self._advantages(scores.total, scores.parts, groups)
             metrics |= figures
             data = replace(data, advantage=advantage, reward=whitened)
             meter = self.learner.from_advantages(epoch, data)
+            pictures = list(zip(scores.images, data.prompts, strict=False))
+        metrics |= self._teach(pictures) | self._constrain(metrics)
         metrics |= self._reduce(meter)
         self._warn_of_mismatch(epoch, metrics)
         metrics |= self.algorithm.end_epoch(metrics)
@@ -278,9 +281,15 @@ class Trainer:
         cond = self.policy.encode([p.text for p in batch])
         seeds = [sample_seed(seed, *key) for key in keys]
         drawn_by = self.algorithm.sampled_by
-        with self.policy.adapter(drawn_by) if drawn_by else nullcontext():
-            paths = rollout(self.policy, cond, self.sampling, seeds, c.sampler.batch, **options)
-        return Rollout(batch, keys, cond, paths)
+        how = self.policy, cond, self.sampling, seeds, c.sampler.batch
+        if needs is Needs.GRADIENT:
+            return Rollout(batch, keys, cond, rollout(*how, **options))
+        with (
+            Scorer(self.policy, self.reward, batch, c.data.group_size) as scorer,
+            self.policy.adapter(drawn_by) if drawn_by else nullcontext(),
+        ):
+            paths = rollout(*how, each=scorer.add, **options)
+            return Rollout(batch, keys, cond, paths, scorer.finish())
 
     def _warn_of_mismatch(self, epoch: int, metrics: Mapping[str, float]) -> None:
         if metrics.get("mismatch_max", 0) > MISMATCH_WARNING and self.main:
@@ -289,20 +298,24 @@ class Trainer:
                 f"ratio of {metrics['mismatch_max']:.2g}; is the dtype or the batch to blame?"
             )
 
-    @torch.no_grad()
-    def score(
-        self, latents: Tensor, batch: Sequence[Prompt]
-    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Total reward (n,), its raw parts, and thumbnails, of clean latents (n, *latent)."""
-        totals, all_parts, small = [], [], []
-        for rows in chunks(len(latents), self.config.sampler.batch):
-            images = self.policy.decode(latents[rows], tiny=True)
-            total, parts = self.reward.score(images, *for_rewards(batch[rows]))
-            totals.append(total)
-            all_parts.append(parts)
-            small.append(thumbnails(images))
-        merged = {k: torch.cat([p[k] for p in all_parts]) for k in all_parts[0]}
-        return torch.cat(totals), merged, torch.cat(small)
+    def _teach(self, pictures: Sequence[tuple[Tensor, Prompt]]) -> dict[str, float]:
+        """Rewards that learn do so from the pictures of all processes, and so remain alike."""
+        if not self.reward.learns:
+            return {}
+        images = self._gather(torch.stack([image for image, _ in pictures]))
+        everyone = [p for part in gather_object([[p for _, p in pictures]]) for p in part]
+        figures = {}
+        for name, part in self.reward.parts.items():
+            if part.learns:
+                found = part.learn(images, *for_rewards(everyone))
+                figures |= {f"reward/{name}/{k}": v for k, v in found.items()}
+        return figures
+
+    def _constrain(self, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Move the multipliers of rewards with a bound by their means over the epoch."""
+        names = [k for k in self.reward.floors if f"reward/{k}_mean" in metrics]
+        self.reward.adapt({k: metrics[f"reward/{k}_mean"] for k in names})
+        return {f"multiplier/{k}": self.reward.weights[k] for k in self.reward.floors}
 
     def _advantages(
         self, reward: Tensor, parts: Mapping[str, Tensor], groups: Tensor
@@ -313,7 +326,7 @@ class Trainer:
         if c.baseline == "tracker":
             advantage = self.history.update(groups, everyone, clip=c.clip)
         else:
-            weights = {k: weight for k, (_, weight) in self.reward.parts.items()}
+            weights = self.reward.weights
             values = {k: self._gather(parts[k]) for k in weights}
             advantage = combined_advantages(everyone, values, weights, groups, c)
         whitened = (everyone - everyone.mean()) / (everyone.std(correction=0) + 1e-8)
@@ -364,6 +377,7 @@ class Trainer:
             "history": self.history,
             "algorithm": self.algorithm,
             "guard": self.evaluation.guard,
+            "reward": self.reward,
         }
 
     def _state(self) -> dict[str, Any]:
@@ -412,6 +426,9 @@ class Trainer:
         metrics = {}
         for name, values in {"": total, **parts}.items():
             values = self._gather(values.detach().float())
+            values = values[~values.isnan()]  # of prompts that this reward does not score
+            if not len(values):
+                continue
             prefix = f"reward/{name}" if name else "reward"
             metrics[f"{prefix}_mean"] = values.mean().item()
             metrics[f"{prefix}_std"] = values.std(correction=0).item()
@@ -427,9 +444,11 @@ class Trainer:
         return Meter.combined(gather_object([meter])).means()
 
 
-def _label(reward: Any) -> str:
-    """A reward as a config names it: its name, or module:function of what was passed in Python."""
-    if isinstance(reward, str):
-        return reward
-    named = reward if hasattr(reward, "__qualname__") else type(reward)
-    return f"{named.__module__}:{named.__qualname__}"
+def _named(spec: Any) -> Any:
+    """A spec of rewards as a config has it: module:function for what was passed in Python."""
+    if isinstance(spec, Mapping):
+        return {_named(k): _named(v) for k, v in spec.items()}
+    if callable(spec):
+        spec = spec if hasattr(spec, "__qualname__") else type(spec)
+        return f"{spec.__module__}:{spec.__qualname__}"
+    return spec

@@ -63,7 +63,7 @@ def test_help_is_grouped_and_names_everything(capsys):
         (["--train.lrr", "1"], r"train\.lrr.*did you mean 'train\.lr'"),
         (["--algorithm.type", "ppo"], r"unknown algorithm 'ppo'.*(ddpo.*draft|did you mean)"),
         (["--algorithm.clip_rang", "1"], r"clip_rang.*clip_range"),
-        (["--rewards.jpg", "1"], r"jpg.*clip, jpeg, jpeg_incompressibility"),
+        (["--rewards.jpg", "1"], r"jpg.*jpeg, jpeg_incompressibility"),
         (["--rewards.jpeg", "null"], "no reward"),
         (["--data.prompts", "nowhere.txt"], "prompt file nowhere.txt does not exist"),
         (["--train.updates_per_epoch", "3"], r"updates_per_epoch=3 does not divide the 8 images"),

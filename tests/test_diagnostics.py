@@ -426,7 +426,7 @@ def test_combined_advantages_are_clipped_last(combine):
 def test_advantages_in_training_are_the_combined_ones(make):
     rewards = {redness: 3.0, "jpeg": -1.0}
     trainer = make("ddpo", rewards=rewards, **{"advantage.combine": "gdpo"})
-    weights = {name: weight for name, (_, weight) in trainer.reward.parts.items()}
+    weights = trainer.reward.weights
     assert weights == {"redness": 3.0, "jpeg": -1.0}
     parts = {"redness": PARTS["a"], "jpeg": PARTS["b"]}
     total = 3 * PARTS["a"] - PARTS["b"]

@@ -1,0 +1,156 @@
+"""Scores of finished pictures: `diffalign score`, no training, no denoiser."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import rewards
+from rewards.files import IMAGE_SUFFIXES, load_image
+
+from . import prompts
+from .decoding import write_atomic
+from .prompts import Prompt, for_rewards
+
+
+def pair(folder: Path, file: str | None) -> list[tuple[Path, Prompt]]:
+    """The pictures of a folder, at any depth, in the order of their names, with their prompts.
+
+    Those of the prompt file belong to the pictures that their "image" names (a path inside the
+    folder), or if none does, to the pictures in order. Without a file every prompt is "". Raises
+    ValueError for a folder without pictures and for prompts that do not fit them.
+    """
+    paths = [p for p in sorted(folder.rglob("*")) if p.suffix.lower() in IMAGE_SUFFIXES]
+    if not paths:
+        kinds = ", ".join(IMAGE_SUFFIXES)
+        raise ValueError(f"{folder} holds no pictures ({kinds}); give a folder that does")
+    if file is None:
+        return [(path, Prompt("")) for path in paths]
+    texts = prompts.load(file)
+    named = {p.metadata["image"]: p for p in texts if "image" in p.metadata}
+    if named and len(named) < len(texts):
+        raise ValueError(f'{file}: {len(named)} of {len(texts)} lines have an "image"; all or none')
+    if not named:
+        if len(texts) != len(paths):
+            raise ValueError(
+                f"{file} has {len(texts)} prompts for the {len(paths)} pictures of {folder}; give "
+                'one each, in the order of their names, or name them: {"image": ..., "prompt": ...}'
+            )
+        return list(zip(paths, texts, strict=True))
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    missing = [name for name in names if name not in named]
+    if missing:
+        raise ValueError(
+            f"{file} has no prompt for {missing[0]}"
+            + (f" and {len(missing) - 1} others" if missing[1:] else "")
+        )
+    return [(path, named[name]) for path, name in zip(paths, names, strict=True)]
+
+
+def score(
+    folder: str,
+    spec: rewards.Spec,
+    prompt_file: str | None,
+    out: str,
+    batch: int = 16,
+    device: str | None = None,
+) -> dict[str, float]:
+    """Write `out`, a CSV of image, prompt and a column for each reward of `spec`, and return their
+    means. Rows that are there already are kept, so that an interrupted call goes on where it was;
+    a file of other rewards or prompts is refused. Raises ValueError for bad input, before any model
+    is read, and RewardError."""
+    pictures, path = pair(Path(folder), prompt_file), Path(out)
+    rewards.check(spec, *for_rewards([p for _, p in pictures]))
+    rows = [[p.relative_to(folder).as_posix(), prompt.text] for p, prompt in pictures]
+    header = ["image", "prompt", *spec]
+    done = _done(path, header, rows)
+    total = rewards.build(spec) if len(done) < len(rows) else None
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    lines = [header, *[row + values for row, values in zip(rows, done, strict=False)]]
+    write_atomic(path, _csv(lines).encode())  # without a line that was cut short
+    bar = tqdm(total=len(rows), initial=len(done), desc="scoring", unit="image")
+    with path.open("a", encoding="utf-8", newline="") as file, torch.inference_mode(), bar:
+        while total is not None and len(done) < len(rows):
+            start, images = len(done), []
+            for picture, _ in pictures[start : start + batch]:
+                image = _load(picture)
+                if images and image.shape != images[0].shape:
+                    break  # pictures of another size are another batch
+                images.append(image)
+            end = start + len(images)
+            texts = for_rewards([prompt for _, prompt in pictures[start:end]])
+            parts = total.to(device).score(torch.cat(images).to(device), *texts)[1]
+            found = [[f"{parts[name][i]:.6g}" for name in spec] for i in range(len(images))]
+            file.write(_csv(row + new for row, new in zip(rows[start:end], found, strict=True)))
+            file.flush()
+            done += found
+            bar.update(len(found))
+    columns = zip(*done, strict=True)
+    return {k: statistics.fmean(map(float, c)) for k, c in zip(spec, columns, strict=True)}
+
+
+def _load(path: Path) -> torch.Tensor:
+    try:
+        return load_image(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read as a picture ({error}); remove it") from error
+
+
+def _csv(rows: Iterable[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def _done(path: Path, header: list[str], rows: list[list[str]]) -> list[list[str]]:
+    """The scores that the file `path` has for the first of `rows`; the line of a crash is dropped.
+    Raises ValueError if it is about other rewards or pictures."""
+    if not path.exists():
+        return []
+    text = path.read_text("utf-8")
+    lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1])))
+    if lines and lines[0] != header:
+        raise ValueError(
+            f"{path} has the columns {', '.join(lines[0])}, not {', '.join(header)}; choose "
+            "another --out, or delete it"
+        )
+    done = [line[2:] for line in lines[1:]]
+    for line, row in zip(lines[1:], rows, strict=False):
+        if line[:2] != row:
+            raise ValueError(
+                f"{path} goes on with {line[0]} ({line[1]!r}) where the folder has {row[0]} "
+                f"({row[1]!r}); choose another --out, or delete it"
+            )
+    if len(done) > len(rows):
+        raise ValueError(f"{path} has {len(done)} rows for {len(rows)} pictures; choose another")
+    return done
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`diffalign score`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="diffalign score", description="Score finished pictures with rewards."
+    )
+    parser.add_argument("images", help="folder of pictures, searched at any depth")
+    parser.add_argument(
+        "--reward", action="append", required=True, metavar="NAME[=JSON]",
+        help='a reward and its options: clip=\'{"model": "openai/clip-vit-base-patch32"}\'',
+    )  # fmt: skip
+    parser.add_argument("--prompts", help=".txt or .jsonl: one a picture, in the order of names")
+    parser.add_argument("--out", default="scores.csv", help="CSV to write, or to go on with")
+    parser.add_argument("--batch", type=int, default=16, help="pictures at a time")
+    parser.add_argument("--device", help="default: cuda where there is one")
+    args = parser.parse_args(arguments)
+    spec = rewards.from_arguments(args.reward)
+    means = score(args.images, spec, args.prompts, args.out, args.batch, args.device)
+    for name, mean in means.items():
+        print(f"{name:<28}{mean:>10.4f}")
+    print(args.out)
+    return 0
