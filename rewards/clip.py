@@ -41,7 +41,7 @@ class Clip(Reward):
 
     def __init__(
         self,
-        model: str,
+        model: str = "openai/clip-vit-large-patch14",
         backend: str = "auto",
         scale: str = "cosine",
         dtype: str = "float32",

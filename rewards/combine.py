@@ -83,6 +83,28 @@ class WeightedSum(nn.Module):
         self.seconds += time.perf_counter() - start
         return total, values
 
+    def gradient(
+        self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Total and parts as of ``score``, and ∂(sum of the totals)/∂images (n, 3, H, W).
+
+        One part's graph at a time, so the memory is that of the largest and not of all together;
+        a part of weight 0 has none.
+        """
+        start, values = time.perf_counter(), {}
+        slope = torch.zeros_like(images)
+        for name in self.parts:
+            weight = self.weights[name]
+            with torch.set_grad_enabled(weight != 0):
+                pixels = images.detach().requires_grad_(weight != 0)
+                value = self._one(name, pixels, prompts, metadata, False)
+                if value.requires_grad:  # else missing for all of them
+                    slope += weight * torch.autograd.grad(value.nansum(), pixels)[0]
+            values[name] = value.detach()
+        self.images += len(images)
+        self.seconds += time.perf_counter() - start
+        return self.total(values), values, slope
+
     def _one(
         self, name: str, images: Tensor, prompts: list[str], metadata: Any, held_out: bool
     ) -> Tensor:
@@ -138,9 +160,10 @@ class WeightedSum(nn.Module):
         return any(reward.learns for reward in self.parts.values())
 
     def require_differentiable(self) -> None:
-        """Raise ValueError naming the first reward without gradient, and what to do about it."""
+        """Raise ValueError naming the first reward without gradient, and what to do about it; one
+        of weight 0 needs none."""
         for name, reward in self.parts.items():
-            if not reward.differentiable:
+            if not reward.differentiable and self.weights[name] != 0:
                 hint = reward.gradient_hint.format(name=name)
                 raise ValueError(
                     f"rewards.{name} is not differentiable, and reward backpropagation needs "

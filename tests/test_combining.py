@@ -115,6 +115,83 @@ def test_a_missing_reward_has_no_gradient():
     assert grad[:, 0, 0, 0].tolist() == [1, -10]
 
 
+def squares(images, prompts):
+    return images.square().flatten(1).mean(1)
+
+
+squares.differentiable = True
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        [None, None, None, None],
+        [["squares"], None, ["down", "value"], []],
+        [["squares"], ["squares"], ["squares"], []],  # nobody asks the others
+    ],
+)
+def test_gradient_is_that_of_the_summed_scores(asked):
+    torch.manual_seed(0)
+    down = {"type": minus_value, "weight": -0.5}
+    total = rewards.build({squares: 2.0, value: 0.0, "down": down})
+    images, prompts = torch.rand(4, 3, 8, 8), list("abcd")
+    known = [{} if names is None else {"rewards": names} for names in asked]
+    x = images.clone().requires_grad_()
+    expected, expected_parts = total.score(x, prompts, known)
+    (slope,) = torch.autograd.grad(expected.sum(), x)
+    before = total.images
+    found, parts, grad = total.gradient(images, prompts, known)
+    torch.testing.assert_close(grad, slope)
+    torch.testing.assert_close(found, expected.detach(), equal_nan=True)
+    assert list(parts) == list(expected_parts)
+    for name, values in parts.items():
+        torch.testing.assert_close(values, expected_parts[name].detach(), equal_nan=True)
+        assert not values.requires_grad
+    assert total.images - before == 4
+    assert not images.requires_grad
+    found, _, grad = total.gradient(images, prompts, [{"rewards": []}] * 4)
+    assert found.isnan().all()
+    assert not grad.any()
+
+
+def test_gradient_holds_the_graph_of_one_reward_at_a_time():
+    class Kept:
+        alive = peak = 0
+
+        def __init__(self, tensor):
+            self.tensor = tensor
+            Kept.alive += 1
+            Kept.peak = max(Kept.peak, Kept.alive)
+
+        def __del__(self):
+            Kept.alive -= 1
+
+    peaks = []
+    for names in ("a", "abc"):
+        total = rewards.build({name: {"type": squares} for name in names})
+        Kept.peak = start = Kept.alive
+        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+            total.gradient(images_of(0.1, 0.2), ["a", "b"])
+        peaks.append(Kept.peak - start)
+    assert peaks[0] == peaks[1] > 0
+
+
+def test_what_does_not_count_needs_no_gradient():
+    def blind(images, prompts):
+        return images[:, 0, 0, 0].round()
+
+    images, prompts = images_of(0.2, 0.7), ["a", "b"]
+    with pytest.raises(ValueError, match=r"rewards\.blind is not differentiable"):
+        rewards.build({value: 1.0, blind: 0.1}).require_differentiable()
+    total = rewards.build({value: 3.0, blind: 0.0})
+    total.require_differentiable()
+    summed, parts, grad = total.gradient(images, prompts)
+    assert parts["blind"].tolist() == [0, 1]
+    torch.testing.assert_close(summed, 3 * parts["value"])
+    assert grad[:, 0, 0, 0].tolist() == [3, 3]
+    assert grad.sum() == 6
+
+
 def test_rewards_run_in_threads_and_keep_their_order():
     names = []
 
