@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from .config import TrainConfig
+from .config import CHOICES, TrainConfig
 from .decoding import ConfigError
 from .help import help_text
 
@@ -68,7 +69,8 @@ def summary(result: dict[str, dict[str, float]], run_dir: Path) -> str:
     for name in after:
         lines.append(f"{name.removeprefix('eval/'):<28}{before[name]:>10.4f}{after[name]:>10.4f}")
     lines.append("")
-    for label, name in (("curve", "curve.png"), ("grid", "grid.png"), ("weights", "")):
+    files = {"curve": "curve.png", "grid": "grid.png", "report": "report.html", "weights": ""}
+    for label, name in files.items():
         if (run_dir / name).exists():  # without held-out prompts there is no grid
             lines.append(f"{label:<9}{run_dir / name}")
     return "\n".join(lines)
@@ -77,7 +79,11 @@ def summary(result: dict[str, dict[str, float]], run_dir: Path) -> str:
 def sample(arguments: Sequence[str] | None = None) -> int:
     """`sample.py`: pictures of prompts × seeds with plain diffusers; returns the exit status."""
     parser = argparse.ArgumentParser(
-        prog="sample.py", description="Draw prompts with a pipeline, with or without a LoRA."
+        prog="sample.py",
+        description="Draw prompts with a pipeline, with or without a LoRA.",
+        epilog="A better picture of each, by a search: --reno, --best-of-n, --zero-order ... with "
+        "--rewards.NAME WEIGHT, --METHOD.option VALUE and --budget.denoiser_calls N "
+        "(docs/inference.md).",
     )
     parser.add_argument("--model", default="assets/emoji-sd", help="pipeline folder or hub id")
     parser.add_argument("--lora", help="run folder, or any LoRA that diffusers loads")
@@ -89,15 +95,22 @@ def sample(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--resolution", type=int, help="side in pixels; default: the model's own")
+    parser.add_argument("--dtype", default="float32", choices=CHOICES["model.dtype"])
     parser.add_argument("--grid", default="grid.png", help="PNG to write: a row a prompt")
     parser.add_argument("--out", help="folder for the single pictures as well")
-    args = parser.parse_args(arguments)
+    from rewards import RewardError
+
     try:
+        from .optimize_noise import command
         from .sampling import draw
 
-        path = draw(**vars(args))
-    except ValueError as error:
+        method, wanted, rest = command.split(sys.argv[1:] if arguments is None else arguments)
+        args = vars(parser.parse_args(rest))
+        path = command.run(method, wanted, **args) if method else draw(**args)
+    except (ValueError, RewardError) as error:
         return _fail(error)
+    except KeyboardInterrupt:
+        return 130
     print(path)
     return 0
 
@@ -137,6 +150,22 @@ def serve_rewards(arguments: Sequence[str] | None = None) -> int:
         return _fail(error)
 
 
+def _command(module: str) -> Callable[[Sequence[str] | None], int]:
+    """The `main` of a module of this package, which is imported when it is called."""
+
+    def run(arguments: Sequence[str] | None = None) -> int:
+        from rewards import RewardError
+
+        try:
+            return importlib.import_module(f".{module}", __package__).main(arguments)
+        except (ValueError, FileNotFoundError, RewardError) as error:
+            return _fail(error)
+        except KeyboardInterrupt:
+            return 130
+
+    return run
+
+
 def main() -> None:
     """The `diffalign` command."""
     commands = {
@@ -145,6 +174,9 @@ def main() -> None:
         "eval": evaluate,
         "score": score,
         "serve-rewards": serve_rewards,
+        "grid": _command("compare"),
+        "report": _command("report"),
+        "film": _command("film"),
     }
     name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name not in commands:

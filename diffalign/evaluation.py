@@ -15,6 +15,7 @@ from rewards import WeightedSum
 from . import grids
 from .config import TrainConfig
 from .diagnostics import Guard, diversity, thumbnails
+from .pictures import fitted
 from .policies import Cond, Policy
 from .prompts import Prompt, for_judges, for_rewards
 from .rollout import Sampling, rollout, sample_seed
@@ -49,6 +50,7 @@ class Evaluation:
         self.spread: float | None = None
         self.grid: Image.Image | None = None  # on the main process, from the second evaluation on
         self.first: list[tuple[Tensor, dict[str, float]]] = []
+        self.pictures: list[Image.Image] = []  # one a prompt, of the last evaluation
 
     def texts(self) -> list[str]:
         """The prompts that this process draws."""
@@ -63,6 +65,7 @@ class Evaluation:
         """Means over the pictures. `label` heads their column of the grid; "base" says that they
         are the base model's."""
         c, rows, images, half = self.config, [], {}, self.sampling.steps // 2
+        kept: dict[int, Image.Image] = {}
         for start in range(0, len(self.mine), c.sampler.batch):
             chunk = self.mine[start : start + c.sampler.batch]
             batch = [self.prompts[i] for i, _ in chunk]
@@ -81,11 +84,15 @@ class Evaluation:
             for row, (i, j) in enumerate(chunk):
                 scores = {k: v[row].item() for k, v in {"reward": total, **parts}.items()}
                 rows.append((i, j, scores, small[row]))
+                if j == 0:
+                    kept[i] = fitted(pictures[row], len(self.prompts))
                 if j == 0 and i < c.eval.grid_prompts:
                     known = {k: v for k, v in scores.items() if v == v}
                     images[i] = (pictures[row].cpu(), known)
         rows = sorted(gather_object(rows), key=lambda row: row[:2])
         images = {k: v for part in gather_object([images]) for k, v in part.items()}
+        kept = {k: v for part in gather_object([kept]) for k, v in part.items()}
+        self.pictures = [kept[i] for i in sorted(kept)]
         if images and self.main:
             self._draw_grid(label, [images[i] for i in sorted(images)])
         if not rows:

@@ -85,7 +85,7 @@ def comparison_grid(
                 raise ValueError(
                     f"column '{name}' has {len(entries)} {what} for {len(prompts)} prompts"
                 )
-    pictures = _fit([p for column in columns.values() for p in column], cell)
+    pictures = fit([p for column in columns.values() for p in column], cell)
     width = max(p.width for p in pictures)
     size = _text_size(width)
     head, body, small = (ImageFont.load_default(round(size * s)) for s in (1.15, 1, 0.85))
@@ -184,14 +184,15 @@ def _line(font: Any) -> int:
 
 
 def _text_size(width: int) -> float:
-    return min(max(width / 14, 13), 26)
+    return max(width / 14, 13)
 
 
 def _pil(picture: Picture) -> Image.Image:
     return picture.convert("RGB") if isinstance(picture, Image.Image) else to_pil(picture)
 
 
-def _fit(pictures: Sequence[Picture], cell: int | None) -> list[Image.Image]:
+def fit(pictures: Sequence[Picture], cell: int | None = None) -> list[Image.Image]:
+    """Pictures at the size `cell` that `comparison_grid` shows them in."""
     images = [_pil(p) for p in pictures]
     side = max(images[0].size)
     if cell is None:

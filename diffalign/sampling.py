@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 
 from . import grids, policies
 from . import prompts as prompt_files
+from .prompts import Prompt
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -26,10 +29,88 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-def _trained_denoiser(run: str | None) -> str | None:
+def texts_of(prompts: Sequence[str]) -> list[Prompt]:
+    """Prompts as typed: texts, or one prompt file."""
+    if len(prompts) == 1 and prompts[0].endswith((".txt", ".jsonl")):
+        return prompt_files.load(prompts[0])
+    return [Prompt(text) for text in prompts]
+
+
+def trained_denoiser(run: str) -> str | None:
     """The name of the denoiser in a run folder that trained all its weights."""
-    names = ("unet", "transformer") if run is not None else ()
-    return next((n for n in names if (Path(run or "") / n / "config.json").exists()), None)
+    names = ("unet", "transformer")
+    return next((n for n in names if (Path(run) / n / "config.json").exists()), None)
+
+
+def check_lora(lora: str, option: str) -> None:
+    """Refuse what is no trained weights: a local path without any; a hub id passes."""
+    local = lora.startswith((".", "/", "runs/")) or lora.endswith(".safetensors")
+    if local and not Path(lora).exists():
+        raise ValueError(f"{option} {lora!r} does not exist; give a run folder or a hub id")
+    empty = Path(lora).is_dir() and not list(Path(lora).glob("*.safetensors"))
+    if empty and trained_denoiser(lora) is None:
+        raise ValueError(f"{option} {lora!r} holds no .safetensors file; has the run been saved?")
+
+
+class Sampler:
+    """A diffusers pipeline, and on it any mixture of LoRAs."""
+
+    def __init__(self, model: str, merge_lora: str | None = None, dtype: str = "float32"):
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        options = {"torch_dtype": getattr(torch, dtype)}
+        self.pipe = policies.pipeline(model, merge_lora, **options).to(self.device)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.adapters: dict[str, str] = {}  # LoRAs loaded: their names in the pipeline
+        self.base: tuple[str, Any] | None = None  # the base denoiser, while another is in its place
+
+    def use(self, weights: Mapping[str, float]) -> None:
+        """W + Σ factor ΔW over {LoRA: factor}; none is the base model. A LoRA is what
+        `pipe.load_lora_weights` reads; a run folder with a whole denoiser stands alone, with 1."""
+        weights = {path: factor for path, factor in weights.items() if factor != 0}
+        if self.base is not None:
+            setattr(self.pipe, *self.base)
+            self.base = None
+        denoiser = next(filter(None, map(trained_denoiser, weights)), None)
+        if denoiser is not None:
+            if list(weights.values()) != [1]:
+                raise ValueError(
+                    f"{weights}: a whole denoiser cannot be scaled or mixed as LoRAs can; give one "
+                    "alone, with the factor 1"
+                )
+            network = getattr(self.pipe, denoiser)
+            trained = type(network).from_pretrained(*weights, subfolder=denoiser)
+            self.base = denoiser, network
+            setattr(self.pipe, denoiser, trained.to(self.device, network.dtype))
+        elif weights:
+            for path in weights:
+                if path not in self.adapters:
+                    self.adapters[path] = f"lora{len(self.adapters)}"
+                    with warnings.catch_warnings():  # that there is an adapter already is meant so
+                        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+                        self.pipe.load_lora_weights(path, adapter_name=self.adapters[path])
+            self.pipe.enable_lora()
+            self.pipe.set_adapters([self.adapters[p] for p in weights], list(weights.values()))
+        elif self.adapters:
+            self.pipe.disable_lora()
+
+    def draw(
+        self,
+        texts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int,
+        guidance: float,
+        resolution: int | None = None,
+    ) -> list[Image.Image]:
+        """A picture for each of the texts, from the noise of its seed, in one batch."""
+        return self.pipe(
+            list(texts),
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(s) for s in seeds],
+            height=resolution,
+            width=resolution,
+            **policies.text_options(self.pipe),
+        ).images
 
 
 def draw(
@@ -43,6 +124,7 @@ def draw(
     guidance: float = 3.0,
     resolution: int | None = None,
     merge_lora: str | None = None,
+    dtype: str = "float32",
     grid: str = "grid.png",
     out: str | None = None,
 ) -> Path:
@@ -54,61 +136,32 @@ def draw(
     loaded.
     """
     numbers = parse_seeds(seeds)
-    if len(prompts) == 1 and prompts[0].endswith((".txt", ".jsonl")):
-        texts = [p.text for p in prompt_files.load(prompts[0])]
-    else:
-        texts = list(prompts)
-    denoiser = _trained_denoiser(lora)
+    texts = [p.text for p in texts_of(prompts)]
     policies.check(model)
     if not grid.lower().endswith(".png"):
         raise ValueError(f"--grid {grid!r} does not end in .png, and that is what is written")
-    local = lora is not None and (
-        lora.startswith((".", "/", "runs/")) or lora.endswith(".safetensors")
-    )
-    if lora is not None and local and not Path(lora).exists():
-        raise ValueError(f"--lora {lora!r} does not exist; give a run folder or a hub id")
-    if denoiser is not None and lora_scale != 1:
-        raise ValueError(
-            f"--lora-scale {lora_scale:g} is for a LoRA, and {lora!r} holds a whole {denoiser}; "
-            "leave it out"
-        )
-    empty = lora is not None and Path(lora).is_dir() and not list(Path(lora).glob("*.safetensors"))
-    if empty and denoiser is None:
-        raise ValueError(f"--lora {lora!r} holds no .safetensors file; has the run been saved yet?")
+    if lora is not None:
+        check_lora(lora, "--lora")
+        denoiser = trained_denoiser(lora)
+        if denoiser is not None and lora_scale != 1:
+            raise ValueError(
+                f"--lora-scale {lora_scale:g} is for a LoRA, and {lora!r} holds a whole "
+                f"{denoiser}; leave it out"
+            )
     if compare and lora is None:
         raise ValueError("--compare sets the LoRA beside the base model; give --lora as well")
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = policies.pipeline(model, merge_lora).to(device)
-    pipe.set_progress_bar_config(disable=True)
+    sampler = Sampler(model, merge_lora, dtype)
 
-    def pictures() -> list[list[Image.Image]]:
-        rows = []
-        for text in texts:
-            generators = [torch.Generator().manual_seed(s) for s in numbers]
-            row = pipe(
-                [text] * len(numbers),
-                num_inference_steps=steps,
-                guidance_scale=guidance,
-                generator=generators,
-                height=resolution,
-                width=resolution,
-                **policies.text_options(pipe),
-            )
-            rows.append(row.images)
-        return rows
+    def rows(weights: Mapping[str, float]) -> list[list[Image.Image]]:
+        sampler.use(weights)
+        how = numbers, steps, guidance, resolution
+        return [sampler.draw([text] * len(numbers), *how) for text in texts]
 
-    shown = list(zip(texts, pictures(), strict=True)) if compare or lora is None else []
+    shown = list(zip(texts, rows({}), strict=True)) if compare or lora is None else []
     if lora is not None:
-        if denoiser is not None:
-            network = getattr(pipe, denoiser)
-            trained = type(network).from_pretrained(lora, subfolder=denoiser)
-            setattr(pipe, denoiser, trained.to(device, network.dtype))
-        else:
-            pipe.load_lora_weights(lora, adapter_name="default")
-            pipe.set_adapters("default", lora_scale)
         names = [f"{text} [{Path(lora).name}]" for text in texts]
-        tuned = list(zip(names, pictures(), strict=True))
+        tuned = list(zip(names, rows({lora: lora_scale}), strict=True))
         shown = (
             [row for pair in zip(shown, tuned, strict=True) for row in pair] if compare else tuned
         )

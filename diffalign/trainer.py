@@ -19,7 +19,7 @@ from tqdm import tqdm
 import rewards as reward_library
 from rewards import RewardError
 
-from . import checkpoint, grids, policies
+from . import checkpoint, grids, pictures, policies, report
 from .advantages import PromptTracker, combined_advantages, zero_variance_share
 from .algorithms import Needs
 from .config import TrainConfig
@@ -135,6 +135,7 @@ class Trainer:
             resume_step=self.epoch if resume else None,
         )
         if self.main:
+            pictures.drop(self.dir, after=self.epoch)
             resolved = copy.deepcopy(config)
             resolved.rewards = _named(self.plan.rewards)
             resolved.save(self.dir / "config.yaml")
@@ -171,6 +172,7 @@ class Trainer:
             self.policy.forget("base")
             if self.epoch == 0 and not self.tracker.rows:
                 self.tracker.log(0, before)
+                self._report()
             if self.finished:  # resumed when there is nothing left to do
                 with self._averaged():
                     after = self.evaluate(f"epoch {self.epoch}")
@@ -179,7 +181,8 @@ class Trainer:
                 self.epoch += 1
                 self.calls += metrics["denoiser_calls"]
                 done, wrong = self.finished, []
-                if done or (c.eval.every and self.epoch % c.eval.every == 0):
+                due = done or (c.eval.every and self.epoch % c.eval.every == 0)
+                if due:
                     with self._averaged():
                         after = self.evaluate(f"epoch {self.epoch}")
                     metrics |= after
@@ -192,6 +195,8 @@ class Trainer:
                 every = c.train.checkpoint_every
                 if self.main and (done or (every and self.epoch % every == 0)):
                     self.save()
+                if due:
+                    self._report()
                 bar.update()
                 bar.set_postfix(reward=f"{metrics['reward_mean']:.4g}")
                 if done:
@@ -343,11 +348,23 @@ class Trainer:
     def evaluate(self, label: str) -> dict[str, float]:
         """Means over the held-out prompts (`Evaluation`); writes the grid beside the first one."""
         means = self.evaluation.run(label)
+        if self.main and self.evaluation.pictures:
+            epoch, texts = 0 if label == "base" else self.epoch, self.evaluation.prompts
+            drawn = self.evaluation.pictures, self.evaluation.scores
+            pictures.save(self.dir, epoch, [p.text for p in texts], *drawn)
         if self.evaluation.grid is not None:
             path = self.dir / "grid.png"
             grids.save_png(self.evaluation.grid, path, self.config.to_dict())
             self.tracker.log_images(self.epoch, "eval", self.evaluation.grid)
         return means
+
+    def _report(self) -> None:
+        """Write report.html. Whatever goes wrong in it, the run goes on."""
+        if self.main:
+            try:
+                report.write([self.dir])
+            except Exception as error:
+                tqdm.write(f"epoch {self.epoch}: no {report.NAME}, {error!r}")
 
     def _guarded(self) -> list[str]:
         """What the last evaluation shows to be over-optimised; keeps the best weights by the

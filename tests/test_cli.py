@@ -16,6 +16,7 @@ from PIL import Image
 import rewards
 from diffalign import TrainConfig, algorithms, cli, policies, sampling
 from diffalign.algorithms import Needs
+from diffalign.optimize_noise import command
 from diffalign.plan import Plan
 
 ROOT = Path(__file__).parents[1]
@@ -156,6 +157,7 @@ def test_readme_train_commands(arguments, monkeypatch, tmp_path, no_models):
 def test_readme_sample_commands(arguments, monkeypatch):
     called = []
     monkeypatch.setattr(sampling, "draw", lambda **options: called.append(options))
+    monkeypatch.setattr(command, "run", lambda *search, **options: called.append(options))
     assert cli.sample(arguments) == 0
     assert sampling.parse_seeds(called[0]["seeds"])
 
@@ -189,6 +191,7 @@ def test_train_and_sample(config, tmp_path, capsys):
     for name in ("curve.png", "grid.png"):
         assert str(run / name) in text
         assert Image.open(run / name).size[0] > 100
+    assert f"report   {run / 'report.html'}" in text
     model = yaml.safe_load(config.read_text())["model"]["name"]
     out, grid = tmp_path / "pictures", tmp_path / "out.png"
     arguments = ["--model", model, "--lora", str(run), "--prompts", "a red apple", "a cat"]

@@ -1,0 +1,196 @@
+"""`sample.py --reno` and the other methods: a better picture for every prompt and seed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+import rewards as reward_library
+
+from .. import decoding, grids, policies
+from ..decoding import pairs, write_atomic
+from ..prompts import Prompt, for_rewards
+from ..sampling import check_lora, parse_seeds, texts_of, trained_denoiser
+from . import METHODS, build, sampling_for
+from .base import Budget, Result, Task, search
+
+
+@dataclass
+class Kernel:
+    """How pictures are drawn, `batch` at a time; None = as suits the method (`sampling_for`)."""
+
+    kernel: str | None = None
+    eta: float | None = None
+    batch: int = 16
+
+
+@dataclass
+class Wanted:
+    """What the command line says of a search. Decoded strictly, as a training config is."""
+
+    rewards: dict[str, Any] = field(default_factory=dict)
+    budget: Budget = field(default_factory=Budget)
+    sampler: Kernel = field(default_factory=Kernel)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+SECTIONS = ("rewards", "budget", "sampler")
+
+
+def split(arguments: Sequence[str]) -> tuple[str | None, Wanted, list[str]]:
+    """The method asked for (--reno, --best-of-n ...), its settings, and all other arguments.
+
+    Settings are --METHOD.option, --rewards.NAME (a weight, or .option), --budget.LIMIT and
+    --sampler.kernel, .eta or .batch. Raises ValueError for two methods, and for settings without
+    one.
+    """
+    flags = {f"--{name.replace('_', '-')}": name for name in METHODS}
+    asked = [flags[a] for a in arguments if a in flags]
+    if len(asked) > 1:
+        raise ValueError(f"{' and '.join(asked)} were asked for; one method at a time")
+    method = asked[0] if asked else None
+    left, rest = [a for a in arguments if a not in flags], list[str]()
+    tree: dict[str, Any] = {section: {} for section in (*SECTIONS, "options")}
+    while left:
+        token = left.pop(0)
+        section = token.removeprefix("--").partition(".")[0].replace("-", "_")
+        known = token.startswith("--") and section in (*SECTIONS, *METHODS)
+        if not known or "." not in token:
+            rest.append(token)
+            continue
+        if method is None or (section in METHODS and section != method):
+            raise ValueError(
+                f"{token} belongs to a search; add one of {', '.join(sorted(flags))}"
+                if method is None
+                else f"{token} is not of --{method.replace('_', '-')}, the method asked for"
+            )
+        value = [] if "=" in token or not left else [left.pop(0)]
+        for key, text in pairs([token, *value]):
+            name = key.partition(".")[2]
+            place = section if section in SECTIONS else "options"
+            name = name if section == "rewards" else name.replace("-", "_")
+            decoding.override(Wanted, tree, f"{place}.{name}", text)
+    wanted = decoding.decode(Wanted, tree, source=" on the command line")
+    if method is not None and not wanted.rewards:
+        raise ValueError("a search needs rewards: --rewards.clip.model MODEL, or --rewards.jpeg 1")
+    return method, wanted, rest
+
+
+def run(
+    method: str,
+    wanted: Wanted,
+    model: str,
+    prompts: Sequence[str],
+    seeds: str,
+    lora: str | None = None,
+    lora_scale: float = 1.0,
+    compare: bool = False,
+    steps: int = 20,
+    guidance: float = 3.0,
+    resolution: int | None = None,
+    merge_lora: str | None = None,
+    dtype: str = "float32",
+    grid: str = "grid.png",
+    out: str | None = None,
+) -> Path:
+    """Write a grid of the plain and the best picture of every prompt and seed; returns its path.
+
+    The other arguments are those of `sampling.draw`; with `out` the best pictures are written too,
+    with trace.json, what each search had taken and found after every step. Ctrl-C keeps what was
+    found; a reward that fails is raised, after the pictures before were written.
+    """
+    numbers, texts = parse_seeds(seeds), texts_of(prompts)
+    jobs = [(prompt, seed) for prompt in texts for seed in numbers]
+    reward_library.check(wanted.rewards, *for_rewards([p for p, _ in jobs]))
+    options = dict(wanted.options)
+    ahead = options.pop("look_ahead", None) if method == "flow_map" else None
+    make: Any = build(method, options)
+    levels, shape = policies.peek(model, steps, resolution)
+    sampling = sampling_for(method, levels, guidance, wanted.sampler.kernel, wanted.sampler.eta)
+    if compare:
+        raise ValueError(
+            "--compare is for a LoRA; a search sets its pictures beside the plain ones"
+        )
+    if not grid.lower().endswith(".png"):
+        raise ValueError(f"--grid {grid!r} does not end in .png, and that is what is written")
+    for option, path in (("--lora", lora), ("--flow-map.look-ahead", ahead)):
+        if path is not None:
+            check_lora(path, option)
+    if lora is not None and trained_denoiser(lora):
+        raise ValueError(f"--lora {lora!r} holds a whole denoiser; give its folder as --model")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reward = reward_library.build(wanted.rewards).to(device)
+    prompt, seed = jobs[0]
+    batch = wanted.sampler.batch
+    peeked: Any = SimpleNamespace(latent_shape=shape)
+    make(Task(peeked, reward, [prompt], sampling, [seed], batch))  # refuses what cannot work
+    policy = policies.load(model, device, dtype, resolution, merge_lora=merge_lora)
+    if ahead is not None:
+        other = policies.load(model, device, dtype, resolution, merge_lora=ahead)
+        make = partial(make, look_ahead=other)
+    if lora is not None:
+        policy.pipe.load_lora_weights(lora)
+        policy.pipe.fuse_lora(lora_scale=lora_scale)
+        policy.pipe.unload_lora_weights()
+    settings = {
+        "model": model, "merge_lora": merge_lora, "lora": lora, "lora_scale": lora_scale,
+        "method": method, "options": wanted.options, "rewards": wanted.rewards,
+        "budget": vars(wanted.budget), "steps": steps, "guidance": guidance, "seeds": numbers,
+        "kernel": sampling.kernel, "eta": sampling.eta, "resolution": resolution, "dtype": dtype,
+    }  # fmt: skip
+    plain: list[Result] = []
+    best: list[Result] = []
+    try:
+        for prompt, seed in jobs:  # one at a time: each has a budget of its own
+            task = Task(policy, reward, [prompt], sampling, [seed], batch)
+            seen: list[Result] = []
+            title = f"{prompt.text[:40]} [{seed}]"
+            found = search(task, make(task), wanted.budget, title, seen.extend)
+            plain, best = [*plain, seen[0]], [*best, *found]
+            if best[-1].stopped:
+                print("stopped; the best so far is kept")
+                break
+    finally:
+        if best:
+            _write(jobs, {"plain": plain, method.replace("_", " "): best}, settings, grid, out)
+    return Path(grid)
+
+
+def _scores(result: Result) -> dict[str, float]:
+    """What is written under a picture: the reward, and its parts unless it has just one."""
+    parts = {k: v for k, v in result.parts.items() if v == v}
+    return parts if list(parts.values()) == [result.reward] else {"reward": result.reward} | parts
+
+
+def _write(
+    jobs: Sequence[tuple[Prompt, int]],
+    columns: dict[str, list[Result]],
+    settings: dict[str, Any],
+    grid: str,
+    out: str | None,
+) -> None:
+    """The grid, and in the folder `out` the pictures of the last column, of the jobs done."""
+    *_, best = columns.values()
+    done, several = jobs[: len(best)], len(settings["seeds"]) > 1
+    picture = grids.comparison_grid(
+        {name: [r.image for r in column] for name, column in columns.items()},
+        [f"{prompt.text} [{seed}]" if several else prompt.text for prompt, seed in done],
+        {name: list(map(_scores, column)) for name, column in columns.items()},
+    )
+    grids.save_png(picture, grid, settings)
+    if out is None:
+        return
+    traces = []
+    for i, ((prompt, seed), result) in enumerate(zip(done, best, strict=True)):
+        name = f"{i:03d}_seed{seed}.png"
+        grids.save_png(grids.to_pil(result.image), Path(out) / name, settings)
+        found = {"prompt": prompt.text, "text": result.text, "trace": result.trace}
+        traces.append({"image": name, "seed": seed, **found})
+    write_atomic(Path(out) / "trace.json", json.dumps(traces, indent=1).encode())

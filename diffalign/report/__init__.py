@@ -1,0 +1,49 @@
+"""The report of a run, or of several: one HTML file that needs nothing but itself."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from ..decoding import write_atomic
+from . import sections
+from .run import read
+
+NAME = "report.html"
+
+
+def write(
+    runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
+) -> Path:
+    """Write the report on the folders `runs`, in that of a single one unless `out` says where;
+    returns its path. Raises as `run.read` does."""
+    if not runs:
+        raise ValueError("there is no run to report on; give at least one folder")
+    path = Path(out if out is not None else NAME if len(runs) > 1 else Path(runs[0]) / NAME)
+    found = read(runs)
+    title = found[0].name if len(found) == 1 else f"{len(found)} runs"
+    page = Template(files(__name__).joinpath("page.html").read_text("utf-8"))
+    text = page.substitute(title=escape(f"{title}: diffalign"), body=sections.build(found))
+    # a prompt may hold half of a surrogate pair, which UTF-8 has no bytes for
+    write_atomic(path, text.encode("utf-8", "replace"))
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`diffalign report`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="diffalign report",
+        description="One self-contained HTML file on a run, or comparing several.",
+    )
+    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument(
+        "--out", help=f"file to write; default: RUN/{NAME}, of several runs {NAME} here"
+    )
+    args = parser.parse_args(arguments)
+    print(write(args.runs, args.out))
+    return 0

@@ -1,0 +1,74 @@
+"""The charts of a report, and their legend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from html import escape
+
+from .charts import Line, chart, letter, number, tone
+from .run import Point, Run, epoch_name
+
+ROLES = {"trained": "trained on", "judge": "judge, never trained on", "other": "measured"}
+
+
+def legend(runs: Sequence[Run]) -> str:
+    """What colours mean: roles of measures in one run, runs where there are several."""
+    if len(runs) == 1:
+        shown = {"trained", *map(runs[0].role, runs[0].measures)}
+        items = [f'<li class="{k}"><i></i>{text}</li>' for k, text in ROLES.items() if k in shown]
+    else:
+        items = [
+            f'<li class="{tone(i)}"><i></i><span><b>{letter(i)}</b> {escape(run.name)}</span></li>'
+            for i, run in enumerate(runs)
+        ]
+        if any(run.flagged for run in runs):
+            items.append('<li class="warn"><i class="ring"></i>found over-optimised</li>')
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def curves(runs: Sequence[Run]) -> Iterator[str]:
+    """The reward in training and every measure over the run, a chart each."""
+    alone, costs = len(runs) == 1, [run.cost() for run in runs]
+    # an epoch of one run may cost many of another
+    by_cost = not alone and all(costs)
+    warning = runs[0].flagged[0] if alone and runs[0].flagged else None
+    names = dict.fromkeys(f"eval/{name}" for run in runs for name in run.measures)
+    # rewards in training are of different samplers, and not to be compared
+    for name in ["reward_mean", *names] if alone else names:
+        held_out, lines = name.startswith("eval/"), []
+        for i, run in enumerate(runs):
+            points = run.column(name)
+            tips = [_tip(runs, i, x, y) for x, y in points]
+            ringed = [k for k, (x, _) in enumerate(points) if held_out and x in run.flagged]
+            if by_cost:
+                points = [(costs[i].get(x, 0.0), y) for x, y in points]
+            role = run.role(name[5:]) if held_out else "trained"
+            lines.append(
+                Line(points, tips, role)
+                if alone
+                else Line(points, tips, tone(i), letter(i), ringed)
+            )
+        title = f"held-out {name[5:]}" if held_out else "reward in training"
+        yield chart(title, lines, "denoiser calls" if by_cost else "epoch", warning)
+
+
+def against_kl(runs: Sequence[Run]) -> Iterator[str]:
+    """The reward, its parts and the judges against the distance to the base model."""
+    for name in dict.fromkeys(name for run in runs for name in run.scored):
+        lines = []
+        for i, run in enumerate(runs):
+            distances = {x: max(y, 0.0) ** 0.5 for x, y in run.known("eval/kl")}
+            known = [(x, y) for x, y in run.known(f"eval/{name}") if x in distances]
+            points: list[Point] = [(distances[x], y) for x, y in known]
+            tips = [f"{_tip(runs, i, x, y)} at {number(distances[x])}" for x, y in known]
+            ringed = [k for k, (x, _) in enumerate(known) if x in run.flagged]
+            end = f"{known[-1][0]:g}" if known else ""
+            how = (run.role(name), end) if len(runs) == 1 else (tone(i), letter(i))
+            lines.append(Line(points, tips, *how, ringed))
+        if any(len(line.points) > 1 for line in lines):
+            yield chart(f"held-out {name}", lines, "root mean square distance (√kl)")
+
+
+def _tip(runs: Sequence[Run], i: int, epoch: float, value: float | None) -> str:
+    who = f"{runs[i].name}, " if len(runs) > 1 else ""
+    return f"{who}{epoch_name(epoch)}: {number(value, 4)}"

@@ -1,0 +1,144 @@
+"""A run folder as its report reads it: settings, metrics, pictures; no model."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import pictures
+from ..decoding import read_yaml
+from ..pictures import Evaluated
+from ..tracking import read_metrics
+
+Point = tuple[float, float | None]
+
+MEASURED = {
+    "kl": "mean square difference of the network's outputs to the base model's",
+    "diversity": "mean distance of two pictures of a prompt, 0 to 1",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: `name` tells it from others, `rows` are those of metrics.jsonl."""
+
+    dir: Path
+    name: str
+    config: dict[str, Any]
+    rows: list[dict[str, Any]]
+    shots: list[Evaluated]
+
+    def setting(self, key: str, default: Any = None) -> Any:
+        """A dotted setting; configs of other versions may lack it."""
+        value: Any = self.config
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        return default if value is None else value
+
+    def column(self, name: str) -> list[Point]:
+        """(epoch, value) of the rows that have the metric."""
+        return [(row["step"], row[name]) for row in self.rows if name in row]
+
+    def known(self, name: str) -> list[tuple[float, float]]:
+        """The same without values that were not finite."""
+        return [(x, y) for x, y in self.column(name) if y is not None]
+
+    def total(self, name: str) -> float | None:
+        values = [y for _, y in self.known(name)]
+        return sum(values) if values else None
+
+    def cost(self) -> dict[float, float]:
+        """{epoch: denoiser calls that training had made by its end}; empty where not counted."""
+        spent, so_far = {0.0: 0.0}, 0.0
+        for x, y in self.known("denoiser_calls"):
+            so_far += y
+            spent[x] = so_far
+        return spent if so_far else {}
+
+    @property
+    def epochs(self) -> int:
+        return max((row["step"] for row in self.rows), default=0)
+
+    @property
+    def measures(self) -> list[str]:
+        """What was measured on held-out prompts: the reward, its parts, judges, others. A part that
+        is the whole reward is left out."""
+        names = dict.fromkeys(k[5:] for row in self.rows for k in row if k.startswith("eval/"))
+        whole = self.column("eval/reward")
+        parts = [n for n in names if n == "reward" or self.column(f"eval/{n}") != whole]
+        roles = ("trained", "judge", "other")
+        return sorted(parts, key=lambda n: (n != "reward", roles.index(self.role(n))))
+
+    @property
+    def scored(self) -> list[str]:
+        """Those of a single picture's worth."""
+        return [name for name in self.measures if name not in MEASURED]
+
+    def role(self, name: str) -> str:
+        """trained | judge | other: how a measure stands to what was trained on."""
+        if name == "reward" or name in self.setting("rewards", {}):
+            return "trained"
+        return "other" if name in MEASURED else "judge"
+
+    @property
+    def flagged(self) -> list[int]:
+        """Epochs of the evaluations that the guard found over-optimised."""
+        return [row["step"] for row in self.rows if row.get("over_optimised")]
+
+    @property
+    def guarded(self) -> int:
+        """Evaluations that the guard saw."""
+        return len(self.known("over_optimised"))
+
+    def change(self, name: str) -> tuple[float, float, float | None] | None:
+        """Held-out mean of a measure at the first evaluation and the last, and the standard error
+        of their difference over the prompts, where the scores of both were kept."""
+        known = self.known(f"eval/{name}")
+        if not known:
+            return None
+        return known[0][1], known[-1][1], self._error(name, known[0][0], known[-1][0])
+
+    def _error(self, name: str, first: float, last: float) -> float | None:
+        shots = [s for s in self.shots if s.epoch in (first, last) and name in s.scores]
+        if len(shots) != 2 or shots[0].prompts != shots[1].prompts:
+            return None
+        pairs = zip(*(map(mean, s.scores[name]) for s in shots), strict=True)
+        found = [b - a for a, b in pairs if a is not None and b is not None]
+        return statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
+
+
+def epoch_name(epoch: float) -> str:
+    return f"epoch {epoch:g}" if epoch else "base"
+
+
+def short_names(paths: Sequence[str]) -> list[str]:
+    """The ends of different paths, as short as tells them apart."""
+    parts = [Path(p).resolve().parts for p in paths]
+    for k in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(p[-k:]) for p in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"{' '.join(map(str, paths))}: one is given twice; leave it out")
+
+
+def read(dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
+    """The runs in folders. Raises FileNotFoundError for one without metrics, ValueError for files
+    that cannot be read, or a folder given twice."""
+    names = short_names([str(d) for d in dirs])
+    return [_read(Path(d), name) for d, name in zip(dirs, names, strict=True)]
+
+
+def _read(folder: Path, name: str) -> Run:
+    path = folder / "config.yaml"
+    config = read_yaml(path) if path.exists() else {}
+    shots = [s for s in pictures.load(folder) if s.sheet.exists()]
+    return Run(folder, name, config, read_metrics(folder), shots)
+
+
+def mean(values: Iterable[float | None]) -> float | None:
+    known = [x for x in values if x is not None]
+    return sum(known) / len(known) if known else None

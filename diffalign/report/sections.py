@@ -1,0 +1,146 @@
+"""A report's sections in their order, and its heading; every text of a run is escaped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from PIL import Image
+
+from . import graphs, tables
+from .charts import number
+from .run import Run
+from .viewer import columns_of, data_uri, viewer
+
+GRIDS = 8  # runs whose grid.png is shown, where there are no single pictures
+
+
+def build(runs: Sequence[Run]) -> str:
+    """The body of a report on one run, or on several."""
+    alone = len(runs) == 1
+    return "\n".join(
+        [
+            _header(runs),
+            _section(
+                "Held-out prompts", tables.held_out(runs[0]) if alone else tables.compared(runs)
+            ),
+            _section("Curves", _charts(graphs.curves(runs), graphs.legend(runs))),
+            _section(
+                "Distance to the base model",
+                _charts(graphs.against_kl(runs)),
+                "What the reward was bought with: the further from the base model for the same "
+                "reward, the likelier it is that something else was lost."
+                + (" At the end of a line is its epoch." if alone else "")
+                + (" Ringed: found over-optimised." if any(run.flagged for run in runs) else ""),
+            ),
+            _section("Pictures", *_pictures(runs)),
+            _section("Every held-out prompt", tables.prompts(runs[0]) if alone else ""),
+            _section("Cost", tables.cost(runs)),
+            _section("Settings", tables.settings(runs)),
+        ]
+    )
+
+
+def _section(heading: str, body: str, about: str = "") -> str:
+    if not body:
+        return ""
+    about = tables.about(about) if about else ""
+    return f"<section><h2>{escape(heading)}</h2>{about}{body}</section>"
+
+
+def _charts(charts: Iterable[str], legend: str = "") -> str:
+    shown = "".join(charts)
+    return f'{legend}<div class="charts">{shown}</div>' if shown else ""
+
+
+def _header(runs: Sequence[Run]) -> str:
+    """What was run, or what several runs have in common."""
+    first, *others = [_facts(run) for run in runs]
+    facts = {k: v for k, v in first.items() if v and all(other[k] == v for other in others)}
+    known = "".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
+    name = f"{len(runs)} runs" if others else escape(runs[0].name)
+    verdict = "" if others else f'<div class="verdict">{_verdict(runs[0])}</div>'
+    return f"<header><h1>{name}</h1>{verdict}<dl>{known}</dl></header>"
+
+
+def _verdict(run: Run) -> str:
+    """What there is to say first."""
+    found, tone = run.change("reward"), ""
+    said = f"{_progress(run)}."
+    if found and run.epochs:
+        said = f"Held-out reward {number(found[0])} → {number(found[1])} in {said}"
+    if run.flagged:
+        tone, guard = ' class="warn"', (
+            f"Over-optimised from epoch {run.flagged[0]} ({len(run.flagged)} of {run.guarded} "
+            "evaluations): a judge or the diversity fell while the reward was above the base "
+            "model’s."
+        )  # fmt: skip
+    elif run.guarded:
+        watched = "judges and diversity" if run.setting("eval.rewards") else "diversity; no judge"
+        guard = (
+            f"Not found over-optimised in {tables.count(run.guarded, 'evaluation')} ({watched})."
+        )
+    else:
+        guard = "Over-optimisation has not been looked for."
+    return f"<p>{escape(said)}</p><p{tone}>{escape(guard)}</p>"
+
+
+def _progress(run: Run) -> str:
+    planned, most = run.setting("train.epochs"), run.setting("train.max_denoiser_calls")
+    if most is not None and (run.total("denoiser_calls") or 0) >= most:
+        return f"{tables.count(run.epochs, 'epoch')}, ended after {most:,} denoiser calls"
+    if planned is not None and planned > run.epochs:
+        return f"{run.epochs} of {planned} epochs"
+    return tables.count(run.epochs, "epoch")
+
+
+def _facts(run: Run) -> dict[str, str]:
+    algorithm = dict(run.setting("algorithm", {}))
+    kind = algorithm.pop("type", "")
+    options = ", ".join(f"{k} {v}" for k, v in algorithm.items() if v is not None)
+    model, rank = run.setting("model.name", ""), run.setting("model.lora_rank")
+    if run.setting("model.merge_lora"):
+        model += f" with {run.setting('model.merge_lora')}"
+    if rank is not None:
+        model += f", LoRA of rank {rank}" if rank else ", all weights of the denoiser"
+    groups, size = run.setting("data.groups"), run.setting("data.group_size")
+    epoch = f", {groups} × {size} pictures an epoch" if groups and size else ""
+    return {
+        "Algorithm": f"{kind} ({options})" if options else kind,
+        "Model": model,
+        "Reward": " + ".join(_weighted(k, v) for k, v in run.setting("rewards", {}).items()),
+        "Judges": ", ".join(run.setting("eval.rewards", {})),
+        "Prompts": f"{run.setting('data.prompts', '')}{epoch}",
+        "Held-out prompts": str(run.setting("eval.prompts", "")),
+        "Learning rate": str(run.setting("train.lr", "")),
+        "Seed": str(run.setting("train.seed", "")),
+        "Folder": str(run.dir),
+    }
+
+
+def _weighted(name: str, value: Any) -> str:
+    weight = value.get("weight", 1) if isinstance(value, Mapping) else value
+    return name if weight == 1 else f"{str(weight).removesuffix('.0')} × {name}"
+
+
+def _pictures(runs: Sequence[Run]) -> tuple[str, str]:
+    """The viewer and what it is about; for runs without single pictures their grid.png."""
+    prompts, columns = columns_of(runs)
+    if prompts:
+        which = "that all runs have, " if len(runs) > 1 else ""
+        names = dict.fromkeys(name for run in runs for name in run.scored)
+        return viewer(prompts, columns, list(names)), (
+            f"Held-out prompts {which}from the same noise. Choose what is left and right; drag "
+            "over a picture, or move the slider with the arrow keys."
+        )
+    found = [(run, run.dir / "grid.png") for run in runs if (run.dir / "grid.png").exists()]
+    grids = "".join(
+        f'<figure><img src="{data_uri(Image.open(path).convert("RGB"), 2400)}" '
+        f'alt="Held-out prompts of {escape(run.name)}, before and after">'
+        f"<figcaption>{escape(run.name)}</figcaption></figure>"
+        for run, path in found[:GRIDS]
+    )
+    if not grids:
+        return "", ""
+    return f'<div class="grids">{grids}</div>', "The grids of the last evaluation."

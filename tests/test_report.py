@@ -1,0 +1,395 @@
+"""What a run keeps of its evaluations, and the report and film made of it: no model is needed."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from diffalign import TrainConfig, Trainer, cli, film, pictures, report
+from diffalign.report.charts import Axis, Line, chart, number
+from diffalign.report.run import read, short_names
+from diffalign.tracking import Tracker
+
+NASTY = """a "dog" <script>alert('x')</script> & <b>bold</b> ${body} 猫"""
+
+
+def fake_run(folder, epochs=4, prompts=6, size=(16, 16), seed=0, kl=True, flagged=(), **config):
+    """A run folder as training leaves it, evaluated every epoch; pictures are noise."""
+    texts = [NASTY, *(f"prompt {i}" for i in range(1, prompts))]
+    tracker, generator = Tracker(folder), torch.Generator().manual_seed(seed)
+    for epoch in range(epochs + 1):
+        values = [i / 10 + epoch * (i - 1) / 10 for i in range(prompts) for _ in range(2)]
+        scores = {"reward": values, "jpeg": [v - 1 for v in values], "judge": [0.5] * 2 * prompts}
+        scores |= {"kl": [epoch / 1000] * 2 * prompts} if kl else {}
+        row = {f"eval/{k}": sum(v) / len(v) for k, v in scores.items()} | {"eval/diversity": 0.2}
+        if epoch:
+            row |= {"reward_mean": epoch / 3, "denoiser_calls": 100, "reward_calls": 8}
+            row |= {"seconds": 90.0, "reward_seconds": 9.0, "over_optimised": epoch in flagged}
+        tracker.log(epoch, row)
+        drawn = [
+            Image.fromarray(
+                torch.randint(0, 256, (size[1], size[0], 3), dtype=torch.uint8, generator=generator)
+                .numpy()
+            )
+            for _ in texts
+        ]  # fmt: skip
+        pictures.save(folder, epoch, texts, drawn, scores)
+    tree = {
+        "model": {"name": "assets/emoji-sd", "lora_rank": 8},
+        "algorithm": {"type": "ddpo", "clip_range": 0.001},
+        "rewards": {"jpeg": 1.0},
+        "data": {"groups": 4, "group_size": 2},
+        "train": {"epochs": 9, "lr": 1e-3},
+        "eval": {"rewards": {"judge": {"type": "clip"}}},
+        "log": {"dir": str(folder)},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree | config))
+    return folder
+
+
+class Page(HTMLParser):
+    """The text of a page and what it refers to; refuses tags that do not close, and references."""
+
+    VOID = ("meta", "img", "input", "br")
+
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.words, self.references = [], [], []
+        self.source = path.read_text("utf-8")
+        self.feed(self.source)
+        assert not self.open
+        self.text = " ".join(" ".join(self.words).split())
+        assert all(r.startswith("data:") for r in self.references), self.references
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.references += [v for k, v in attrs if k in ("src", "href", "srcset")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not {"style", "script"} & set(self.open):
+            self.words.append(data)
+
+
+def test_pictures_are_kept_with_their_scores(tmp_path):
+    drawn = [Image.new("RGB", (12, 8), (k, 2 * k, 255 - k)) for k in (3, 50, 90)]
+    scores = {"reward": [1, 2, 3, 4, 5, 6], "clip": [0.5, math.nan, math.inf, 1, 1, 1]}
+    pictures.save(tmp_path, 12, ["a", NASTY, "c"], drawn, scores)
+    pictures.save(tmp_path, 2, ["a", NASTY, "c"], drawn[::-1], scores)
+    first, last = pictures.load(tmp_path)
+    assert (first.epoch, last.epoch) == (2, 12)
+    assert last.prompts == ["a", NASTY, "c"]
+    assert last.scores == {
+        "reward": [[1, 2], [3, 4], [5, 6]],
+        "clip": [[0.5, None], [None, 1], [1, 1]],
+    }
+    assert last.notes(1) == {"reward": 3}
+    # small pictures are kept to the bit
+    assert [p.tobytes() for p in last.pictures] == [p.tobytes() for p in drawn]
+    pictures.drop(tmp_path, after=2)
+    assert [e.epoch for e in pictures.load(tmp_path)] == [2]
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
+    assert pictures.load(tmp_path / "nothing") == []
+
+
+def test_large_pictures_are_shrunk_to_fit_on_a_sheet():
+    tall = torch.rand(3, 1024, 512)
+    assert pictures.fitted(tall, 16).size == (512, 1024)
+    assert pictures.fitted(tall, 64).size == (256, 512)
+    assert pictures.fitted(tall[:, :64, :64], 1000).size == (64, 64)
+
+
+def test_report_of_a_run(tmp_path):
+    path = report.write([fake_run(tmp_path / "run", flagged=(3,))])
+    assert path == tmp_path / "run" / "report.html"
+    page = Page(path)
+    assert "<script>alert" not in page.source
+    assert "<b>bold" not in page.source
+    assert NASTY in page.text
+    for piece in (
+        "Held-out reward 0.250 → 0.850 in 4 of 9 epochs",
+        "Over-optimised from epoch 3 (1 of 4 evaluations)",
+        "ddpo (clip_range 0.001)",
+        "LoRA of rank 8",
+        "a judge, never trained on",
+        # of the changes of -0.4, 0, ..., 1.6 there are six
+        "+0.60 ± 0.31",
+        "Best pictures: the reward rose most from base to epoch 4 prompt 5",
+        f"Worst pictures: the reward fell most, or rose least, from base to epoch 4 {NASTY}",
+        "6 prompts, means over 2 pictures each, the largest fall first",
+        "6 min 0 s 1 min 30 s 10%",
+    ):
+        assert piece in page.text, piece
+    assert page.source.count('class="warn"><path') == 6  # a mark in every chart over epochs
+    # a column for every evaluation and prompt, the first and the last chosen
+    assert len(re.findall(r'<img data-column="0" class="left "', page.source)) == 6
+    assert len(re.findall(r'<img data-column="4" class="right"', page.source)) == 6
+    assert page.source.count("<img") == 6 * 5
+
+
+def test_a_part_that_is_the_reward_is_left_out(tmp_path):
+    folder = fake_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in lines:
+        row["eval/jpeg"] = row["eval/reward"]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    (run,) = read([folder])
+    assert run.measures == ["reward", "judge", "kl", "diversity"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([], "0 epochs."),
+        ([{"step": 0, "eval/reward": 0.5}], "0 epochs."),
+        ([{"step": 1, "reward_mean": 0.5}], "1 epoch."),
+        ([{"step": 1, "reward_mean": None}, {"step": 2, "loss": 1.0}], "2 epochs."),
+        (
+            [
+                {"step": 0, "eval/reward": 1e9, "eval/kl": None, "eval/x<y": -1e-7},
+                {"step": 1, "reward_mean": -3.0, "eval/reward": None, "eval/kl": 0.0},
+                {"step": 2, "reward_mean": 4.0, "eval/reward": 2e9, "eval/x<y": 3e-7},
+            ],
+            "Held-out reward 1,000,000,000 → 2,000,000,000 in 2 epochs.",
+        ),
+    ],
+)
+def test_odd_runs(tmp_path, rows, said):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = Page(report.write([tmp_path]))
+    assert said in page.text
+    for missing in ("None", "nan", "inf "):
+        assert missing not in page.text
+
+
+def test_runs_without_kl_or_single_pictures(tmp_path):
+    folder = fake_run(tmp_path / "run", kl=False)
+    shutil.rmtree(folder / "pictures")
+    Image.new("RGB", (40, 90)).save(folder / "grid.png")
+    page = Page(report.write([folder]))
+    assert "Distance to the base model" not in page.text
+    assert "The grids of the last evaluation" in page.text
+    assert page.source.count("<img") == 1
+    assert 'class="controls"' not in page.source
+
+
+def test_several_runs(tmp_path, monkeypatch, capsys):
+    a = fake_run(tmp_path / "a" / "run", flagged=(2,))
+    b = fake_run(tmp_path / "b" / "run", epochs=2, train={"epochs": 2, "lr": 5e-4})
+    other = fake_run(tmp_path / "other", seed=1)
+    monkeypatch.chdir(tmp_path)
+    assert cli._command("report")([str(a), str(b)]) == 0
+    assert capsys.readouterr().out == "report.html\n"
+    page = Page(tmp_path / "report.html")
+    assert "2 runs" in page.text
+    assert "A a/run" in page.text
+    assert "setting A a/run B b/run train.epochs 9 2 train.lr 0.001 0.0005" in page.text
+    # both began with the same pictures
+    options = re.findall(r"<option[^>]*>([^<]*)", page.source)
+    assert options[:3] == ["base", "a/run: epoch 4", "b/run: epoch 2"]
+    assert page.source.count('class="line run1"') == 5 + 3  # over cost, and against the distance
+    page = Page(report.write([a, other], tmp_path / "two.html"))
+    assert re.findall(r"<option[^>]*>([^<]*)", page.source)[:2] == ["run: base", "other: base"]
+    assert cli._command("report")([str(a), str(a)]) == 1
+    assert "one is given twice" in capsys.readouterr().err
+    assert cli._command("report")([str(tmp_path)]) == 1
+    assert "no metrics.jsonl" in capsys.readouterr().err
+
+
+def test_a_report_stays_small(tmp_path):
+    folder = fake_run(tmp_path / "run", epochs=4, prompts=16, size=(300, 300))
+    path = report.write([folder])  # noise, which nothing compresses
+    assert 1e6 < path.stat().st_size < 5e6
+
+
+def test_axes_are_round_and_around_the_data():
+    axis = Axis([0.613, 0.6253], 100, 0)
+    assert [axis.label(t) for t in axis.ticks] == ["0.610", "0.615", "0.620", "0.625", "0.630"]
+    assert axis(0.61) == 100
+    assert axis(0.63) == pytest.approx(0)
+    axis = Axis([1, 13], 0, 120, "inside", integer=True)
+    assert [axis.label(t) for t in axis.ticks] == ["5", "10"]
+    assert (axis(1), axis(13)) == (0, 120)
+    for values in ([0.0], [7.0, 7.0], [1e-9, 3e-9], [-1e12, 1e12]):
+        axis = Axis(values, 0, 1)
+        assert len({axis.label(t) for t in axis.ticks}) == len(axis.ticks) > 1
+
+
+def test_a_line_breaks_where_values_are_missing():
+    drawn = chart("x", [Line([(0, 1.0), (1, None), (2, 3.0), (3, 4.0)], ["a"] * 4, "t")], "epoch")
+    path = re.search(r'class="line t"><path d="([^"]*)"', drawn)
+    assert path
+    assert re.sub(r"[\d. ]", "", path[1]) == "MML"
+    assert chart("x", [Line([(0, None)], ["a"], "t")], "epoch") == ""
+
+
+def test_a_long_run_resumed_with_other_prompts(tmp_path):
+    folder = fake_run(tmp_path / "run", epochs=2)
+    with open(folder / "metrics.jsonl", "a") as file:
+        for epoch in range(3, 5000):
+            file.write(json.dumps({"step": epoch, "reward_mean": epoch % 7}) + "\n")
+    whole = Page(report.write([folder]))
+    assert "+0.30 ± 0.15" in whole.text
+    assert len(whole.source) < 200_000
+    path = folder / "pictures" / "epoch_0000.json"
+    path.write_text(path.read_text().replace("prompt 5", "another"))
+    page = Page(report.write([folder]))
+    assert "±" not in page.text
+    assert "Every held-out prompt" not in page.text
+    assert page.source.count("<img") == 5 * 3  # of the prompts that all have
+    film.film(folder, cell=16)
+    assert Image.open(folder / "film.gif").n_frames == 2  # type: ignore[attr-defined]
+
+
+def test_numbers():
+    assert [number(x) for x in (0.43044, -0.00398, 1234567.0, 12.0, 0, None, -7.96e-5)] == [
+        "0.430", "−0.00398", "1,234,567", "12.0", "0", "–", "−7.96e-5",
+    ]  # fmt: skip
+    assert short_names(["x/a/run", "y/b/run"]) == ["a/run", "b/run"]
+
+
+def test_film(tmp_path, capsys):
+    folder = fake_run(tmp_path / "run", epochs=3)
+    assert (
+        cli._command("film")([str(folder), "--prompts", "5", "--epochs", "3", "--cell", "32"]) == 0
+    )
+    assert capsys.readouterr().out.split() == [
+        str(folder / f"film.{s}") for s in ("png", "webp", "gif")
+    ]
+    strip = Image.open(folder / "film.png")
+    assert json.loads(strip.info["diffalign"])["epochs"] == [0, 1, 2, 3]
+    for suffix in ("webp", "gif"):
+        shown = Image.open(folder / f"film.{suffix}")
+        assert shown.n_frames == 4  # type: ignore[attr-defined]
+        assert shown.width == 3 * 40 + 8  # five pictures are rows of three and two
+    with pytest.raises(ValueError, match=r"holds no pictures/epoch_\*\.json"):
+        film.film(tmp_path)
+    assert cli._command("film")([str(folder), "--epochs", "1"]) == 1
+    assert "--epochs 1 is too few; use 2 or more" in capsys.readouterr().err
+
+
+@pytest.fixture
+def make(pipelines, tmp_path):
+    """make(resume=False, **{"train.epochs": ...}) -> Trainer of the run folder "run"."""
+    (tmp_path / "prompts.txt").write_text("a red dog\na cat\na blue bus\na tree\n")
+
+    def make(resume=False, **overrides):
+        tree = {
+            "model": {"name": pipelines["sd-v"], "lora_rank": 2},
+            "algorithm": {"type": "ddpo"},
+            "sampler": {"steps": 4, "batch": 8},
+            "rewards": {"jpeg": 1.0},
+            "data": {"prompts": str(tmp_path / "prompts.txt"), "groups": 4, "group_size": 2},
+            "train": {"epochs": 2, "checkpoint_every": 1},
+            "eval": {"prompts": str(tmp_path / "prompts.txt"), "steps": 4, "every": 1},
+            "log": {"dir": str(tmp_path / "run")},
+        }
+        for key, value in overrides.items():
+            section, name = key.split(".")
+            tree[section][name] = value
+        return Trainer(TrainConfig.from_dict(tree), resume=resume)
+
+    return make
+
+
+def test_training_keeps_pictures_and_reports_and_resuming_goes_on(make, tmp_path):
+    make().train()
+    run = tmp_path / "run"
+    kept = pictures.load(run)
+    assert [e.epoch for e in kept] == [0, 1, 2]
+    assert kept[0].prompts == ["a red dog", "a cat", "a blue bus", "a tree"]
+    assert len(kept[0].pictures) == 4
+    assert [len(row) for row in kept[0].scores["reward"]] == [2, 2, 2, 2]
+    assert "in 2 epochs" in Page(run / "report.html").text
+    (shot,) = (e for e in read([run])[0].shots if e.epoch == 1)
+    means = [x for row in shot.scores["jpeg"] for x in row if x is not None]
+    assert dict(read([run])[0].column("eval/jpeg"))[1] == pytest.approx(sum(means) / 8)
+    # of epochs that were lost to a crash
+    texts = ["a", "b"]
+    pictures.save(run, 3, texts, [Image.new("RGB", (4, 4))] * 2, {"reward": [0, 1]})
+    pictures.save(run, 7, texts, [Image.new("RGB", (4, 4))] * 2, {"reward": [0, 1]})
+    before = [(run / f"pictures/epoch_000{k}.webp").read_bytes() for k in range(3)]
+    make(resume=True, **{"train.epochs": 4, "eval.every": 4}).train()
+    assert [e.epoch for e in pictures.load(run)] == [0, 1, 2, 4]
+    assert [(run / f"pictures/epoch_000{k}.webp").read_bytes() for k in range(3)] == before
+    assert "in 4 epochs" in Page(run / "report.html").text
+
+
+def test_a_report_that_fails_does_not_end_the_run(make, tmp_path, monkeypatch, capsys):
+    def fail(runs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report, "write", fail)
+    make(**{"train.epochs": 1}).train()
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
+    assert "no report.html, OSError('disk full')" in capsys.readouterr().out
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+
+PROBE = """<script>
+const range = document.querySelector("input[type=range]");
+const image = document.querySelector(".stack img.right");
+const seen = {};
+const look = (name) => (seen[name] = getComputedStyle(image).clipPath);
+look("at first");
+range.value = 20;
+range.dispatchEvent(new Event("input"));
+look("moved");
+const box = image.getBoundingClientRect();
+const place = { bubbles: true, buttons: 1, clientX: box.left + 0.75 * box.width };
+image.dispatchEvent(new PointerEvent("pointermove", place));
+look("dragged");
+const right = document.querySelectorAll("select")[1];
+right.value = "1";
+right.dispatchEvent(new Event("input"));
+seen.shown = [...document.querySelectorAll("figure:has(.stack):first-of-type .stack img")]
+  .map((i) => getComputedStyle(i).display);
+seen.scores = document.querySelector(".pictures li").innerText;
+seen.wide = document.documentElement.scrollWidth <= innerWidth;
+document.title = JSON.stringify(seen);
+console.error("the last message");
+</script></body>"""
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no chromium")
+def test_in_a_browser(tmp_path):
+    """No message on the console, no sideways scrolling, and the controls do what they say."""
+    run = fake_run(tmp_path / "run", flagged=(3,))
+    path = report.write([run])
+    path.write_text(path.read_text("utf-8").replace("</body>", PROBE), "utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += ["--enable-logging=stderr", "--window-size=500,800", f"--user-data-dir={tmp_path}/c"]
+    done = subprocess.run(
+        [*command, "--virtual-time-budget=2000", path.as_uri()],
+        capture_output=True, text=True, timeout=180,
+    )  # fmt: skip
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert len(console) == 1, console
+    assert "the last message" in console[0]
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title, done.stdout[:500]
+    seen = json.loads(title[1].replace("&gt;", ">"))
+    assert seen["at first"] == "inset(0px 0px 0px 50%)"
+    assert seen["moved"] == "inset(0px 0px 0px 20%)"
+    assert seen["dragged"] == "inset(0px 0px 0px 75%)"
+    assert seen["shown"][:5] == ["block", "block", "none", "none", "none"]
+    assert seen["scores"].split() == ["reward", "0.500", "0.900"]
+    assert seen["wide"]
