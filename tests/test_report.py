@@ -211,6 +211,20 @@ def test_several_runs(tmp_path, monkeypatch, capsys):
     assert "no metrics.jsonl" in capsys.readouterr().err
 
 
+def test_totals_of_different_rewards_are_not_compared(tmp_path):
+    a = fake_run(tmp_path / "a")
+    b = fake_run(tmp_path / "b", rewards={"jpeg": 2.0})
+    page = Page(report.write([a, b], tmp_path / "two.html"))
+    assert "held-out reward" not in page.text
+    assert "held-out jpeg" in page.text
+    assert "Best pictures" not in page.text  # by what?
+    assert "reward" not in "".join(re.findall(r"<li>(\w+) <span", page.source))
+    same = fake_run(tmp_path / "c")
+    page = Page(report.write([a, same], tmp_path / "two.html"))
+    assert "held-out reward" in page.text
+    assert "Best pictures" in page.text
+
+
 def test_a_report_stays_small(tmp_path):
     folder = fake_run(tmp_path / "run", epochs=4, prompts=16, size=(300, 300))
     path = report.write([folder])  # noise, which nothing compresses

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,15 @@ MEASURED = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run: `name` tells it from others, `rows` are those of metrics.jsonl."""
+    """One run: `name` tells it from others, `rows` are those of metrics.jsonl. alike: it is read
+    along with runs of the same rewards and weights, or alone, so that the total may be compared."""
 
     dir: Path
     name: str
     config: dict[str, Any]
     rows: list[dict[str, Any]]
     shots: list[Evaluated]
+    alike: bool = True
 
     def setting(self, key: str, default: Any = None) -> Any:
         """A dotted setting; configs of other versions may lack it."""
@@ -66,10 +68,13 @@ class Run:
     @property
     def measures(self) -> list[str]:
         """What was measured on held-out prompts: the reward, its parts, judges, others. A part that
-        is the whole reward is left out."""
+        is the whole reward is left out; among runs that are not alike the reward is."""
         names = dict.fromkeys(k[5:] for row in self.rows for k in row if k.startswith("eval/"))
         whole = self.column("eval/reward")
-        parts = [n for n in names if n == "reward" or self.column(f"eval/{n}") != whole]
+        if self.alike:
+            parts = [n for n in names if n == "reward" or self.column(f"eval/{n}") != whole]
+        else:
+            parts = [n for n in names if n != "reward"]
         roles = ("trained", "judge", "other")
         return sorted(parts, key=lambda n: (n != "reward", roles.index(self.role(n))))
 
@@ -129,7 +134,9 @@ def read(dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
     """The runs in folders. Raises FileNotFoundError for one without metrics, ValueError for files
     that cannot be read, or a folder given twice."""
     names = short_names([str(d) for d in dirs])
-    return [_read(Path(d), name) for d, name in zip(dirs, names, strict=True)]
+    runs = [_read(Path(d), name) for d, name in zip(dirs, names, strict=True)]
+    alike = all(run.setting("rewards") == runs[0].setting("rewards") for run in runs)
+    return [replace(run, alike=alike) for run in runs]
 
 
 def _read(folder: Path, name: str) -> Run:

@@ -56,7 +56,7 @@ def columns_of(runs: Sequence[Run]) -> tuple[list[str], list[Column]]:
 def viewer(prompts: Sequence[str], columns: Sequence[Column], names: Sequence[str]) -> str:
     """The slider, the two choices, and a picture of every prompt that is shown, over its scores of
     the `names`."""
-    groups = _groups(len(prompts), columns)
+    groups = _groups(len(prompts), columns, "reward" in names)
     sources = _encoded(columns, [i for _, rows in groups for i in rows])
     last = len(columns) - 1
     choices = [_choice("Left", columns, 0), _choice("Right", columns, last)]
@@ -124,11 +124,12 @@ def _shots(run: Run) -> list[Evaluated]:
     return sorted(shown, key=lambda s: s.epoch)
 
 
-def _groups(n: int, columns: Sequence[Column]) -> list[tuple[str, list[int]]]:
-    """Rows of the pictures whose reward changed most, and the first of the others."""
+def _groups(n: int, columns: Sequence[Column], ranked: bool) -> list[tuple[str, list[int]]]:
+    """Rows of the pictures whose reward changed most, where they are ranked by it, and the first of
+    the others."""
     first, last = columns[0], columns[-1]
     gains = {}
-    for i in range(n):
+    for i in range(n if ranked else 0):
         before, after = (c.shot.notes(c.rows[i]).get("reward") for c in (first, last))
         if before is not None and after is not None:
             gains[i] = after - before
