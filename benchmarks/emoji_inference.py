@@ -158,7 +158,8 @@ def tune(models: Sequence[str], methods: Sequence[str]) -> None:
 
 
 def report(runs: Path, out: Path) -> None:
-    """The table of all finished runs, a row for each model and method, means over seeds."""
+    """The table of all finished runs, a row for each model and method, means over seeds; in
+    brackets the change from the method's own plain pictures."""
     found = [json.loads(p.read_text("utf-8")) for p in sorted(runs.glob("*.json"))]
     heads = ["", "reward", "gain", "judge", "EmojiEval", "denoiser calls", "reward calls", "s"]
     lines = []
@@ -168,18 +169,21 @@ def report(runs: Path, out: Path) -> None:
             mine = [r for r in found if (r["model"], r["method"]) == (model, method)]
             if not mine:
                 continue
+            before = [statistics.fmean(r["plain"][k] for r in mine) for k in KEYS]
+            after = [statistics.fmean(r["best"][k] for r in mine) for k in KEYS]
             if not rows:
-                rows.append(["plain", *_means(mine, "plain")])
+                rows.append(["plain", f"{before[0]:.3f}", "", *(f"{x:.3f}" for x in before[1:])])
             gains = [r["best"]["reward"] - r["plain"]["reward"] for r in mine]
             gain = f"{statistics.fmean(gains):+.3f}"
             if len(gains) > 1:
                 gain += f" ± {statistics.stdev(gains):.3f}"
-            reward, *others = _means(mine, "best")
+            others = [f"{b:.3f} ({b - a:+.3f})" for a, b in zip(before, after, strict=True)][1:]
             costs = [
                 f"{statistics.fmean(r[k] for r in mine):.{d}f}"
                 for k, d in (("denoiser_calls", 0), ("reward_calls", 0), ("seconds", 1))
             ]
-            rows.append([f"{ABOUT[method]} ({len(mine)})", reward, gain, *others, *costs])
+            name = f"{ABOUT[method]} ({len(mine)})"
+            rows.append([name, f"{after[0]:.3f}", gain, *others, *costs])
         if rows:
             n = next(r["prompts"] for r in found if r["model"] == model)
             steps = MODELS[model]["steps"]
@@ -189,12 +193,6 @@ def report(runs: Path, out: Path) -> None:
             lines.append("")
     write_atomic(out, ("\n".join(lines).rstrip() + "\n").encode())
     print("\n".join(lines))
-
-
-def _means(found: Sequence[dict[str, Any]], side: str) -> list[str]:
-    """Reward, judge, EmojiEval; before the last two an empty cell, where `side` has no gain."""
-    cells = [f"{statistics.fmean(r[side][k] for r in found):.3f}" for k in KEYS]
-    return [cells[0], "", *cells[1:]] if side == "plain" else cells
 
 
 def main() -> None:

@@ -446,7 +446,7 @@ def test_module_function(tmp_path, monkeypatch, images):
         ({"jpeg": math.nan}, "weight nan"),
         ({"jpeg": True}, "weight True"),
         ({"jpeg": None}, "weight None"),
-        ({"vlm": 1.0}, "missing required option model"),
+        ({"vlm": 1.0}, "missing required option url, model"),
         ({"clip": {"model": "x", "scale": "cos"}}, "scale='cos' is not one of cosine, 100, logit"),
         ({"clip": {"model": "assets/none"}}, "assets/none does not exist"),
         ({"clip": {"model": "ViT-H-14::./none.pt"}}, r"none\.pt does not exist"),
