@@ -4,6 +4,7 @@ All of it runs on each kind of `families.BUILDERS`, at a small resolution.
 """
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -235,6 +236,26 @@ def test_a_merged_lora_is_part_of_the_model(folder, tmp_path):
     perturb(merged)
     with merged.reference():
         assert (pictures(merged)[1] - expected).abs().max() < 1e-4
+
+
+def test_only_the_denoisers_want_of_lora_keys_is_worth_a_warning(folder, tmp_path):
+    trained = load(folder)
+    trained.add_lora(2)
+    trained.save(tmp_path)
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    loggers = [logging.getLogger(f"diffusers.loaders.{name}") for name in ("lora_base", "peft")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    policy = load(folder, merge_lora=str(tmp_path))
+    assert not said
+    other = {f"other.lora_{side}.weight": torch.zeros(2, 2) for side in "AB"}
+    policy.pipe.load_lora_weights(other)
+    for logger in loggers:
+        logger.removeHandler(handler)
+    assert len(said) == 1
+    assert type(policy.network).__name__ in said[0]
 
 
 def test_unknown_lora_target_is_named(folder):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,12 @@ __all__ = [
     "pipeline",
     "text_options",
 ]
+
+# diffusers says it of the text encoders of every LoRA of a denoiser alone, such as ours; that there
+# is nothing for the denoiser either is said by another logger
+logging.getLogger("diffusers.loaders.lora_base").addFilter(
+    lambda record: "No LoRA keys associated" not in record.getMessage()
+)
 
 FAMILIES: dict[str, type[Policy]] = {
     "StableDiffusionPipeline": UNetPolicy,
