@@ -17,6 +17,7 @@ from conftest import SIDE, load, perturb
 from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline
 from families import BUILDERS, tiny_vae
 from families_flow import pipe_latents
+from safetensors.torch import save_file
 
 from diffalign import policies
 from diffalign.policies import Cond, lora
@@ -251,7 +252,9 @@ def test_only_the_denoisers_want_of_lora_keys_is_worth_a_warning(folder, tmp_pat
     policy = load(folder, merge_lora=str(tmp_path))
     assert not said
     other = {f"other.lora_{side}.weight": torch.zeros(2, 2) for side in "AB"}
-    policy.pipe.load_lora_weights(other)
+    save_file(other, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(ValueError, match=f"has nothing for a {type(policy.pipe).__name__}"):
+        load(folder, merge_lora=str(tmp_path))
     for logger in loggers:
         logger.removeHandler(handler)
     assert len(said) == 1

@@ -136,9 +136,7 @@ def run(
         other = policies.load(model, device, dtype, resolution, merge_lora=ahead)
         make = partial(make, look_ahead=other)
     if lora is not None:
-        policy.pipe.load_lora_weights(lora)
-        policy.pipe.fuse_lora(lora_scale=lora_scale)
-        policy.pipe.unload_lora_weights()
+        policies.merge(policy.pipe, lora, lora_scale)
     settings = {
         "model": model, "merge_lora": merge_lora, "lora": lora, "lora_scale": lora_scale,
         "method": method, "options": wanted.options, "rewards": wanted.rewards,

@@ -26,6 +26,7 @@ __all__ = [
     "check_tiny_vae",
     "family",
     "load",
+    "merge",
     "peek",
     "pipeline",
     "text_options",
@@ -97,10 +98,21 @@ def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
         warnings.simplefilter("ignore", FutureWarning)
         pipe: Any = DiffusionPipeline.from_pretrained(name, **parts, **options)
     if merge_lora is not None:
-        pipe.load_lora_weights(merge_lora)
-        pipe.fuse_lora()
-        pipe.unload_lora_weights()
+        merge(pipe, merge_lora)
     return pipe
+
+
+def merge(pipe: Any, lora: str, scale: float = 1.0) -> None:
+    """Add scale ΔW of a LoRA, a folder or hub id, to a pipeline's weights. Raises ValueError for
+    one that has nothing for it."""
+    pipe.load_lora_weights(lora)
+    if not pipe.get_list_adapters():
+        raise ValueError(
+            f"the LoRA {lora!r} has nothing for a {type(pipe).__name__}; give one that was trained "
+            "on such a model"
+        )
+    pipe.fuse_lora(lora_scale=scale)
+    pipe.unload_lora_weights()
 
 
 def load(
