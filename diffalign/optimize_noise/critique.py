@@ -38,8 +38,8 @@ def critique(
     refinement after RationalRewards (arXiv 2604.11626), whose code runs one round and has no check
     that it helped; its threshold below which a picture is refined at all is left out. A judge whose
     answer cannot be read leaves its prompt out of the round, with a warning; what was drawn before
-    is not drawn again, and a round that finds nothing new is the last. Not reproduced: no judge that
-    can see was at hand.
+    is not drawn again, and a round that finds nothing new is the last. Not reproduced: no judge
+    that can see was at hand.
 
     judge: None is the first of the task's rewards that is one (a `vlm`). A result's `text` is the
     prompt that its picture was drawn of. Raises ValueError where there is no judge.
