@@ -21,7 +21,7 @@ from .policies import Policy
 from .prompts import Prompt, for_rewards
 from .report.run import short_names
 from .rollout import Sampling
-from .sampling import Sampler, check_lora, parse_seeds, texts_of, trained_denoiser
+from .sampling import Sampler, check_drawing, check_lora, parse_seeds, texts_of, trained_denoiser
 
 Columns = Mapping[str, Mapping[str, float]]  # {header: {LoRA: factor of its ΔW}}
 
@@ -204,13 +204,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cell", type=int, help="side of a picture in the grid; default: 192-512")
     parser.add_argument("--out", default="grid.png", help="PNG to write")
     args = parser.parse_args(arguments)
-    if not args.out.lower().endswith(".png"):
-        raise ValueError(f"--out {args.out!r} does not end in .png, and that is what is written")
     columns = _columns(args.runs, args.lora_scales, args.interpolate, args.points)
     texts = texts_of(args.prompts)
     how = _as_evaluated([*args.runs, *(args.interpolate or ())][:1])
     given = {k: getattr(args, k) for k in how}
     how |= {k: v for k, v in given.items() if v is not None}
+    check_drawing(how["model"], how["steps"], args.out, "--out")
     how |= {"columns": columns, "seeds": parse_seeds(args.seeds), "reno": args.reno}
     how["rewards"] = reward_library.from_arguments(args.reward) if args.reward else None
     image = compare(prompts=texts, cell=args.cell, **how)

@@ -42,6 +42,15 @@ def trained_denoiser(run: str) -> str | None:
     return next((n for n in names if (Path(run) / n / "config.json").exists()), None)
 
 
+def check_drawing(model: str, steps: int, out: str, option: str = "--grid") -> None:
+    """Refuse, before a model is loaded, what cannot be drawn or written."""
+    policies.check(model)
+    if steps < 1:
+        raise ValueError(f"--steps {steps} draws nothing; use 1 or more")
+    if not out.lower().endswith(".png"):
+        raise ValueError(f"{option} {out!r} does not end in .png, and that is what is written")
+
+
 def check_lora(lora: str, option: str) -> None:
     """Refuse what is no trained weights: a local path without any; a hub id passes."""
     local = lora.startswith((".", "/", "runs/")) or lora.endswith(".safetensors")
@@ -137,9 +146,7 @@ def draw(
     """
     numbers = parse_seeds(seeds)
     texts = [p.text for p in texts_of(prompts)]
-    policies.check(model)
-    if not grid.lower().endswith(".png"):
-        raise ValueError(f"--grid {grid!r} does not end in .png, and that is what is written")
+    check_drawing(model, steps, grid)
     if lora is not None:
         check_lora(lora, "--lora")
         denoiser = trained_denoiser(lora)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,22 @@ def perturb(policy: Policy, scale: float = 0.2) -> None:
     generator = torch.Generator().manual_seed(1)
     for p in policy.trainable_parameters():
         p.data += scale * torch.randn(p.shape, generator=generator)
+
+
+def peak_saved(work: Callable[[], object]) -> int:
+    """The most tensors that `work` had saved for a backward pass at a time."""
+
+    class Kept:
+        alive = peak = 0
+
+        def __init__(self, tensor):
+            self.tensor = tensor
+            Kept.alive += 1
+            Kept.peak = max(Kept.peak, Kept.alive)
+
+        def __del__(self):
+            Kept.alive -= 1
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        work()
+    return Kept.peak

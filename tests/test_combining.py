@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import threading
 import time
+from functools import partial
 
 import pytest
 import test_trainer
 import torch
+from conftest import peak_saved
 from PIL import Image
 from test_trainer import adapter, redness, rows_of
 
@@ -155,24 +157,10 @@ def test_gradient_is_that_of_the_summed_scores(asked):
 
 
 def test_gradient_holds_the_graph_of_one_reward_at_a_time():
-    class Kept:
-        alive = peak = 0
-
-        def __init__(self, tensor):
-            self.tensor = tensor
-            Kept.alive += 1
-            Kept.peak = max(Kept.peak, Kept.alive)
-
-        def __del__(self):
-            Kept.alive -= 1
-
     peaks = []
     for names in ("a", "abc"):
         total = rewards.build({name: {"type": squares} for name in names})
-        Kept.peak = start = Kept.alive
-        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            total.gradient(images_of(0.1, 0.2), ["a", "b"])
-        peaks.append(Kept.peak - start)
+        peaks.append(peak_saved(partial(total.gradient, images_of(0.1, 0.2), ["a", "b"])))
     assert peaks[0] == peaks[1] > 0
 
 

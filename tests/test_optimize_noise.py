@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import load
+from conftest import load, peak_saved
 from safetensors.torch import load_file
 from test_toy import ToyPolicy, closeness
 
@@ -169,24 +170,10 @@ def test_several_rewards_add_their_weighted_gradients(task, kind):
 def test_gradient_holds_the_graph_of_one_step_at_a_time():
     """The most tensors kept for a backward pass do not grow with the number of steps."""
 
-    class Kept:
-        alive = peak = 0
-
-        def __init__(self, tensor):
-            self.tensor = tensor
-            Kept.alive += 1
-            Kept.peak = max(Kept.peak, Kept.alive)
-
-        def __del__(self):
-            Kept.alive -= 1
-
     peaks = []
     for steps in (2, 8):
         task = toy("flow_sde", 0.7, steps=steps)
-        Kept.peak = start = Kept.alive
-        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            noise_gradient(task, range(4), task.noise(range(4)))
-        peaks.append(Kept.peak - start)
+        peaks.append(peak_saved(partial(noise_gradient, task, range(4), task.noise(range(4)))))
     assert peaks[0] == peaks[1] > 0
 
 

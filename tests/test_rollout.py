@@ -1,11 +1,12 @@
 """Trajectories and the adjoint sweep: ratio one, seeds, exact gradients."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from conftest import perturb
+from conftest import peak_saved, perturb
 from diffusers import DDIMScheduler
 from torch import nn
 
@@ -237,17 +238,6 @@ def test_adjoint_sweep_with_every_kernel(path, kernel, eta):
 def test_sweep_holds_the_graph_of_one_step_at_a_time():
     """The most tensors kept for a backward pass do not grow with the number of steps."""
 
-    class Kept:
-        alive = peak = 0
-
-        def __init__(self, tensor):
-            self.tensor = tensor
-            Kept.alive += 1
-            Kept.peak = max(Kept.peak, Kept.alive)
-
-        def __del__(self):
-            Kept.alive -= 1
-
     policy, levels = toy("v")
     how = Sampling(levels, "ode", 0.0, 2.5)
     cond = Cond({"prompt": torch.randn(3, 4).double()}, {})
@@ -255,8 +245,7 @@ def test_sweep_holds_the_graph_of_one_step_at_a_time():
     peaks = []
     # the earliest step of a sweep needs no gradient of its x, so neither case is a single step
     for first in (4, 0):
-        Kept.peak = start = Kept.alive
-        with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-            adjoint_sweep(policy, cond, how, states, grad, suffix(how, first))  # type: ignore[arg-type]
-        peaks.append(Kept.peak - start)
+        peaks.append(
+            peak_saved(partial(adjoint_sweep, policy, cond, how, states, grad, suffix(how, first)))
+        )
     assert peaks[0] == peaks[1] > 0

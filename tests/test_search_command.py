@@ -70,6 +70,8 @@ def test_the_command_line_is_split():
         ("--best-of-n --rewards.jpeg 1 --budget.seconds -1", "budget.seconds=-1.0 is no budget"),
         ("--best-of-n --rewards.jpeg 1 --compare", "--compare is for a LoRA"),
         ("--best-of-n --rewards.jpeg 1 --grid x.jpg", "does not end in .png"),
+        ("--best-of-n --rewards.jpeg 1 --steps 0", "--steps 0 draws nothing"),
+        ("--steps 0", "--steps 0 draws nothing"),
         ("--best-of-n --rewards.jpeg 1 --lora ./nothing", "--lora './nothing' does not exist"),
     ],
 )
@@ -183,11 +185,13 @@ def test_ctrl_c_in_a_search_keeps_its_best_too(broken, capsys):
     assert "stopped" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("call", [4, 5])
+@pytest.mark.parametrize("call", [4, 5, 6])
 def test_a_reward_that_fails_keeps_the_pictures_before_it(broken, call, capsys):
     status, traces = broken(rewards.RewardError("no answer", "blind"), call)
     assert status == 1
     assert (traces[0]["prompt"], len(traces[0]["trace"])) == ("cat", 3)
+    # the second search has its plain picture after the fourth call, then another
+    assert [len(trace["trace"]) for trace in traces[1:]] == {4: [], 5: [1], 6: [2]}[call]
     error = capsys.readouterr().err
     assert "error: reward 'test_search_command:blind' raised" in error
     assert "no answer" in error

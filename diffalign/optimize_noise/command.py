@@ -17,7 +17,7 @@ import rewards as reward_library
 from .. import decoding, grids, policies
 from ..decoding import pairs, write_atomic
 from ..prompts import Prompt, for_rewards
-from ..sampling import check_lora, parse_seeds, texts_of, trained_denoiser
+from ..sampling import check_drawing, check_lora, parse_seeds, texts_of, trained_denoiser
 from . import METHODS, build, sampling_for
 from .base import Budget, Result, Task, search
 
@@ -104,7 +104,7 @@ def run(
 
     The other arguments are those of `sampling.draw`; with `out` the best pictures are written too,
     with trace.json, what each search had taken and found after every step. Ctrl-C keeps what was
-    found; a reward that fails is raised, after the pictures before were written.
+    found, and so does a reward that fails, which is raised then.
     """
     numbers, texts = parse_seeds(seeds), texts_of(prompts)
     jobs = [(prompt, seed) for prompt in texts for seed in numbers]
@@ -112,14 +112,13 @@ def run(
     options = dict(wanted.options)
     ahead = options.pop("look_ahead", None) if method == "flow_map" else None
     make: Any = build(method, options)
+    check_drawing(model, steps, grid)
     levels, shape = policies.peek(model, steps, resolution)
     sampling = sampling_for(method, levels, guidance, wanted.sampler.kernel, wanted.sampler.eta)
     if compare:
         raise ValueError(
             "--compare is for a LoRA; a search sets its pictures beside the plain ones"
         )
-    if not grid.lower().endswith(".png"):
-        raise ValueError(f"--grid {grid!r} does not end in .png, and that is what is written")
     for option, path in (("--lora", lora), ("--flow-map.look-ahead", ahead)):
         if path is not None:
             check_lora(path, option)
@@ -143,21 +142,20 @@ def run(
         "budget": vars(wanted.budget), "steps": steps, "guidance": guidance, "seeds": numbers,
         "kernel": sampling.kernel, "eta": sampling.eta, "resolution": resolution, "dtype": dtype,
     }  # fmt: skip
-    plain: list[Result] = []
-    best: list[Result] = []
+    found: list[list[Result]] = []  # of each job, the plain picture's, then the best so far
     try:
         for prompt, seed in jobs:  # one at a time: each has a budget of its own
             task = Task(policy, reward, [prompt], sampling, [seed], batch)
-            seen: list[Result] = []
+            found.append([])
             title = f"{prompt.text[:40]} [{seed}]"
-            found = search(task, make(task), wanted.budget, title, seen.extend)
-            plain, best = [*plain, seen[0]], [*best, *found]
-            if best[-1].stopped:
+            if search(task, make(task), wanted.budget, title, found[-1].extend)[0].stopped:
                 print("stopped; the best so far is kept")
                 break
     finally:
-        if best:
-            _write(jobs, {"plain": plain, method.replace("_", " "): best}, settings, grid, out)
+        if found := [seen for seen in found if seen]:
+            plain, best = [seen[0] for seen in found], [seen[-1] for seen in found]
+            columns = {"plain": plain, method.replace("_", " "): best}
+            _write(jobs, columns, settings, grid, out)
     return Path(grid)
 
 
