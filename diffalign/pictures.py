@@ -40,9 +40,12 @@ class Evaluated:
 
     @cached_property
     def pictures(self) -> list[Image.Image]:
-        """One a prompt."""
+        """One a prompt. Raises ValueError for a file that cannot be read."""
         (width, height), columns = self.size, _columns(len(self.prompts))
-        sheet = Image.open(self.sheet).convert("RGB")
+        try:
+            sheet = Image.open(self.sheet).convert("RGB")
+        except OSError as error:
+            raise ValueError(f"{self.sheet} cannot be read ({error}); remove it") from error
         corners = [divmod(i, columns) for i in range(len(self.prompts))]
         return [
             sheet.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
@@ -94,12 +97,20 @@ def save(
 
 
 def load(run_dir: str | os.PathLike[str]) -> list[Evaluated]:
-    """The evaluations of a run in the order of their epochs; none where it kept no pictures."""
+    """The evaluations of a run in the order of their epochs; none where it kept no pictures.
+
+    One without its sheet is left out. Raises ValueError for a file that cannot be read."""
     found = []
     for path in (Path(run_dir) / "pictures").glob("epoch_*.json"):
-        table = json.loads(path.read_text("utf-8"))
+        sheet = path.with_suffix(".webp")
+        if not sheet.exists():
+            continue
+        try:
+            table = json.loads(path.read_text("utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} cannot be read ({error}); remove it") from error
         table["size"] = tuple(table["size"])
-        found.append(Evaluated(**table, sheet=path.with_suffix(".webp")))
+        found.append(Evaluated(**table, sheet=sheet))
     return sorted(found, key=lambda e: e.epoch)
 
 

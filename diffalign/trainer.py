@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -76,6 +77,12 @@ class Trainer:
             log_with=[*config.log.trackers] or None, project_dir=str(self.dir)
         )
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
+        launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+        if launched > self.world:  # as torchrun does on CPUs: each would train alone, in one folder
+            raise ValueError(
+                f"{launched} processes were launched, and accelerate sees {self.world}; on CPUs "
+                "set ACCELERATE_USE_CPU=true"
+            )
         self.plan = Plan.make(config, rewards, prompts, self.world)
         self.config, self.algorithm = config, self.plan.algorithm
         device = self.accelerator.device

@@ -107,6 +107,18 @@ def test_pictures_are_kept_with_their_scores(tmp_path):
     assert pictures.load(tmp_path / "nothing") == []
 
 
+def test_pictures_that_cannot_be_read_are_named(tmp_path):
+    run = fake_run(tmp_path, epochs=3)
+    (run / "pictures" / "epoch_0003.webp").unlink()  # is left out
+    assert [shot.epoch for shot in pictures.load(run)] == [0, 1, 2]
+    (run / "pictures" / "epoch_0001.webp").write_bytes(b"RIFF half")
+    with pytest.raises(ValueError, match=r"epoch_0001\.webp cannot be read .*; remove it"):
+        report.write([run])
+    (run / "pictures" / "epoch_0000.json").write_text("{")
+    with pytest.raises(ValueError, match=r"epoch_0000\.json cannot be read .*; remove it"):
+        report.write([run])
+
+
 def test_large_pictures_are_shrunk_to_fit_on_a_sheet():
     tall = torch.rand(3, 1024, 512)
     assert pictures.fitted(tall, 16).size == (512, 1024)

@@ -467,3 +467,21 @@ def test_every_family_trains(make, pipelines, kind, algorithm):
     trainer.train()
     assert not torch.equal(weights(trainer), before)
     assert trainer.evaluation.first[0][0].shape == (3, 16, 16)
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(make, monkeypatch, tmp_path):
+    """Each would train alone and write over the other's files."""
+    from diffalign import trainer
+
+    real = trainer.Accelerator
+
+    def alone(**options):
+        accelerator = real(**options)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("LOCAL_RANK", "0")
+        return accelerator
+
+    monkeypatch.setattr(trainer, "Accelerator", alone)
+    with pytest.raises(ValueError, match=r"2 processes were launched.*ACCELERATE_USE_CPU=true"):
+        make("ddpo")
+    assert not list(tmp_path.glob("**/config.yaml"))

@@ -142,8 +142,7 @@ def read(dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
 def _read(folder: Path, name: str) -> Run:
     path = folder / "config.yaml"
     config = read_yaml(path) if path.exists() else {}
-    shots = [s for s in pictures.load(folder) if s.sheet.exists()]
-    return Run(folder, name, config, read_metrics(folder), shots)
+    return Run(folder, name, config, read_metrics(folder), pictures.load(folder))
 
 
 def mean(values: Iterable[float | None]) -> float | None:
