@@ -31,7 +31,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import AutoLocator
 from PIL import Image
 
-from diffalign import TrainConfig, Trainer, algorithms, policies
+from diffalign import TrainConfig, Trainer, algorithms, pictures, policies
 from diffalign.algorithms import Needs
 from diffalign.curves import panels, picture
 from diffalign.decoding import write_atomic
@@ -189,6 +189,7 @@ def run(config: TrainConfig, budget: int) -> None:
         **{name: total(name) for name in COSTS},
         "before": {k: v for k, v in evaluated[0].items() if k.startswith("eval/")},
         "after": {k: v for k, v in evaluated[-1].items() if k.startswith("eval/")},
+        "changes": changes(folder),
         "emoji_eval": emoji_eval(trainer.policy),
         "over_optimised": [row["step"] for row in evaluated if row.get("over_optimised")],
         "curve": [
@@ -197,6 +198,17 @@ def run(config: TrainConfig, budget: int) -> None:
         ],
     }  # fmt: skip
     write_atomic(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def changes(folder: Path) -> dict[str, list[float]]:
+    """How much reward and judge of every held-out prompt changed from the first evaluation to the
+    last, in the mean of its pictures, which are drawn from the same noise in both."""
+    seen = pictures.load(folder)
+    first, last = (
+        {k: np.mean(np.array(e.scores[k], float), 1) for k in ("reward", "judge")}
+        for e in (seen[0], seen[-1])
+    )
+    return {k: np.round(last[k] - first[k], 5).tolist() for k in first}
 
 
 def base(model: str, runs: Path) -> dict[str, float]:
@@ -220,6 +232,12 @@ def cell(values: Iterable[float], digits: int) -> str:
     if min(values) == max(values):
         return text
     return f"{text} [{min(values):,.{digits}f}, {max(values):,.{digits}f}]"
+
+
+def paired(results: Iterable[Mapping[str, Any]]) -> str:
+    """Mean change of the judge, over prompts and seeds, and its standard error over the prompts."""
+    change = np.mean([r["changes"]["judge"] for r in results], 0)
+    return f"{change.mean():+.4f} ± {change.std(ddof=1) / len(change) ** 0.5:.4f}"
 
 
 def report(runs: Path, budget: int, out: Path) -> None:
@@ -318,7 +336,8 @@ def markdown(
     lines = [
         f"**{Path(model).name}**: {budget:,} denoiser calls, seed{'s' if len(seeds) > 1 else ''} "
         f"{', '.join(map(str, seeds))}, {' or '.join(map(str, threads))} thread(s) a run; mean "
-        "[least, most] over the seeds, on held-out prompts, the best judge first.",
+        "[least, most] over the seeds, on held-out prompts, the best judge first; in brackets its "
+        "change ± the standard error over the prompts, paired.",
         "",
         f"| | {' | '.join(names)} |",
         "|---" * (len(names) + 1) + "|",
@@ -332,6 +351,7 @@ def markdown(
     for name in sorted(board, key=judged, reverse=True):
         after = [columns(r["after"], r["emoji_eval"]) for r in board[name]]
         cells = [cell((a[k] for a in after), 4) for k in QUALITIES]
+        cells[list(QUALITIES).index("eval/judge")] += f" ({paired(board[name])})"
         cells += [cell((r[k] for r in board[name]), 0) for k in COSTS]
         fewer = "" if len(after) == len(seeds) else f" ({len(after)} of {len(seeds)} seeds)"
         lines.append(f"| {name}{fewer} | {' | '.join(cells)} |")
