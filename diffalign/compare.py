@@ -243,11 +243,13 @@ def _as_evaluated(run: Sequence[str]) -> dict[str, Any]:
     path = Path(run[0]) / "config.yaml" if run else None
     config = read_yaml(path) if path is not None and path.exists() else {}
     model, evaluation = config.get("model", {}), config.get("eval", {})
+    sampler = config.get("sampler", {})  # what the evaluation does not say is the sampler's
+    guidance = evaluation.get("guidance")
     return {
         "model": model.get("name", "assets/emoji-sd"),
         "merge_lora": model.get("merge_lora"),
         "resolution": model.get("resolution"),
         "dtype": model.get("dtype", "float32"),
-        "steps": evaluation.get("steps", 20),
-        "guidance": evaluation.get("guidance", 3.0),
+        "steps": evaluation.get("steps") or sampler.get("steps", 20),
+        "guidance": sampler.get("guidance", 3.0) if guidance is None else guidance,
     }

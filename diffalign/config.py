@@ -167,16 +167,16 @@ class OptimConfig:
 
 @dataclass
 class EvalConfig:
-    every: int = 10
+    every: int = 20
     """epochs; 0 = only before and after"""
     prompts: str | None = "assets/emoji-world/prompts/held_out.txt"
     """held-out prompts, as data.prompts; null = no evaluation"""
     images_per_prompt: int = 2
-    """images per held-out prompt"""
-    steps: int = 20
-    """denoising steps"""
-    guidance: float = 3.0
-    """classifier-free guidance scale"""
+    """images per held-out prompt; one alone has no diversity"""
+    steps: int | None = None
+    """denoising steps; null = sampler.steps"""
+    guidance: float | None = None
+    """classifier-free guidance scale; null = sampler.guidance"""
     rewards: dict[str, Any] = field(default_factory=dict)
     """held-out judges, never trained on; written as rewards"""
     guard: str = "warn"
@@ -213,6 +213,16 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.algorithm = {"type": "ddpo", **self.algorithm}
+
+    @property
+    def eval_steps(self) -> int:
+        """Denoising steps of the evaluations."""
+        return self.sampler.steps if self.eval.steps is None else self.eval.steps
+
+    @property
+    def eval_guidance(self) -> float:
+        """Guidance scale of the evaluations."""
+        return self.sampler.guidance if self.eval.guidance is None else self.eval.guidance
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:

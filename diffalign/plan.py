@@ -171,8 +171,8 @@ class Plan:
         last = rows - (chunks - 1) * size
         ragged = "" if last == size else f", the last of {last}"
         evaluations = len(self.eval_prompts) * c.eval.images_per_prompt
-        eval_branches = 2 if self.uses_cfg and c.eval.guidance > 1 else 1
-        eval_calls = evaluations * c.eval.steps * eval_branches
+        eval_branches = 2 if self.uses_cfg and c.eval_guidance > 1 else 1
+        eval_calls = evaluations * c.eval_steps * eval_branches
         rank = c.model.lora_rank
         distance = 2 * evaluations * eval_branches if rank else 0  # to the base model
         sampled, learned = (
