@@ -167,7 +167,7 @@ def test_report_of_a_run(tmp_path):
         ),
         (
             {1: "improved"},
-            "No significant change (at the last of 4 evaluations): the held-out reward neither rose",
+            "No significant change (at the last of 4 evaluations): the held-out reward neither",
         ),
         (
             {3: "over_optimised", 4: "over_optimised"},
