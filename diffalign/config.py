@@ -180,9 +180,9 @@ class EvalConfig:
     rewards: dict[str, Any] = field(default_factory=dict)
     """held-out judges, never trained on; written as rewards"""
     guard: str = "warn"
-    """off | warn | stop when the reward rises while a judge or the diversity falls"""
+    """off | warn | stop when a run is over-optimised, has collapsed or failed"""
     guard_drop: float = 2.0
-    """fall of a judge from its best that counts, in standard errors of the difference"""
+    """standard errors of a fall that counts; over a whole run that is unchanged Φ(-x): 2.3 % for 2"""
     guard_diversity: float = 0.7
     """diversity that is too low, as a share of the base model's"""
     grid_prompts: int = 8

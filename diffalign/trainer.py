@@ -34,6 +34,7 @@ from .prompts import Prompt, PromptSampler, for_rewards
 from .rollout import Sampling, Surrogate, rollout, sample_seed
 from .scoring import Scorer
 from .tracking import Meter, Tracker
+from .verdict import VERDICTS, WARNINGS
 from .windows import window
 
 # |ratio - 1| of a stored log-probability before any update; above it, rollout and training disagree
@@ -195,7 +196,8 @@ class Trainer:
                     metrics |= after
                     if self.plan.eval_prompts and c.eval.guard != "off":
                         wrong = self._guarded()
-                        metrics["over_optimised"] = float(bool(wrong))
+                        verdict = self.evaluation.guard.verdict
+                        metrics |= {name: float(name == verdict) for name in VERDICTS}
                 self.tracker.log(self.epoch, metrics)
                 self.complete = self._state()
                 done = done or bool(wrong and c.eval.guard == "stop")
@@ -374,8 +376,8 @@ class Trainer:
                 tqdm.write(f"epoch {self.epoch}: no {report.NAME}, {error!r}")
 
     def _guarded(self) -> list[str]:
-        """What the last evaluation shows to be over-optimised; keeps the best weights by the
-        judges in best/."""
+        """What the guard finds wrong at the last evaluation; keeps the best weights by the judges
+        in best/."""
         wrong = self.evaluation.wrong()
         if self.evaluation.guard.is_best and self.main:
             self._save_weights(self.dir / "best")
@@ -391,7 +393,8 @@ class Trainer:
                 )
             )
             what = "stopped" if self.config.eval.guard == "stop" else "going on"
-            tqdm.write(f"epoch {self.epoch}: over-optimised, {'; '.join(wrong)}; {what}, {kept}")
+            verdict = WARNINGS[self.evaluation.guard.verdict or ""]
+            tqdm.write(f"epoch {self.epoch}: {verdict}, {'; '.join(wrong)}; {what}, {kept}")
         return wrong
 
     def _parts(self) -> dict[str, Any]:
