@@ -250,8 +250,10 @@ class TrainConfig:
         return copy.deepcopy(draccus.encode(self))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the complete configuration as YAML, atomically."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        """Writes the complete configuration as YAML, atomically, without secrets."""
+        from rewards.redaction import redact  # late: with it come torch and the models
+
+        text = yaml.safe_dump(redact(self.to_dict()), sort_keys=False, allow_unicode=True)
         write_atomic(path, text.encode())
 
     def check(self, advantages: bool = True) -> None:

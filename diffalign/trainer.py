@@ -318,12 +318,8 @@ class Trainer:
             return {}
         images = self._gather(torch.stack([image for image, _ in pictures]))
         everyone = [p for part in gather_object([[p for _, p in pictures]]) for p in part]
-        figures = {}
-        for name, part in self.reward.parts.items():
-            if part.learns:
-                found = part.learn(images, *for_rewards(everyone))
-                figures |= {f"reward/{name}/{k}": v for k, v in found.items()}
-        return figures
+        learned = self.reward.learn(images, *for_rewards(everyone))
+        return {f"reward/{name}/{k}": v for name, part in learned.items() for k, v in part.items()}
 
     def _constrain(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Move the multipliers of rewards with a bound by their means over the epoch."""

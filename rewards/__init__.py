@@ -35,6 +35,7 @@ from .jpeg import Jpeg, jpeg_kilobytes
 from .ocr import OCR
 from .pickscore import PickScore
 from .preprocess import clip_pixels
+from .redaction import redact, refuse_secrets
 from .remote import Remote
 from .similarity import Similarity
 from .vlm import VLM
@@ -66,6 +67,7 @@ __all__ = [
     "evaluate",
     "from_arguments",
     "jpeg_kilobytes",
+    "redact",
 ]
 
 REGISTRY: dict[str, Callable[..., Reward]] = {
@@ -189,6 +191,7 @@ def _parse(spec: Spec) -> list[_Part]:
         if any(label == part.label for part in parts):
             raise ValueError(f"two rewards are called {label!r}; give one a label and a `type`")
         try:
+            refuse_secrets(options)
             weight, floor, augment = _common(options)
             target = _resolve(kind) if isinstance(kind, str) else kind
             _check_options(target, options)
