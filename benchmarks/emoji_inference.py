@@ -159,7 +159,8 @@ def tune(models: Sequence[str], methods: Sequence[str]) -> None:
 
 def report(runs: Path, out: Path) -> None:
     """The table of all finished runs, a row for each model and method, means over seeds; in
-    brackets the change from the method's own plain pictures."""
+    brackets the change from the method's own plain pictures; ± is the spread over the seeds. The
+    runs themselves are kept beside it."""
     found = [json.loads(p.read_text("utf-8")) for p in sorted(runs.glob("*.json"))]
     heads = ["", "reward", "gain", "judge", "EmojiEval", "denoiser calls", "reward calls", "s"]
     lines = []
@@ -173,11 +174,13 @@ def report(runs: Path, out: Path) -> None:
             after = [statistics.fmean(r["best"][k] for r in mine) for k in KEYS]
             if not rows:
                 rows.append(["plain", f"{before[0]:.3f}", "", *(f"{x:.3f}" for x in before[1:])])
-            gains = [r["best"]["reward"] - r["plain"]["reward"] for r in mine]
-            gain = f"{statistics.fmean(gains):+.3f}"
-            if len(gains) > 1:
-                gain += f" ± {statistics.stdev(gains):.3f}"
-            others = [f"{b:.3f} ({b - a:+.3f})" for a, b in zip(before, after, strict=True)][1:]
+            changes = []
+            for k in KEYS:
+                each = [r["best"][k] - r["plain"][k] for r in mine]
+                spread = f" ± {statistics.stdev(each):.3f}" if len(each) > 1 else ""
+                changes.append(f"{statistics.fmean(each):+.3f}{spread}")
+            gain = changes[0]
+            others = [f"{b:.3f} ({c})" for b, c in zip(after, changes, strict=True)][1:]
             costs = [
                 f"{statistics.fmean(r[k] for r in mine):.{d}f}"
                 for k, d in (("denoiser_calls", 0), ("reward_calls", 0), ("seconds", 1))
@@ -192,6 +195,7 @@ def report(runs: Path, out: Path) -> None:
             lines += [f"| {' | '.join(row + [''] * (len(heads) - len(row)))} |" for row in rows]
             lines.append("")
     write_atomic(out, ("\n".join(lines).rstrip() + "\n").encode())
+    write_atomic(out.with_suffix(".json"), (json.dumps(found, indent=1) + "\n").encode())
     print("\n".join(lines))
 
 
