@@ -340,6 +340,28 @@ def markdown(
         cells += [cell((r[k] for r in board[name]), 0) for k in COSTS]
         fewer = "" if len(after) == len(seeds) else f" ({len(after)} of {len(seeds)} seeds)"
         lines.append(f"| {name}{fewer} | {' | '.join(cells)} |")
+    return [*lines, "", *gains(board)]
+
+
+def gains(board: Mapping[str, list[Any]]) -> list[str]:
+    """How each run came to its reward: a table of its evaluations."""
+    lines = [
+        "The gain in reward on the way, after so many denoiser calls; the pictures scored by the "
+        "first of these evaluations; and how many of them the guard flagged.",
+        "",
+        "| seed | run | gain | pictures | flagged |",
+        "|---|---|---|---|---|",
+    ]
+    for r in (r for name in sorted(board) for r in board[name]):
+        start, *points = r["curve"]
+        way = ", ".join(
+            f"{p['denoiser_calls']:,.0f}: {p['eval/reward'] - start['eval/reward']:+.3f}"
+            for p in points
+        )
+        epochs = round(r["epochs"] * points[0]["denoiser_calls"] / r["denoiser_calls"])
+        scored = f"{epochs * r['reward_calls'] / r['epochs']:.0f}"
+        flagged = f"{len(r['over_optimised'])} of {len(points)}"
+        lines.append(f"| {r['seed']} | {r['algorithm']} | {way} | {scored} | {flagged} |")
     return [*lines, ""]
 
 
