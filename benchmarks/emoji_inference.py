@@ -148,6 +148,7 @@ def run(
         hits = [all(found.values()) for found in findings(images, list(texts))]
         each["overall"] = [weights[k] * hit for k, hit in zip(kinds, hits, strict=True)]
         means = {k: statistics.fmean(v) for k, v in each.items()}
+        each = {k: [round(x, 4) for x in v] for k, v in each.items()}
         out[side] = table(images, texts) | means | {"each": each}
     for cost in ("denoiser_calls", "reward_calls", "seconds"):
         out[cost] = statistics.fmean(r.trace[-1][cost] for r in sides["best"])
@@ -207,7 +208,7 @@ def report(runs: Path, out: Path) -> None:
             lines += [f"| {' | '.join(row + [''] * (len(heads) - len(row)))} |" for row in rows]
             lines.append("")
     write_atomic(out, ("\n".join(lines).rstrip() + "\n").encode())
-    write_atomic(out.with_suffix(".json"), (json.dumps(found, indent=1) + "\n").encode())
+    write_atomic(out.with_suffix(".json"), (json.dumps(found) + "\n").encode())
     print("\n".join(lines))
 
 
