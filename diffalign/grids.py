@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Union
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from diffalign.decoding import write_atomic
+from diffalign.decoding import to_json, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +51,7 @@ def save_png(
 
     info = PngInfo()
     if metadata is not None:
-        info.add_text("diffalign", json.dumps(redact(metadata), default=str))
+        info.add_text("diffalign", to_json(redact(metadata)))
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=info)
     write_atomic(path, data.getvalue())
