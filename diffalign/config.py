@@ -156,7 +156,8 @@ class OptimConfig:
     """passes over a rollout"""
     gradients: str = "sum"
     """several rewards, reward gradients: sum | normalised (each of equal length) | pcgrad (without
-    what conflicts) | min_norm (no reward falls), picture by picture; see rewards.gradients"""
+    what conflicts) | min_norm (none falls, to first order), picture by picture; rewards.gradients
+    says more"""
     seed: int = 0
     """of prompts, noise and LoRA initialisation"""
     checkpoint_every: int = 10

@@ -2,9 +2,10 @@
 
     diffalign eval MODEL [MODEL ...] [--lora RUN] [--split train|held_out]
 
-448 fixed prompts a split; those of `held_out` ask for combinations that no model was trained on
-(`scenes.held_out`). A picture succeeds when the verifier confirms everything its prompt says; the
-score of a category is the share that succeeds, the overall score the mean of the six.
+448 fixed prompts in the split `train`, 444 in `held_out`; the latter ask for combinations that no
+denoiser was trained on (`scenes.held_out`). A picture succeeds when the verifier confirms
+everything its prompt says; the score of a category is the share that succeeds, the overall score
+the mean of the six.
 """
 
 from __future__ import annotations
