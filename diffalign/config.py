@@ -118,7 +118,8 @@ class AdvantageConfig:
     baseline: str = "group"
     """group | tracker (DDPO's per-prompt buffer)"""
     std: str = "global"
-    """what a group's rewards are divided by: group | global (only for baseline=group)"""
+    """what a group's rewards are divided by: group | global (only for baseline=group; combine=gdpo
+    always has the group's)"""
     combine: str = "sum"
     """several rewards: sum (advantages of their weighted sum) | normalised (weighted mean of the
     advantages of each) | gdpo (that, divided by its standard deviation over the epoch)"""
@@ -139,7 +140,7 @@ class OptimConfig:
     lr_schedule: str = "constant"
     """constant, or linear | cosine from train.lr to 0 over the run"""
     warmup: int = 0
-    """optimiser steps over which the learning rate rises from 0"""
+    """optimiser steps over which the learning rate rises: the first has 1/warmup of it"""
     optimizer: str = "adamw"
     """adamw | adamw8bit (bitsandbytes, CUDA)"""
     ema: float = 0.0
@@ -153,7 +154,7 @@ class OptimConfig:
     updates_per_epoch: int = 1
     """optimiser steps per rollout; must divide the groups*group_size samples"""
     inner_epochs: int = 1
-    """passes over a rollout"""
+    """passes over a rollout; reward gradients draw its samples again, from the same noise"""
     gradients: str = "sum"
     """several rewards, reward gradients: sum | normalised (each of equal length) | pcgrad (without
     what conflicts) | min_norm (none falls, to first order), picture by picture; rewards.gradients

@@ -13,7 +13,7 @@ import rewards as reward_library
 
 from . import algorithms, policies, prompts, windows
 from .algorithms import Needs
-from .config import TrainConfig
+from .config import SamplerConfig, TrainConfig
 from .decoding import ConfigError
 from .optimisation import check_optimizer
 from .prompts import Prompt, PromptSampler, for_judges, for_rewards
@@ -93,23 +93,23 @@ class Plan:
         if algorithm.needs is Needs.FINAL:
             algorithm.check_levels(config.sampler.steps)
             if config.sampler.same_noise and not any(stochastic):
+                reason, remedy = _without_chance(config.sampler)
                 raise ConfigError(
-                    "sampler.same_noise=true makes all images of a prompt alike where sampling is "
-                    "deterministic; raise sampler.eta with a stochastic sampler.kernel"
+                    "sampler.same_noise=true makes all images of a prompt alike, since "
+                    f"{reason}; {remedy}, or same_noise=false"
                 )
         if trajectory and not any(stochastic):
-            raise ConfigError(
-                f"sampler.kernel={config.sampler.kernel} with sampler.eta={config.sampler.eta:g} "
-                "is deterministic, and a policy gradient needs chance; raise sampler.eta"
-            )
+            reason, remedy = _without_chance(config.sampler)
+            raise ConfigError(f"{reason}, and a policy gradient needs chance; {remedy}")
         if trajectory:
             low, high = windows.bounds(config.sampler, stochastic)
             size, places = config.data.group_size, high - low
-            around = size // places, size // places + 1
-            if config.sampler.window_schedule == "branch" and size % places:
+            each = max(2, size // places)  # one image of a step has none to be compared with
+            if config.sampler.window_schedule == "branch" and size != each * places:
                 raise ConfigError(
-                    f"data.group_size={size} is not a multiple of the {places} steps that branch; "
-                    f"use {' or '.join(str(k * places) for k in around if k)}"
+                    f"data.group_size={size} does not give every one of the {places} steps that "
+                    "branch the same number of images, 2 or more to compare; use "
+                    f"{each * places} or {(each + 1) * places}, or a shorter sampler.window_range"
                 )
         return cls(
             config, algorithm, rewards, data, held_out, stochastic, shape, uses_cfg, processes
@@ -140,6 +140,7 @@ class Plan:
         draws = [self.algorithm.surrogate(steps, generator) for _ in range(2000)]
         active = sum(len(d.active) for d in draws) / len(draws)
         sampled = sum(steps if d.at is None else d.at for d in draws) / len(draws)
+        sampled *= c.train.inner_epochs  # every update draws its own
         learned = sum(
             (1 + d.renoised) * len(d.active) * (1 + frozen) + d.renoised + (d.at is not None)
             for d in draws
@@ -181,7 +182,8 @@ class Plan:
         )
         latent = math.prod(self.latent_shape)
         trained_weights = f"LoRA rank {rank}" if rank else "all weights of the denoiser"
-        stored = n * (c.sampler.steps + 1) * latent * 4 / 2**20
+        kept = share if needs is Needs.GRADIENT else n  # those of one update
+        stored = kept * (c.sampler.steps + 1) * latent * 4 / 2**20
         most, epochs = c.train.max_denoiser_calls, c.train.epochs
         if most is not None:
             epochs = min(epochs, math.ceil(most / self.calls_per_epoch))
@@ -206,6 +208,18 @@ class Plan:
             f"memory     {stored:.1f} MiB of stored trajectories, beside model and activations",
         ]
         return "\n".join(lines)
+
+
+def _without_chance(sampler: SamplerConfig) -> tuple[str, str]:
+    """Why no step of a sampler is stochastic, and what to do."""
+    kernel = sampler.kernel
+    if kernel == "ode":
+        remedy = "use ddim or cps, or for a flow model flow_sde"
+        return "sampler.kernel=ode is deterministic", remedy
+    if sampler.eta == 0:
+        return f"sampler.eta=0 makes sampler.kernel={kernel} deterministic", "raise sampler.eta"
+    reason = f"sampler.steps={sampler.steps} is the last step alone, which sampler.kernel={kernel}"
+    return f"{reason} takes without noise", "use 2 steps or more"
 
 
 def _with_options(rewards: Mapping[Any, Any], configured: Mapping[str, Any]) -> dict[Any, Any]:

@@ -31,7 +31,7 @@ from .learning import Learner, Rollout
 from .optimisation import Optimisation
 from .plan import Plan
 from .prompts import Prompt, PromptSampler, for_rewards
-from .rollout import Sampling, Surrogate, rollout, sample_seed
+from .rollout import Sampling, rollout, sample_seed
 from .scoring import Scorer
 from .tracking import Meter, Tracker
 from .verdict import VERDICTS, WARNINGS
@@ -245,7 +245,7 @@ class Trainer:
         start, calls = time.time(), self.policy.calls
         scored, scoring = self.reward.images, self.reward.seconds
         plans = self.learner.surrogates(epoch)
-        data = self._sample(epoch, plans)
+        data = self._sample(epoch)
         if plans:
             meter, rewards, pictures = self.learner.from_gradients(epoch, data, plans)
             metrics = self._reward_metrics(rewards.pop(""), rewards)
@@ -277,11 +277,14 @@ class Trainer:
             "seconds": time.time() - start,
         }
 
-    def _sample(self, epoch: int, plans: Sequence[Surrogate]) -> Rollout:
-        """This process's trajectories of an epoch, as far as `plans` ask for them."""
+    def _sample(self, epoch: int) -> Rollout:
+        """This process's samples of an epoch; their trajectories too, but for GRADIENT."""
         c, needs, seed = self.config, self.algorithm.needs, self.config.train.seed
         keys = [(epoch, i, j) for i in self._prompt_ids(epoch) for j in range(c.data.group_size)]
         batch = [self.plan.train_prompts[i] for _, i, _ in keys]
+        cond = self.policy.encode([p.text for p in batch])
+        if needs is Needs.GRADIENT:
+            return Rollout(batch, keys, cond)
         options: dict[str, Any] = {"means": self.algorithm.stores_means}
         if needs is Needs.TRAJECTORY:
             images = [j for *_, j in keys]
@@ -289,15 +292,9 @@ class Trainer:
         options["store"] = needs is not Needs.FINAL
         if c.sampler.same_noise:
             options["initial"] = [sample_seed(seed, epoch, i, "start") for _, i, _ in keys]
-        ends = [p.at for p in plans if p.at is not None]
-        if ends and len(ends) == len(plans):  # no update looks beyond
-            options["until"] = max(ends)
-        cond = self.policy.encode([p.text for p in batch])
         seeds = [sample_seed(seed, *key) for key in keys]
         drawn_by = self.algorithm.sampled_by
         how = self.policy, cond, self.sampling, seeds, c.sampler.batch
-        if needs is Needs.GRADIENT:
-            return Rollout(batch, keys, cond, rollout(*how, **options))
         with (
             Scorer(self.policy, self.reward, batch, c.data.group_size) as scorer,
             self.policy.adapter(drawn_by) if drawn_by else nullcontext(),
