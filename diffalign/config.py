@@ -184,7 +184,7 @@ class EvalConfig:
     guard: str = "warn"
     """off | warn | stop when a run is over-optimised, has collapsed or failed"""
     guard_drop: float = 2.0
-    """standard errors of a fall that counts; over a whole run that is unchanged Φ(-x): 2.3 % for 2"""
+    """evidence that counts, in standard errors: Φ(-x) of unchanged runs are flagged, 2.3 % for 2"""
     guard_diversity: float = 0.7
     """diversity that is too low, as a share of the base model's"""
     grid_prompts: int = 8

@@ -386,7 +386,7 @@ class Trainer:
                 )
             )
             what = "stopped" if self.config.eval.guard == "stop" else "going on"
-            verdict = WARNINGS[self.evaluation.guard.verdict or ""]
+            verdict = WARNINGS[self.evaluation.guard.verdict]
             tqdm.write(f"epoch {self.epoch}: {verdict}, {'; '.join(wrong)}; {what}, {kept}")
         return wrong
 
