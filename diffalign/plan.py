@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 import rewards as reward_library
 
 from . import algorithms, policies, prompts, windows
-from .algorithms import Needs
+from .algorithms import Algorithm, Needs
 from .config import SamplerConfig, TrainConfig
 from .decoding import ConfigError
 from .optimisation import check_optimizer
@@ -40,11 +40,14 @@ class Plan:
         cls,
         config: TrainConfig,
         rewards: Mapping[Any, Any] | None = None,
-        train_prompts: Sequence[str] | None = None,
+        train_prompts: Sequence[str | Prompt] | None = None,
         processes: int = 1,
+        algorithm: Algorithm | Mapping[str, Any] | str | None = None,
     ) -> Plan:
-        """Check `config` as a whole. Raises ConfigError or ValueError, one clear message."""
-        algorithm: Any = algorithms.build(config.algorithm)
+        """Check `config` as a whole. Raises ConfigError or ValueError, one clear message.
+
+        `rewards`, `train_prompts` and `algorithm` stand in place of the config's, see `Trainer`."""
+        config, algorithm = _with_algorithm(config, algorithm)
         gradient = algorithm.needs is Needs.GRADIENT
         config.check(advantages=not gradient)
         if config.data.groups % processes:
@@ -63,14 +66,12 @@ class Plan:
         check_trackers(config.log.trackers)
         check_optimizer(config.train.optimizer)
         policies.check(config.model.name)
-        data = (
-            [Prompt(p) for p in train_prompts]
-            if train_prompts is not None
-            else prompts.load(config.data.prompts)
-        )
+        data = prompts.load(config.data.prompts) if train_prompts is None else given(train_prompts)
         PromptSampler(len(data), config.data.groups)
         held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
         reward_library.check(rewards, *for_rewards(data + held_out))
+        if gradient:
+            reward_library.check_gradient(rewards)
         if config.eval.rewards:
             reward_library.check(config.eval.rewards, *for_judges(held_out))
         model = config.model
@@ -220,6 +221,40 @@ def _without_chance(sampler: SamplerConfig) -> tuple[str, str]:
         return f"sampler.eta=0 makes sampler.kernel={kernel} deterministic", "raise sampler.eta"
     reason = f"sampler.steps={sampler.steps} is the last step alone, which sampler.kernel={kernel}"
     return f"{reason} takes without noise", "use 2 steps or more"
+
+
+def given(texts: Sequence[str | Prompt]) -> list[Prompt]:
+    """Prompts as passed in Python. Raises ConfigError."""
+    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
+        raise ConfigError(
+            f"prompts={texts!r} is no list of texts; give one, or set data.prompts to a file"
+        )
+    found = [Prompt(p) if isinstance(p, str) else p for p in texts]
+    for i, prompt in enumerate(found):
+        if not isinstance(prompt, Prompt) or not prompt.text.strip():
+            raise ConfigError(
+                f"prompts[{i}]={prompt!r} is no text; give strings, or diffalign.prompts.Prompt "
+                "for one with metadata"
+            )
+    return found
+
+
+def _with_algorithm(config: TrainConfig, given: Any) -> tuple[TrainConfig, Any]:
+    """The algorithm, and the config that names it."""
+    if given is None:
+        return config, algorithms.build(config.algorithm)
+    if isinstance(given, str):
+        given = {"type": given}
+    if isinstance(given, Mapping):
+        config = replace(config, algorithm=dict(given))
+        return config, algorithms.build(config.algorithm)
+    if isinstance(given, type):
+        raise ConfigError(
+            f"algorithm={given.__name__} is a class; give {given.__name__}(...), or its name"
+        )
+    algorithms.check(given)
+    named = {"type": algorithms.name_of(given), **asdict(given)}
+    return replace(config, algorithm=named), given
 
 
 def _with_options(rewards: Mapping[Any, Any], configured: Mapping[str, Any]) -> dict[Any, Any]:

@@ -27,7 +27,7 @@ from .aesthetic import Aesthetic
 from .augment import Augmented
 from .base import FunctionReward, Reward, RewardError, call_parameters, callable_name, evaluate
 from .clip import Clip
-from .combine import Ensemble, Floor, WeightedSum, applies
+from .combine import Ensemble, Floor, WeightedSum, applies, no_gradient
 from .composition import Composition
 from .hps import HPS
 from .imagereward import ImageReward
@@ -63,9 +63,11 @@ __all__ = [
     "WeightedSum",
     "build",
     "check",
+    "check_gradient",
     "clip_pixels",
     "evaluate",
     "from_arguments",
+    "gradients_of",
     "jpeg_kilobytes",
     "redact",
 ]
@@ -137,6 +139,33 @@ def check(
                 judge.check_prompts([p for p, _ in own], [m for _, m in own])
             except ValueError as error:
                 raise ValueError(f"rewards.{part.label}: {error}") from error
+
+
+def check_gradient(spec: Spec) -> None:
+    """Raise ValueError for a reward that cannot have a gradient to the pixels, as
+    ``WeightedSum.require_differentiable`` does once it is loaded; one of weight 0 needs none."""
+    known = gradients_of(spec)
+    for part in _parse(spec):
+        if part.weight != 0 and known[part.label] is False:
+            raise ValueError(no_gradient(part.label, getattr(part.target, "func", part.target)))
+
+
+def gradients_of(spec: Spec) -> dict[str, bool | None]:
+    """Whether each reward is differentiable, by its label; None where that shows only once it is
+    loaded. Nothing is loaded."""
+    return {part.label: _has_gradient(part) for part in _parse(spec)}
+
+
+def _has_gradient(part: _Part) -> bool | None:
+    target = part.target
+    if not _is_factory(target):
+        return bool(getattr(target, "differentiable", False))
+    factory = getattr(target, "func", target)  # the class inside a functools.partial
+    if not issubclass(factory, Reward):
+        return getattr(factory, "differentiable", None) or None
+    known = factory.has_gradient(**part.options)
+    # a class of one's own may set it when it is made
+    return known if known or target in REGISTRY.values() else None
 
 
 def from_arguments(texts: Sequence[str]) -> dict[str, dict]:
