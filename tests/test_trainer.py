@@ -190,7 +190,7 @@ def test_resume_is_the_same_run(make, algorithm):
 
     def trained(trainer):
         return [
-            {k: v for k, v in r.items() if not k.startswith(("eval/", "over"))}
+            {k: v for k, v in r.items() if not k.startswith("eval/") and k not in VERDICTS}
             for r in rows_of(trainer)
         ]
 
