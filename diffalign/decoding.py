@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import os
 import re
 import types
@@ -74,6 +76,35 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_file(path: str | os.PathLike[str], option: str) -> None:
+    """Refuse, before the work, a file that cannot be written. Raises `ConfigError`."""
+    if Path(path).is_dir():
+        raise ConfigError(f"{option} {str(path)!r} is a folder; give the name of a file in it")
+    check_folder(Path(path).parent, option)
+
+
+def check_folder(path: str | os.PathLike[str], option: str) -> None:
+    """Refuse a folder that cannot be made, or not be written to. Raises `ConfigError`."""
+    there = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{option}: {there} is a file, and no folder to write to; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option}: the folder {there} cannot be written to; choose another")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON, which has no NaN and no infinity: they are null. What it does not know is a string."""
+    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def decode(

@@ -112,7 +112,7 @@ class Tracker:
         run_dir: folder of the run; made if missing.
         trackers: names of external trackers; they need `accelerator`, made with `log_with=trackers`
             and, for TensorBoard, a `project_dir`.
-        config: nested settings, for the external trackers.
+        config: nested settings, for the external trackers; secrets are left out.
         accelerator: an `accelerate.Accelerator`; None = a single process.
         resume_step: rows of later steps are dropped, so that a resumed run writes them again. None
             starts anew; the metrics of an earlier run are kept as metrics.previous.*.
@@ -137,7 +137,9 @@ class Tracker:
         self.rows: list[dict[str, Any]] = []
         self.columns = ["step"]
         if self.accelerator is not None:
-            self.accelerator.init_trackers("diffalign", config=_flat(config or {}))
+            from rewards.redaction import redact  # late: with it come torch and the models
+
+            self.accelerator.init_trackers("diffalign", config=_flat(redact(config or {})))
         if not self.main:
             return
         self.dir.mkdir(parents=True, exist_ok=True)

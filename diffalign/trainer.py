@@ -34,6 +34,7 @@ from .prompts import Prompt, PromptSampler, for_rewards
 from .rollout import Sampling, Surrogate, rollout, sample_seed
 from .scoring import Scorer
 from .tracking import Meter, Tracker
+from .verdict import VERDICTS, WARNINGS
 from .windows import window
 
 # |ratio - 1| of a stored log-probability before any update; above it, rollout and training disagree
@@ -195,7 +196,8 @@ class Trainer:
                     metrics |= after
                     if self.plan.eval_prompts and c.eval.guard != "off":
                         wrong = self._guarded()
-                        metrics["over_optimised"] = float(bool(wrong))
+                        verdict = self.evaluation.guard.verdict
+                        metrics |= {name: float(name == verdict) for name in VERDICTS}
                 self.tracker.log(self.epoch, metrics)
                 self.complete = self._state()
                 done = done or bool(wrong and c.eval.guard == "stop")
@@ -316,12 +318,8 @@ class Trainer:
             return {}
         images = self._gather(torch.stack([image for image, _ in pictures]))
         everyone = [p for part in gather_object([[p for _, p in pictures]]) for p in part]
-        figures = {}
-        for name, part in self.reward.parts.items():
-            if part.learns:
-                found = part.learn(images, *for_rewards(everyone))
-                figures |= {f"reward/{name}/{k}": v for k, v in found.items()}
-        return figures
+        learned = self.reward.learn(images, *for_rewards(everyone))
+        return {f"reward/{name}/{k}": v for name, part in learned.items() for k, v in part.items()}
 
     def _constrain(self, metrics: Mapping[str, float]) -> dict[str, float]:
         """Move the multipliers of rewards with a bound by their means over the epoch."""
@@ -374,8 +372,8 @@ class Trainer:
                 tqdm.write(f"epoch {self.epoch}: no {report.NAME}, {error!r}")
 
     def _guarded(self) -> list[str]:
-        """What the last evaluation shows to be over-optimised; keeps the best weights by the
-        judges in best/."""
+        """What the guard finds wrong at the last evaluation; keeps the best weights by the judges
+        in best/."""
         wrong = self.evaluation.wrong()
         if self.evaluation.guard.is_best and self.main:
             self._save_weights(self.dir / "best")
@@ -391,7 +389,8 @@ class Trainer:
                 )
             )
             what = "stopped" if self.config.eval.guard == "stop" else "going on"
-            tqdm.write(f"epoch {self.epoch}: over-optimised, {'; '.join(wrong)}; {what}, {kept}")
+            verdict = WARNINGS[self.evaluation.guard.verdict or ""]
+            tqdm.write(f"epoch {self.epoch}: {verdict}, {'; '.join(wrong)}; {what}, {kept}")
         return wrong
 
     def _parts(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .redaction import redact, refuse_secrets
 from .registry import Registry
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ __all__ = [
     "evaluate",
     "from_arguments",
     "jpeg_kilobytes",
+    "redact",
 ]
 
 REGISTRY: Mapping[str, Callable[..., Reward]] = Registry(
@@ -235,6 +237,7 @@ def _parse(spec: Spec) -> list[_Part]:
         if any(label == part.label for part in parts):
             raise ValueError(f"two rewards are called {label!r}; give one a label and a `type`")
         try:
+            refuse_secrets(options)
             weight, floor, augment = _common(options)
             target = _resolve(kind) if isinstance(kind, str) else kind
             _check_options(target, options)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +90,24 @@ def peek(name: str, steps: int, resolution: int | None = None) -> tuple[Levels, 
 
 def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
     """The diffusers pipeline itself, of a local folder or hub id; merge_lora is added to its
-    weights."""
+    weights.
+
+    It has no safety checker and no watermark, whatever its config says, and says so: they would
+    change finished pictures, which training does not see.
+    """
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     index: Any = DiffusionPipeline.load_config(name)
     # diffusers asks for parts that were saved as none (SD3 without its T5) to be passed as None
-    parts = {key: None for key, value in index.items() if value == [None, None]}
+    parts: dict[str, Any] = {key: None for key, value in index.items() if value == [None, None]}
+    if index["_class_name"] == "StableDiffusionPipeline":
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+        if index.get("safety_checker", [None, None])[1]:
+            _note(f"{name}: drawn without its safety checker, as in training")
+    if index["_class_name"] == "StableDiffusionXLPipeline":
+        parts |= {"add_watermarker": False}
+        if index.get("add_watermarker"):
+            _note(f"{name}: drawn without its watermark, as in training")
     with warnings.catch_warnings():
         # torch_dtype is to become dtype, which our oldest diffusers does not know
         warnings.simplefilter("ignore", FutureWarning)
@@ -100,6 +115,13 @@ def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
     if merge_lora is not None:
         merge(pipe, merge_lora)
     return pipe
+
+
+@cache
+def _note(text: str) -> None:
+    """Say something once, on the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def merge(pipe: Any, lora: str, scale: float = 1.0) -> None:
@@ -131,6 +153,7 @@ def load(
     Raises as `family` does.
     """
     kind = family(name)
+    kind.peek(name, 1, resolution)  # refuses what cannot be drawn before the weights are read
     half = getattr(torch, dtype)
     # in half precision some VAEs overflow
     dtypes = {"default": half, "vae": torch.float32}
@@ -154,6 +177,11 @@ def check_tiny_vae(tiny: str, name: str) -> None:
     if given["_class_name"] != "AutoencoderTiny":
         raise ValueError(f"model.tiny_vae={tiny!r} is a {given['_class_name']}, no AutoencoderTiny")
     vae: Any = AutoencoderKL.load_config(name, subfolder="vae")
+    if vae.get("latents_mean") is not None and vae.get("latents_std") is not None:
+        raise ValueError(
+            f"model.tiny_vae={tiny!r} cannot stand for the VAE of {name!r}, whose latents are "
+            "normalized by latents_mean and latents_std; leave model.tiny_vae out"
+        )
     blocks = len(given["decoder_block_out_channels"]) - 1
     found = given["latent_channels"], given["upsampling_scaling_factor"] ** blocks
     needed = vae["latent_channels"], pixels_per_latent(vae)
