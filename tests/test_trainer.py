@@ -13,6 +13,7 @@ from diffalign.algorithms.ddpo import DDPO
 from diffalign.dynamics import Gaussian
 from diffalign.policies import lora
 from diffalign.tracking import read_metrics
+from diffalign.verdict import VERDICTS
 
 OBJECTS = ["dog", "cat", "apple", "car", "bus", "house", "tree", "star"]
 
