@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import os
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from math import inf
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import draccus
 import yaml
@@ -19,6 +22,28 @@ T = TypeVar("T")
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message is meant for the user as it stands."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The values an option may have: low <= value < high, or low < value with `above`."""
+
+    low: float
+    high: float = inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value < self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
+        return low + (f" and below {self.high:g}" if self.high < inf else "")
+
+
+Count = Annotated[int, Bounds(1)]
+Weight = Annotated[float, Bounds(0)]
+Positive = Annotated[float, Bounds(0, above=True)]
+Share = Annotated[float, Bounds(0, 1)]
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
@@ -51,6 +76,35 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_file(path: str | os.PathLike[str], option: str) -> None:
+    """Refuse, before the work, a file that cannot be written. Raises `ConfigError`."""
+    if Path(path).is_dir():
+        raise ConfigError(f"{option} {str(path)!r} is a folder; give the name of a file in it")
+    check_folder(Path(path).parent, option)
+
+
+def check_folder(path: str | os.PathLike[str], option: str) -> None:
+    """Refuse a folder that cannot be made, or not be written to. Raises `ConfigError`."""
+    there = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{option}: {there} is a file, and no folder to write to; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option}: the folder {there} cannot be written to; choose another")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON, which has no NaN and no infinity: they are null. What it does not know is a string."""
+    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def decode(
@@ -170,6 +224,8 @@ def _numbers(value: Any) -> Any:
 def type_name(hint: Any) -> str:
     """A type in words: "float", "int or null", "one of is, sf"."""
     origin, args = get_origin(hint) or hint, get_args(hint)
+    if origin is Annotated:
+        return type_name(args[0])
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin in (Union, types.UnionType):

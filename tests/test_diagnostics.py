@@ -91,8 +91,7 @@ def step(o):
 def test_learning_rates_are_those_of_the_diffusers_scheduler(schedule, warmup):
     options = {"lr_schedule": schedule, "warmup": warmup}
     optimiser = torch.optim.AdamW([nn.Parameter(torch.ones(1))], 1e-2)
-    name = "constant_with_warmup" if (schedule, warmup) == ("constant", 3) else schedule
-    reference = get_scheduler(name, optimiser, num_warmup_steps=warmup, num_training_steps=12)
+    reference = get_scheduler(schedule, optimiser, num_warmup_steps=warmup, num_training_steps=12)
     expected = []
     for _ in range(12):
         expected.append(reference.get_last_lr()[0])
@@ -103,9 +102,8 @@ def test_learning_rates_are_those_of_the_diffusers_scheduler(schedule, warmup):
     resumed = optimisation(**options)
     resumed.load_state_dict(first.state_dict())
     used += [step(resumed) for _ in range(7)]
+    expected[:warmup] = [1e-2 * (n + 1) / warmup for n in range(warmup)]  # none is 0
     assert used == pytest.approx(expected)
-    if warmup:
-        assert used[0] == 0.0
 
 
 def test_resumed_optimiser_moves_weights_as_if_it_had_not_stopped():
@@ -230,9 +228,31 @@ def test_normalised_is_the_weighted_mean_of_advantages():
 
 
 def test_gdpo_divides_by_the_spread_over_the_epoch():
+    """GDPO's equations, whatever advantage.std is."""
     spread = ((1 + 1 + 0.25 + 0.25) / 4) ** 0.5
-    close(combined("gdpo"), [x / spread for x in (-1.0, 1.0, -0.5, 0.5)])
+    for options in ({}, {"std": AdvantageConfig().std}, {"std": "global"}):
+        close(combined("gdpo", **options), [x / spread for x in (-1.0, 1.0, -0.5, 0.5)])
     assert combined("gdpo").std(correction=0).item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+@pytest.mark.parametrize("combine", ["normalised", "gdpo"])
+def test_a_missing_reward_does_not_dilute_the_others(combine, std):
+    """Four prompts: scored by both, by a, by b, by none, and one image of the first lacks b."""
+    groups = torch.arange(4).repeat_interleave(3)
+    a, b = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
+    a[6:], b[3:6], b[9:], b[2] = torch.nan, torch.nan, torch.nan, torch.nan
+    total = 3 * a.nan_to_num(0) - b.nan_to_num(0)
+    config = AdvantageConfig(combine=combine, std=std, clip=100.0)
+    found = combined_advantages(total, {"a": a, "b": b}, WEIGHTS, groups, config)
+    std = "group" if combine == "gdpo" else std
+    of_a, of_b = (group_advantages(x, groups, std) for x in (a, b))
+    expected = torch.cat([(3 * of_a - of_b)[:2] / 4, of_a[2:6], -of_b[6:9], torch.zeros(3)])
+    if combine == "gdpo":
+        expected = expected / (expected[:9].std(correction=0) + 1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    nothing = {k: torch.full((12,), torch.nan) for k in "ab"}
+    assert not combined_advantages(nothing["a"], nothing, WEIGHTS, groups, config).any()
 
 
 @pytest.mark.parametrize("combine", ["normalised", "gdpo"])
@@ -265,7 +285,7 @@ def test_advantages_in_training_are_the_combined_ones(make):
     parts = {"redness": PARTS["a"], "jpeg": PARTS["b"]}
     total = 3 * PARTS["a"] - PARTS["b"]
     advantage, whitened, _ = trainer._advantages(total, parts, GROUPS)
-    assert torch.equal(advantage, combined("gdpo", std="global"))
+    assert torch.equal(advantage, combined("gdpo"))
     close(whitened, [x / 34.75**0.5 for x in (-9.5, 6.5, 0.5, 2.5)])
 
 
@@ -338,19 +358,47 @@ def plan(pipelines, tmp_path):
 BRANCH = {"window": 1, "window_schedule": "branch", "same_noise": True}
 
 
-@pytest.mark.parametrize(("size", "valid"), [(6, [4, 8]), (9, [8, 12]), (2, [4]), (4, []), (8, [])])
+@pytest.mark.parametrize(
+    ("size", "valid"),
+    [(6, [8, 12]), (9, [8, 12]), (14, [12, 16]), (2, [8, 12]), (4, [8, 12]), (8, []), (12, [])],
+)
 def test_branches_share_the_pictures_of_a_prompt_evenly(plan, size, valid):
+    """And every step has two or more of them, since one alone has the advantage 0."""
     if not valid:
         assert plan("flow_grpo", BRANCH, size).samples == 2 * size
         return
     with pytest.raises(ConfigError) as caught:
         plan("flow_grpo", BRANCH, size)
-    wanted = " or ".join(map(str, valid))
     assert str(caught.value) == (
-        f"data.group_size={size} is not a multiple of the 4 steps that branch; use {wanted}"
+        f"data.group_size={size} does not give every one of the 4 steps that branch the same "
+        f"number of images, 2 or more to compare; use {valid[0]} or {valid[1]}, or a shorter "
+        "sampler.window_range"
     )
     for right in valid:
         plan("flow_grpo", BRANCH, right)
+
+
+ODE = r"^sampler\.kernel=ode is deterministic.*use ddim or cps, or for a flow model flow_sde"
+ETA = r"^sampler\.eta=0 makes sampler\.kernel=ddim deterministic.*raise sampler\.eta$"
+ONE = r"^sampler\.steps=1 is the last step alone, which sampler\.kernel=cps.*use 2 steps or more"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        ({"kernel": "ode"}, ODE),
+        ({"kernel": "ode", "eta": 0.0, "steps": 1}, ODE),
+        ({"eta": 0.0}, ETA),
+        ({"kernel": "cps", "steps": 1}, ONE),
+    ],
+)
+def test_a_sampler_without_chance_is_refused_by_its_reason(plan, sampler, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        plan("ddpo", sampler)
+    assert ("raise" in str(caught.value)) is (message == ETA)
+    shared = message.replace("^", "makes all images of a prompt alike, since ").replace("$", ",")
+    with pytest.raises(ConfigError, match=shared):
+        plan("nft", sampler | {"same_noise": True})
 
 
 def test_windows_cover_only_steps_with_chance(plan):

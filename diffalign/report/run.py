@@ -146,8 +146,10 @@ def read(dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
 
 
 def _read(folder: Path, name: str) -> Run:
+    from rewards.redaction import redact  # late: with it come torch and the models
+
     path = folder / "config.yaml"
-    config = read_yaml(path) if path.exists() else {}
+    config = redact(read_yaml(path)) if path.exists() else {}  # written by another version
     return Run(folder, name, config, read_metrics(folder), pictures.load(folder))
 
 
