@@ -12,6 +12,7 @@ from pathlib import Path
 from .config import CHOICES, TrainConfig
 from .decoding import ConfigError
 from .help import help_text
+from .text import expand_user
 
 TRAIN_USAGE = """usage: python train.py CONFIG.yaml [--dry-run] [--resume] [--section.key VALUE ...]
 
@@ -25,7 +26,7 @@ Fine-tunes a model on rewards. Any setting of the file can be replaced on the co
 
 def train(arguments: Sequence[str] | None = None) -> int:
     """`train.py`: returns the exit status. 0 done, 1 bad input or a failed reward, 130 Ctrl-C."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = expand_user(sys.argv[1:] if arguments is None else arguments)
     flags = {f: f in arguments for f in ("--dry-run", "--resume")}
     arguments = [a for a in arguments if a not in flags]
     # imported late: --help and a misspelt key answer at once
@@ -90,7 +91,7 @@ def sample(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--merge-lora", help="LoRA merged into the model first, e.g. a Turbo one")
     parser.add_argument("--lora-scale", type=float, default=1.0, help="0 = base, 1 = as trained")
     parser.add_argument("--compare", action="store_true", help="also draw the base model")
-    parser.add_argument("--prompts", nargs="+", required=True, help="texts, or one prompt file")
+    parser.add_argument("--prompts", nargs="+", required=True, help="texts, or prompt files")
     parser.add_argument("--seeds", default="0-3", help='"0-7", "3" or "1,5,9"')
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
@@ -104,7 +105,8 @@ def sample(arguments: Sequence[str] | None = None) -> int:
         from .optimize_noise import command
         from .sampling import draw
 
-        method, wanted, rest = command.split(sys.argv[1:] if arguments is None else arguments)
+        arguments = expand_user(sys.argv[1:] if arguments is None else arguments)
+        method, wanted, rest = command.split(arguments)
         args = vars(parser.parse_args(rest))
         path = command.run(method, wanted, **args) if method else draw(**args)
     except (ValueError, RewardError) as error:
@@ -182,4 +184,4 @@ def main() -> None:
     if name not in commands:
         print(f"usage: diffalign {{{','.join(commands)}}} ...", file=sys.stderr)
         raise SystemExit(name not in ("-h", "--help"))
-    raise SystemExit(commands[name](sys.argv[2:]))
+    raise SystemExit(commands[name](expand_user(sys.argv[2:])))

@@ -18,10 +18,10 @@ from . import grids, optimize_noise, policies
 from .decoding import read_yaml
 from .optimize_noise import Budget, Result, Task
 from .policies import Policy
-from .prompts import Prompt, for_rewards
+from .prompts import Prompt, collect, for_rewards
 from .report.run import short_names
 from .rollout import Sampling
-from .sampling import Sampler, check_drawing, check_lora, parse_seeds, texts_of, trained_denoiser
+from .sampling import Sampler, check_drawing, check_lora, parse_seeds, trained_denoiser
 
 Columns = Mapping[str, Mapping[str, float]]  # {header: {LoRA: factor of its ΔW}}
 
@@ -71,7 +71,7 @@ def compare(
     seeds of a prompt in turn. cell: px of a picture. Raises ValueError for bad input, before any
     model is loaded, and RewardError.
     """
-    texts = [Prompt(p) if isinstance(p, str) else p for p in prompts]
+    texts = collect(prompts)
     rows = [(p, s) for p in texts for s in seeds]
     policies.check(model)
     for header, found in (pictures or {}).items():
@@ -173,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "in columns, the same noise along a row. Several seeds are several rows of a prompt, or, "
         "with nothing to compare, the columns.",
     )
-    parser.add_argument("--prompts", nargs="+", required=True, help="texts, or one prompt file")
+    parser.add_argument("--prompts", nargs="+", required=True, help="texts, or prompt files")
     parser.add_argument(
         "--runs", nargs="+", default=[], help="run folders, or any LoRA that diffusers loads"
     )
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="grid.png", help="PNG to write")
     args = parser.parse_args(arguments)
     columns = _columns(args.runs, args.lora_scales, args.interpolate, args.points)
-    texts = texts_of(args.prompts)
+    texts = collect(args.prompts, "--prompts")
     how = _as_evaluated([*args.runs, *(args.interpolate or ())][:1])
     given = {k: getattr(args, k) for k in how}
     how |= {k: v for k, v in given.items() if v is not None}
@@ -243,11 +243,13 @@ def _as_evaluated(run: Sequence[str]) -> dict[str, Any]:
     path = Path(run[0]) / "config.yaml" if run else None
     config = read_yaml(path) if path is not None and path.exists() else {}
     model, evaluation = config.get("model", {}), config.get("eval", {})
+    sampler = config.get("sampler", {})  # what the evaluation does not say is the sampler's
+    guidance = evaluation.get("guidance")
     return {
         "model": model.get("name", "assets/emoji-sd"),
         "merge_lora": model.get("merge_lora"),
         "resolution": model.get("resolution"),
         "dtype": model.get("dtype", "float32"),
-        "steps": evaluation.get("steps", 20),
-        "guidance": evaluation.get("guidance", 3.0),
+        "steps": evaluation.get("steps") or sampler.get("steps", 20),
+        "guidance": sampler.get("guidance", 3.0) if guidance is None else guidance,
     }

@@ -44,7 +44,7 @@ class Evaluation:
         self.main = accelerator.is_main_process
         pictures = [(i, j) for j in range(e.images_per_prompt) for i in range(len(prompts))]
         self.mine = pictures[accelerator.process_index :: accelerator.num_processes]
-        self.sampling = Sampling(policy.levels(e.steps), "ode", 0.0, e.guidance)
+        self.sampling = Sampling(policy.levels(config.eval_steps), "ode", 0.0, config.eval_guidance)
         self.guard = Guard(e.guard_drop, e.guard_diversity, list(e.rewards))
         self.scores: dict[str, list[float]] = {}  # of every picture of the last evaluation
         self.spread: float | None = None

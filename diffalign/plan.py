@@ -40,7 +40,7 @@ class Plan:
         cls,
         config: TrainConfig,
         rewards: Mapping[Any, Any] | None = None,
-        train_prompts: Sequence[str] | None = None,
+        train_prompts: prompts.Given | Sequence[prompts.Given] | None = None,
         processes: int = 1,
     ) -> Plan:
         """Check `config` as a whole. Raises ConfigError or ValueError, one clear message."""
@@ -64,9 +64,9 @@ class Plan:
         check_optimizer(config.train.optimizer)
         policies.check(config.model.name)
         data = (
-            [Prompt(p) for p in train_prompts]
-            if train_prompts is not None
-            else prompts.load(config.data.prompts)
+            prompts.load(config.data.prompts)
+            if train_prompts is None
+            else prompts.collect(train_prompts)
         )
         PromptSampler(len(data), config.data.groups)
         held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
@@ -171,8 +171,8 @@ class Plan:
         last = rows - (chunks - 1) * size
         ragged = "" if last == size else f", the last of {last}"
         evaluations = len(self.eval_prompts) * c.eval.images_per_prompt
-        eval_branches = 2 if self.uses_cfg and c.eval.guidance > 1 else 1
-        eval_calls = evaluations * c.eval.steps * eval_branches
+        eval_branches = 2 if self.uses_cfg and c.eval_guidance > 1 else 1
+        eval_calls = evaluations * c.eval_steps * eval_branches
         rank = c.model.lora_rank
         distance = 2 * evaluations * eval_branches if rank else 0  # to the base model
         sampled, learned = (

@@ -11,8 +11,7 @@ import torch
 from PIL import Image
 
 from . import grids, policies
-from . import prompts as prompt_files
-from .prompts import Prompt
+from .prompts import collect
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -27,13 +26,6 @@ def parse_seeds(text: str) -> list[int]:
     except ValueError:
         raise ValueError(f"--seeds {text!r} is not understood; write 0-7, 3 or 1,5,9") from None
     return seeds
-
-
-def texts_of(prompts: Sequence[str]) -> list[Prompt]:
-    """Prompts as typed: texts, or one prompt file."""
-    if len(prompts) == 1 and prompts[0].endswith((".txt", ".jsonl")):
-        return prompt_files.load(prompts[0])
-    return [Prompt(text) for text in prompts]
 
 
 def trained_denoiser(run: str) -> str | None:
@@ -145,7 +137,7 @@ def draw(
     loaded.
     """
     numbers = parse_seeds(seeds)
-    texts = [p.text for p in texts_of(prompts)]
+    texts = [p.text for p in collect(prompts, "--prompts")]
     check_drawing(model, steps, grid)
     if lora is not None:
         check_lora(lora, "--lora")

@@ -30,7 +30,7 @@ from .evaluation import Evaluation
 from .learning import Learner, Rollout
 from .optimisation import Optimisation
 from .plan import Plan
-from .prompts import Prompt, PromptSampler, for_rewards
+from .prompts import Given, Prompt, PromptSampler, for_rewards
 from .rollout import Sampling, Surrogate, rollout, sample_seed
 from .scoring import Scorer
 from .tracking import Meter, Tracker
@@ -49,8 +49,8 @@ class Trainer:
 
     config: a TrainConfig. rewards: {name or callable: weight or options}, in place of
     `config.rewards`; a bare weight keeps the options that the config has for that name. prompts:
-    texts, in place of the file `config.data.prompts`. resume: go on from the checkpoint in the run
-    folder.
+    texts or prompt files, in place of `config.data.prompts` (`prompts.collect`). resume: go on from
+    the checkpoint in the run folder.
 
     Raises ConfigError or ValueError for anything wrong before a model is loaded; `train` raises
     TrainingStopped when a reward fails.
@@ -60,7 +60,7 @@ class Trainer:
         self,
         config: TrainConfig,
         rewards: Mapping[Any, Any] | None = None,
-        prompts: Sequence[str] | None = None,
+        prompts: Given | Sequence[Given] | None = None,
         resume: bool = False,
     ):
         self.dir = Path(config.log.dir or "runs/run")

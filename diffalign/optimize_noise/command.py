@@ -16,8 +16,8 @@ import rewards as reward_library
 
 from .. import decoding, grids, policies
 from ..decoding import pairs, write_atomic
-from ..prompts import Prompt, for_rewards
-from ..sampling import check_drawing, check_lora, parse_seeds, texts_of, trained_denoiser
+from ..prompts import Prompt, collect, for_rewards
+from ..sampling import check_drawing, check_lora, parse_seeds, trained_denoiser
 from . import METHODS, build, sampling_for
 from .base import Budget, Result, Task, search
 
@@ -106,7 +106,7 @@ def run(
     with trace.json, what each search had taken and found after every step. Ctrl-C keeps what was
     found, and so does a reward that fails, which is raised then.
     """
-    numbers, texts = parse_seeds(seeds), texts_of(prompts)
+    numbers, texts = parse_seeds(seeds), collect(prompts, "--prompts")
     jobs = [(prompt, seed) for prompt in texts for seed in numbers]
     reward_library.check(wanted.rewards, *for_rewards([p for p, _ in jobs]))
     options = dict(wanted.options)
