@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -40,7 +40,7 @@ class Plan:
         cls,
         config: TrainConfig,
         rewards: Mapping[Any, Any] | None = None,
-        train_prompts: Sequence[str | Prompt] | None = None,
+        train_prompts: prompts.Given | Sequence[prompts.Given] | None = None,
         processes: int = 1,
         algorithm: Algorithm | Mapping[str, Any] | str | None = None,
     ) -> Plan:
@@ -66,7 +66,11 @@ class Plan:
         check_trackers(config.log.trackers)
         check_optimizer(config.train.optimizer)
         policies.check(config.model.name)
-        data = prompts.load(config.data.prompts) if train_prompts is None else given(train_prompts)
+        data = (
+            prompts.load(config.data.prompts)
+            if train_prompts is None
+            else prompts.collect(train_prompts)
+        )
         PromptSampler(len(data), config.data.groups)
         held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
         reward_library.check(rewards, *for_rewards(data + held_out))
@@ -221,22 +225,6 @@ def _without_chance(sampler: SamplerConfig) -> tuple[str, str]:
         return f"sampler.eta=0 makes sampler.kernel={kernel} deterministic", "raise sampler.eta"
     reason = f"sampler.steps={sampler.steps} is the last step alone, which sampler.kernel={kernel}"
     return f"{reason} takes without noise", "use 2 steps or more"
-
-
-def given(texts: Sequence[str | Prompt]) -> list[Prompt]:
-    """Prompts as passed in Python. Raises ConfigError."""
-    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
-        raise ConfigError(
-            f"prompts={texts!r} is no list of texts; give one, or set data.prompts to a file"
-        )
-    found = [Prompt(p) if isinstance(p, str) else p for p in texts]
-    for i, prompt in enumerate(found):
-        if not isinstance(prompt, Prompt) or not prompt.text.strip():
-            raise ConfigError(
-                f"prompts[{i}]={prompt!r} is no text; give strings, or diffalign.prompts.Prompt "
-                "for one with metadata"
-            )
-    return found
 
 
 def _with_algorithm(config: TrainConfig, given: Any) -> tuple[TrainConfig, Any]:
