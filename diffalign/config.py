@@ -118,7 +118,8 @@ class AdvantageConfig:
     baseline: str = "group"
     """group | tracker (DDPO's per-prompt buffer)"""
     std: str = "global"
-    """what a group's rewards are divided by: group | global (only for baseline=group)"""
+    """what a group's rewards are divided by: group | global (only for baseline=group; combine=gdpo
+    always has the group's)"""
     combine: str = "sum"
     """several rewards: sum (advantages of their weighted sum) | normalised (weighted mean of the
     advantages of each) | gdpo (that, divided by its standard deviation over the epoch)"""
@@ -139,7 +140,7 @@ class OptimConfig:
     lr_schedule: str = "constant"
     """constant, or linear | cosine from train.lr to 0 over the run"""
     warmup: int = 0
-    """optimiser steps over which the learning rate rises from 0"""
+    """optimiser steps over which the learning rate rises: the first has 1/warmup of it"""
     optimizer: str = "adamw"
     """adamw | adamw8bit (bitsandbytes, CUDA)"""
     ema: float = 0.0
@@ -153,10 +154,11 @@ class OptimConfig:
     updates_per_epoch: int = 1
     """optimiser steps per rollout; must divide the groups*group_size samples"""
     inner_epochs: int = 1
-    """passes over a rollout"""
+    """passes over a rollout; reward gradients draw its samples again, from the same noise"""
     gradients: str = "sum"
     """several rewards, reward gradients: sum | normalised (each of equal length) | pcgrad (without
-    what conflicts) | min_norm (no reward falls), picture by picture; see rewards.gradients"""
+    what conflicts) | min_norm (none falls, to first order), picture by picture; rewards.gradients
+    says more"""
     seed: int = 0
     """of prompts, noise and LoRA initialisation"""
     checkpoint_every: int = 10
@@ -167,22 +169,22 @@ class OptimConfig:
 
 @dataclass
 class EvalConfig:
-    every: int = 10
+    every: int = 20
     """epochs; 0 = only before and after"""
     prompts: str | None = "assets/emoji-world/prompts/held_out.txt"
     """held-out prompts, as data.prompts; null = no evaluation"""
     images_per_prompt: int = 2
-    """images per held-out prompt"""
-    steps: int = 20
-    """denoising steps"""
-    guidance: float = 3.0
-    """classifier-free guidance scale"""
+    """images per held-out prompt; one alone has no diversity"""
+    steps: int | None = None
+    """denoising steps; null = sampler.steps"""
+    guidance: float | None = None
+    """classifier-free guidance scale; null = sampler.guidance"""
     rewards: dict[str, Any] = field(default_factory=dict)
     """held-out judges, never trained on; written as rewards"""
     guard: str = "warn"
-    """off | warn | stop when the reward rises while a judge or the diversity falls"""
+    """off | warn | stop when a run is over-optimised, has collapsed or failed"""
     guard_drop: float = 2.0
-    """fall of a judge from its best that counts, in standard errors of the difference"""
+    """evidence that counts, in standard errors: Φ(-x) of unchanged runs are flagged, 2.3 % for 2"""
     guard_diversity: float = 0.7
     """diversity that is too low, as a share of the base model's"""
     grid_prompts: int = 8
@@ -214,6 +216,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.algorithm = {"type": "ddpo", **self.algorithm}
 
+    @property
+    def eval_steps(self) -> int:
+        """Denoising steps of the evaluations."""
+        return self.sampler.steps if self.eval.steps is None else self.eval.steps
+
+    @property
+    def eval_guidance(self) -> float:
+        """Guidance scale of the evaluations."""
+        return self.sampler.guidance if self.eval.guidance is None else self.eval.guidance
+
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
         """Reads a YAML file and applies `overrides`: ["--train.lr", "5e-4", "--data.groups=4"].
@@ -240,8 +252,10 @@ class TrainConfig:
         return copy.deepcopy(draccus.encode(self))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the complete configuration as YAML, atomically."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        """Writes the complete configuration as YAML, atomically, without secrets."""
+        from rewards.redaction import redact  # late: with it come torch and the models
+
+        text = yaml.safe_dump(redact(self.to_dict()), sort_keys=False, allow_unicode=True)
         write_atomic(path, text.encode())
 
     def check(self, advantages: bool = True) -> None:

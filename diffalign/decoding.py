@@ -9,9 +9,10 @@ import os
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from math import inf
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import draccus
 import yaml
@@ -21,6 +22,28 @@ T = TypeVar("T")
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message is meant for the user as it stands."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The values an option may have: low <= value < high, or low < value with `above`."""
+
+    low: float
+    high: float = inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value < self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
+        return low + (f" and below {self.high:g}" if self.high < inf else "")
+
+
+Count = Annotated[int, Bounds(1)]
+Weight = Annotated[float, Bounds(0)]
+Positive = Annotated[float, Bounds(0, above=True)]
+Share = Annotated[float, Bounds(0, 1)]
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
@@ -201,6 +224,8 @@ def _numbers(value: Any) -> Any:
 def type_name(hint: Any) -> str:
     """A type in words: "float", "int or null", "one of is, sf"."""
     origin, args = get_origin(hint) or hint, get_args(hint)
+    if origin is Annotated:
+        return type_name(args[0])
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if origin in (Union, types.UnionType):

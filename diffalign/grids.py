@@ -41,15 +41,17 @@ def save_png(
     image: Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
 ) -> None:
     """Writes a PNG atomically, making its folders; `metadata` goes into the text chunk "diffalign"
-    as JSON (read it with `json.loads(Image.open(path).info["diffalign"])`).
+    as JSON (read it with `json.loads(Image.open(path).info["diffalign"])`), without secrets.
 
     Raises `ValueError` if the path does not end in .png.
     """
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"{path} does not end in .png, and that is what is written")
+    from rewards.redaction import redact  # late: with it come torch and the models
+
     info = PngInfo()
     if metadata is not None:
-        info.add_text("diffalign", to_json(metadata))
+        info.add_text("diffalign", to_json(redact(metadata)))
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=info)
     write_atomic(path, data.getvalue())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,21 @@ class PromptSampler:
         ids = self._order(turn)[offset : offset + self.groups]
         if len(ids) < self.groups:
             ids += self._order(turn + 1)[: self.groups - len(ids)]
+        return ids
+
+    def share(self, k: int, rank: int, world: int) -> list[int]:
+        """The ids of epoch k that process `rank` of `world` has, the same number on each."""
+        ids = self.epoch(k)
+        size = len(ids) // world
+        return ids[rank * size : (rank + 1) * size]
+
+    def seen(self, epochs: Iterable[int], rank: int, world: int) -> set[int]:
+        """The ids that a process has in any of the epochs."""
+        ids: set[int] = set()
+        for k in epochs:
+            ids |= set(self.share(k, rank, world))
+            if len(ids) == self.n:
+                break
         return ids
 
     def _order(self, turn: int) -> list[int]:

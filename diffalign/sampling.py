@@ -72,13 +72,15 @@ def config_of(run: str) -> Path | None:
 def _evaluated(path: Path) -> dict[str, Any]:
     tree, found = read_yaml(path), {}
     names = {"name": "model", "merge_lora": "merge_lora", "resolution": "resolution"}
-    sections = {"model": {**names, "dtype": "dtype"}, "eval": {"steps": "steps"}}
-    sections["eval"]["guidance"] = "guidance"
+    drawn = {"steps": "steps", "guidance": "guidance"}
+    # what the evaluation does not say is the sampler's
+    sections = {"model": {**names, "dtype": "dtype"}, "sampler": drawn, "eval": drawn}
     for section, keys in sections.items():
         values = tree.get(section, {})
         if not isinstance(values, Mapping):
             raise ConfigError(f"{path}: {section} is {values!r}, no section of settings")
-        found |= {name: values[key] for key, name in keys.items() if key in values}
+        said = {name: values.get(key) for key, name in keys.items()}
+        found |= {name: value for name, value in said.items() if value is not None}
     return found
 
 

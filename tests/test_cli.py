@@ -102,7 +102,8 @@ def test_prompts_that_are_not_utf8(config, capsys, no_models, tmp_path):
 
 
 def test_dry_run_prices_the_run(config, capsys, no_models):
-    assert cli.train([str(config), "--dry-run", "--train.micro_batch", "10"]) == 0
+    options = ["--train.micro_batch", "10", "--eval.guidance", "3"]
+    assert cli.train([str(config), "--dry-run", *options]) == 0
     text = capsys.readouterr().out
     assert "4 prompts x 2 images = 8 samples" in text
     # three of the four steps are stochastic: 24 pairs in micro-batches of 10

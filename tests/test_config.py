@@ -59,6 +59,13 @@ def test_save_and_load_are_inverse(write, tmp_path):
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["config.yaml"]
 
 
+def test_evaluations_are_drawn_as_the_sampler_draws_unless_told_otherwise():
+    c = TrainConfig.from_dict({"sampler": {"steps": 7, "guidance": 2.0}})
+    assert (c.eval_steps, c.eval_guidance) == (7, 2.0)
+    c = TrainConfig.from_dict({"sampler": {"steps": 7}, "eval": {"steps": 30, "guidance": 0.0}})
+    assert (c.eval_steps, c.eval_guidance) == (30, 0.0)
+
+
 def test_to_dict_shares_nothing():
     c = TrainConfig.from_dict({"rewards": {"a": {"weight": 1}}})
     c.to_dict()["rewards"]["a"]["weight"] = 2

@@ -8,7 +8,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil, inf
-from typing import Annotated
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from tqdm import tqdm
 
 from rewards import WeightedSum
 
+from ..decoding import Bounds, Count, Positive, Share, Weight  # noqa: F401  (for the methods)
 from ..policies import Cond, Policy
 from ..prompts import Prompt, for_rewards
 from ..rollout import Noise, Sampling, sample_seed
@@ -191,28 +191,6 @@ class Result:
     redraws: bool = True
     trace: list[dict[str, float]] = field(default_factory=list)
     stopped: bool = False
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The values an option may have: low <= value < high, or low < value with `above`."""
-
-    low: float
-    high: float = inf
-    above: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value < self.high and not (self.above and value == self.low)
-
-    def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
-        return low + (f" and below {self.high:g}" if self.high < inf else "")
-
-
-Count = Annotated[int, Bounds(1)]
-Weight = Annotated[float, Bounds(0)]
-Positive = Annotated[float, Bounds(0, above=True)]
-Share = Annotated[float, Bounds(0, 1)]
 
 
 def search(
