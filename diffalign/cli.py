@@ -150,9 +150,7 @@ def _redrawn(method: str | None, args: dict[str, Any]) -> Path:
     odd = [k for k in ("seeds", "compare") if args.pop(k)]
     if method or odd:
         option = (method or odd[0]).replace("_", "-")
-        raise ConfigError(
-            f"--noise draws what a file says, and --{option} asks for others; leave it out"
-        )
+        raise ConfigError(f"--noise draws what its file says; leave --{option} out")
     return redraw(**args)
 
 

@@ -74,7 +74,8 @@ def _fitting(
     texts = collect(prompts, "--prompts") if prompts else []
     if len(texts) not in (0, 1, len(found)):
         raise ValueError(
-            f"{len(texts)} prompts for the {len(found)} pictures of {path}; give one, or one each"
+            f"{len(texts)} prompts for the pictures of {path}, which are {len(found)}; give one, "
+            "or one each"
         )
     for i, one in enumerate(found):
         missing = [k for k in (*HOW, "kernel", "eta", "family") if k not in one.how]

@@ -77,9 +77,7 @@ def _evaluated(path: Path) -> dict[str, Any]:
     for section, keys in sections.items():
         values = tree.get(section, {})
         if not isinstance(values, Mapping):
-            raise ConfigError(
-                f"{path}: {section} is {values!r}, and no section of a run's settings"
-            )
+            raise ConfigError(f"{path}: {section} is {values!r}, no section of settings")
         said = {name: values.get(key) for key, name in keys.items()}
         found |= {name: value for name, value in said.items() if value is not None}
     return found
