@@ -47,15 +47,15 @@ class Plan:
         """Check `config` as a whole. Raises ConfigError or ValueError, one clear message.
 
         `rewards`, `train_prompts` and `algorithm` stand in place of the config's, see `Trainer`."""
-        config, algorithm = _with_algorithm(config, algorithm)
-        gradient = algorithm.needs is Needs.GRADIENT
+        config, method = _with_algorithm(config, algorithm)
+        gradient = method.needs is Needs.GRADIENT
         config.check(advantages=not gradient)
         if config.data.groups % processes:
             raise ConfigError(
                 f"data.groups={config.data.groups} is not a multiple of the {processes} processes, "
                 "and a group stays on one process; make it one"
             )
-        if algorithm.single_update:
+        if method.single_update:
             for name in ("updates_per_epoch", "inner_epochs"):
                 if getattr(config.train, name) != 1:
                     raise ConfigError(
@@ -84,9 +84,9 @@ class Plan:
         if model.tiny_vae is not None:
             policies.check_tiny_vae(model.tiny_vae, model.name)
         sampling = Sampling(levels, config.sampler.kernel, config.sampler.eta, 1.0)
-        stochastic, trajectory = sampling.stochastic, algorithm.needs is Needs.TRAJECTORY
+        stochastic, trajectory = sampling.stochastic, method.needs is Needs.TRAJECTORY
         if gradient:
-            algorithm.surrogate(config.sampler.steps, torch.Generator())
+            method.surrogate(config.sampler.steps, torch.Generator())
         if not trajectory:
             for name in ("window", "window_range", "tail"):
                 value = getattr(config.sampler, name)
@@ -95,8 +95,8 @@ class Plan:
                         f"sampler.{name}={value} is for policy gradients, and "
                         f"{config.algorithm['type']} trains no transitions; leave it out"
                     )
-        if algorithm.needs is Needs.FINAL:
-            algorithm.check_levels(config.sampler.steps)
+        if method.needs is Needs.FINAL:
+            method.check_levels(config.sampler.steps)
             if config.sampler.same_noise and not any(stochastic):
                 reason, remedy = _without_chance(config.sampler)
                 raise ConfigError(
@@ -116,9 +116,7 @@ class Plan:
                     "branch the same number of images, 2 or more to compare; use "
                     f"{each * places} or {(each + 1) * places}, or a shorter sampler.window_range"
                 )
-        return cls(
-            config, algorithm, rewards, data, held_out, stochastic, shape, uses_cfg, processes
-        )
+        return cls(config, method, rewards, data, held_out, stochastic, shape, uses_cfg, processes)
 
     @property
     def samples(self) -> int:
