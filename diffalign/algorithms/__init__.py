@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ALGORITHMS", "Algorithm", "Batch", "GradientAlgorithm", "Needs", "build"]
 
-ALGORITHMS: Mapping[str, type] = Registry(
+ALGORITHMS: Registry[type] = Registry(
     __name__,
     {
         "ddpo": "ddpo:DDPO",
@@ -44,8 +44,8 @@ def __getattr__(name: str) -> Any:
 
 def build(options: Mapping[str, Any]) -> Any:
     """The algorithm of the config section `algorithm`: its `type`, with the rest as options."""
-    name = options.get("type")
+    name = str(options.get("type"))
     if name not in ALGORITHMS:
-        raise ConfigError(f"unknown algorithm {name!r}{suggest(str(name), list(ALGORITHMS))}")
+        raise ConfigError(f"unknown algorithm {name!r}{suggest(name, list(ALGORITHMS))}")
     rest = {k: v for k, v in options.items() if k != "type"}
     return decode(ALGORITHMS[name], rest, "algorithm")
