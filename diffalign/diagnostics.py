@@ -46,9 +46,9 @@ class Guard:
 
     - over_optimised: a judge or the diversity fell, and the mean reward is above the base model's;
     - collapsed: a judge or the diversity fell, and the reward is not, or cannot be compared;
-    - failed: neither fell, but the reward did, below the base model's, by more than chance explains;
-    - improved: neither fell, and the reward rose from the base model's, by more than chance explains;
-    - None: no significant change.
+    - failed: neither fell, but the reward is lower than the base model's beyond chance;
+    - improved: neither fell, and the reward is higher than the base model's beyond chance;
+    - "": no significant change.
 
     drop: what one look would have to show, in standard errors of a normal distribution. All judges,
     all evaluations and the choice of the best are allowed for (`level`), so that a run in which the
@@ -63,7 +63,7 @@ class Guard:
     peaks: dict[str, list[float]] = field(default_factory=dict)  # of every judge, at its own best
     height: float = -math.inf  # of the evaluation that the judges together liked best
     looks: int = 0  # evaluations after the base model's
-    verdict: str | None = None
+    verdict: str = ""
     is_best: bool = False
 
     def see(
@@ -83,7 +83,7 @@ class Guard:
         deviation there, has the highest sum yet; judges without any there do not count.
         """
         now = {k: [float(x) for x in scores[k]] for k in ("reward", *self.judges)}
-        n, first, self.verdict = len(now["reward"]), not self.base, None
+        n, first, self.verdict = len(now["reward"]), not self.base, ""
         if prompts is None:
             size = max(1, min(4, n // 8))  # eight groups are the least to find anything by
             prompts = [i // size for i in range(n)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -16,6 +17,7 @@ from . import grids
 from .config import TrainConfig
 from .diagnostics import Guard, diversity, thumbnails
 from .pictures import fitted
+from .pictures import save as save_pictures
 from .policies import Cond, Policy
 from .prompts import Prompt, for_judges, for_rewards
 from .rollout import Sampling, rollout, sample_seed
@@ -107,6 +109,14 @@ class Evaluation:
             self.wrong()
         return means | ({} if self.spread is None else {"eval/diversity": self.spread})
 
+    def write(self, run_dir: Path, epoch: int) -> None:
+        """Keep what the last evaluation drew, as that of `epoch`, and the grid beside the first."""
+        if self.main and self.pictures:
+            texts = [p.text for p in self.prompts]
+            save_pictures(run_dir, epoch, texts, self.pictures, self.scores)
+        if self.grid is not None:
+            grids.save_png(self.grid, run_dir / "grid.png", self.config.to_dict())
+
     def _distance(self, x: Tensor, step: int, cond: Cond) -> Tensor:
         """mean_D (f_θ - f_ref)² of the network's outputs at x (n, *latent), (n,)."""
         level, guidance = self.sampling.levels[step], self.sampling.guidance
@@ -125,3 +135,18 @@ class Evaluation:
             [p.text for p in self.prompts[: len(images)]],
             {name: [score for _, score in column] for name, column in columns.items()},
         )
+
+
+@torch.no_grad()
+def draw(
+    policy: Policy, sampling: Sampling, texts: Sequence[str], seeds: Sequence[int], batch: int
+) -> list[Image.Image]:
+    """A picture of every text from the initial noise of every seed, all of a text's together: the
+    noise that diffusers draws with `torch.Generator().manual_seed(seed)`, `batch` at a time."""
+    rows, drawn = [(text, seed) for text in texts for seed in seeds], []
+    for start in range(0, len(rows), batch):
+        chunk = rows[start : start + batch]
+        cond = policy.encode([text for text, _ in chunk])
+        paths = rollout(policy, cond, sampling, [seed for _, seed in chunk], batch, store=False)
+        drawn += [grids.to_pil(picture) for picture in policy.decode(paths.final)]
+    return drawn

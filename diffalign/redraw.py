@@ -25,7 +25,6 @@ from .sampling import (
     check_scale,
     family_of,
     pictures,
-    texts_of,
 )
 
 HOW = (*vars(Settings()), "lora", "lora_scale")
@@ -72,10 +71,11 @@ def _fitting(
 ) -> list[Stored]:
     """The pictures of the file as they are to be drawn, each checked."""
     found = drawn.read(path)
-    texts = texts_of(prompts) if prompts else []
+    texts = collect(prompts, "--prompts") if prompts else []
     if len(texts) not in (0, 1, len(found)):
         raise ValueError(
-            f"{len(texts)} prompts for the {len(found)} pictures of {path}; give one, or one each"
+            f"{len(texts)} prompts for the pictures of {path}, which are {len(found)}; give one, "
+            "or one each"
         )
     for i, one in enumerate(found):
         missing = [k for k in (*HOW, "kernel", "eta", "family") if k not in one.how]

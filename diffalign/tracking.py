@@ -28,6 +28,10 @@ from diffalign.grids import save_png
 EXTRA = ("tensorboard", "wandb", "trackio")
 """The trackers that `pip install diffalign[track]` brings."""
 
+MISMATCH = 1e-3
+"""|ratio - 1| of a stored log-probability before any update; above it, rollout and training
+disagree."""
+
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raises `ValueError` for a tracker that accelerate does not know or that is not installed."""
@@ -70,6 +74,21 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
             raise ValueError(f"{path}:{number} is not a row of metrics: {line[:60]}") from error
         rows.append(row)
     return rows
+
+
+def worries(metrics: Mapping[str, float]) -> list[str]:
+    """What the metrics of an epoch say that a user should hear of."""
+    found = []
+    if metrics.get("mismatch_max", 0) > MISMATCH:
+        found.append(
+            "the stored log-probabilities differ from those of training by a ratio of "
+            f"{metrics['mismatch_max']:.2g}; is the dtype or the batch to blame?"
+        )
+    if metrics["skipped_steps"]:
+        found.append(
+            f"{metrics['skipped_steps']:g} update(s) skipped, as the gradient was not finite"
+        )
+    return found
 
 
 class Meter:

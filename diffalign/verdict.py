@@ -85,8 +85,8 @@ def t_tail(t: float, df: int) -> float:
 def level(drop: float, look: int, comparisons: int) -> float:
     """Probability below which one of `comparisons` at the evaluation `look` = 1, 2, ... counts.
 
-    Φ(-drop) / (comparisons · look (look + 1)). As Σ 1 / (k (k + 1)) = 1, all comparisons of a run of
-    any length have one false alarm with probability Φ(-drop) at most (Bonferroni; spending over
-    looks as Lan & DeMets, Biometrika 70, 1983), whatever the dependence among them.
+    Φ(-drop) / (comparisons · look (look + 1)). As Σ 1 / (k (k + 1)) = 1, a run of any length has a
+    false alarm with probability Φ(-drop) at most, however its comparisons depend on each other
+    (Bonferroni; a level spent over the looks as by Lan & DeMets, Biometrika 70, 1983).
     """
     return NormalDist().cdf(-drop) / (comparisons * look * (look + 1))

@@ -64,9 +64,11 @@ __all__ = [
     "WeightedSum",
     "build",
     "check",
+    "check_gradient",
     "clip_pixels",
     "evaluate",
     "from_arguments",
+    "gradients_of",
     "jpeg_kilobytes",
     "redact",
 ]
@@ -180,6 +182,37 @@ def check(
                 judge.check_prompts([p for p, _ in own], [m for _, m in own])
             except ValueError as error:
                 raise ValueError(f"rewards.{part.label}: {error}") from error
+
+
+def check_gradient(spec: Spec) -> None:
+    """Raise ValueError for a reward that cannot have a gradient to the pixels, as
+    ``WeightedSum.require_differentiable`` does once it is loaded; one of weight 0 needs none."""
+    known = gradients_of(spec)
+    for part in _parse(spec):
+        if part.weight != 0 and known[part.label] is False:
+            from .combine import no_gradient
+
+            raise ValueError(no_gradient(part.label, getattr(part.target, "func", part.target)))
+
+
+def gradients_of(spec: Spec) -> dict[str, bool | None]:
+    """Whether each reward is differentiable, by its label; None where that shows only once it is
+    loaded. Nothing is loaded."""
+    return {part.label: _has_gradient(part) for part in _parse(spec)}
+
+
+def _has_gradient(part: _Part) -> bool | None:
+    from .base import Reward
+
+    target = part.target
+    if not _is_factory(target):
+        return bool(getattr(target, "differentiable", False))
+    factory = getattr(target, "func", target)  # the class inside a functools.partial
+    if not issubclass(factory, Reward):
+        return getattr(factory, "differentiable", None) or None
+    known = factory.has_gradient(**part.options)
+    # a class of one's own may set it when it is made
+    return known if known or factory.__module__.startswith(f"{__name__}.") else None
 
 
 def from_arguments(texts: Sequence[str]) -> dict[str, dict]:

@@ -126,6 +126,10 @@ class Jpeg(Reward):
         self.differentiable = surrogate
 
     @classmethod
+    def has_gradient(cls, surrogate=False, **options):
+        return surrogate
+
+    @classmethod
     def check_options(cls, quality=95, **options):
         if not isinstance(quality, int) or not 1 <= quality <= 100:
             raise ValueError(f"quality={quality!r} is not an integer from 1 to 100")

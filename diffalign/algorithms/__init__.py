@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,16 @@ from ..decoding import ConfigError, suggest
 if TYPE_CHECKING:
     from .base import Algorithm, Batch, GradientAlgorithm, Needs
 
-__all__ = ["ALGORITHMS", "Algorithm", "Batch", "GradientAlgorithm", "Needs", "build"]
+__all__ = [
+    "ALGORITHMS",
+    "Algorithm",
+    "Batch",
+    "GradientAlgorithm",
+    "Needs",
+    "build",
+    "check",
+    "name_of",
+]
 
 ALGORITHMS: Registry[type] = Registry(
     __name__,
@@ -43,9 +54,64 @@ def __getattr__(name: str) -> Any:
 
 
 def build(options: Mapping[str, Any]) -> Any:
-    """The algorithm of the config section `algorithm`: its `type`, with the rest as options."""
-    name = str(options.get("type"))
-    if name not in ALGORITHMS:
-        raise ConfigError(f"unknown algorithm {name!r}{suggest(name, list(ALGORITHMS))}")
+    """The algorithm of the config section `algorithm`: its `type`, with the rest as options.
+
+    The type is a name of `ALGORITHMS`, or module:Class for an `Algorithm` of one's own, in the
+    current directory or on PYTHONPATH. Raises ConfigError.
+    """
     rest = {k: v for k, v in options.items() if k != "type"}
-    return decode(ALGORITHMS[name], rest, "algorithm")
+    return decode(_find(str(options.get("type"))), rest, "algorithm")
+
+
+def name_of(algorithm: Algorithm) -> str:
+    """The `type` that `build` makes an algorithm of this class by."""
+    own = type(algorithm)
+    names = [name for name, known in ALGORITHMS.items() if known is own]
+    return names[0] if names else f"{own.__module__}:{own.__qualname__}"
+
+
+def check(algorithm: Any) -> None:
+    """Raises ConfigError for what the training loop cannot work with: a class, or an instance."""
+    from .base import Algorithm, GradientAlgorithm, Needs
+
+    cls = algorithm if isinstance(algorithm, type) else type(algorithm)
+    name = f"algorithm.type={cls.__module__}:{cls.__qualname__}"
+    if not issubclass(cls, Algorithm):
+        raise ConfigError(f"{name} is no Algorithm; derive it from diffalign.algorithms.Algorithm")
+    needs = getattr(cls, "needs", None)
+    if not isinstance(needs, Needs):
+        raise ConfigError(
+            f"{name} does not say what it needs; set needs = Needs.TRAJECTORY, FINAL or GRADIENT"
+        )
+    wanted = {
+        Needs.TRAJECTORY: {"loss": Algorithm},
+        Needs.FINAL: {"loss": Algorithm, "times": None, "levels": None, "check_levels": None},
+        Needs.GRADIENT: {"surrogate": GradientAlgorithm, "reward_loss": None},
+    }[needs]
+    for part, base in wanted.items():
+        if getattr(cls, part, None) in (None, getattr(base, part, None)):
+            raise ConfigError(f"{name} needs {needs.name} and defines no {part}; write one")
+
+
+def _find(name: str) -> type:
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    module, colon, path = name.partition(":")
+    if not colon:
+        raise ConfigError(
+            f"unknown algorithm {name!r}{suggest(name, list(ALGORITHMS))}; for one of your own "
+            "write module:Class"
+        )
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the current directory, as `python -m` has it
+    try:
+        found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
+    except Exception as error:  # whatever a module of the user's raises
+        raise ConfigError(
+            f"algorithm.type={name} cannot be imported: {type(error).__name__}: {error}; it must "
+            "be on PYTHONPATH or in the current directory"
+        ) from error
+    if not isinstance(found, type):
+        raise ConfigError(f"algorithm.type={name} is {found!r}, not a class")
+    check(found)
+    return found

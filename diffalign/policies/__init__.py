@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..config import ModelConfig
 from ..dynamics import Levels
 from .base import Cond, Policy, pixels_per_latent, read_config, text_options
 from .flux import FluxPolicy
@@ -29,6 +30,8 @@ __all__ = [
     "merge",
     "peek",
     "pipeline",
+    "prepared",
+    "read_text_encoders",
     "text_options",
 ]
 
@@ -189,3 +192,32 @@ def check_tiny_vae(tiny: str, name: str) -> None:
             f"model.tiny_vae={tiny!r} decodes {found[0]} channels to {found[1]} pixels a latent, "
             f"and the VAE of {name!r} {needed[0]} channels to {needed[1]}; use one made for it"
         )
+
+
+def prepared(model: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Policy:
+    """The policy of a config's section `model`, ready to be trained: with its LoRA, whose
+    initialisation depends on the seed, or with all weights of the denoiser."""
+    m = model
+    policy = load(m.name, device, m.dtype, m.resolution, not m.lora_rank, m.merge_lora)
+    if m.lora_rank:
+        policy.add_lora(m.lora_rank, m.lora_alpha, m.lora_targets, seed)
+    if m.tiny_vae is not None:
+        policy.add_tiny_vae(m.tiny_vae)
+    policy.decode_batch = m.decode_batch
+    policy.max_sequence_length = m.max_sequence_length
+    if m.gradient_checkpointing:
+        for part in (policy.network, policy.vae, policy.tiny_vae):
+            if part is not None:
+                part.enable_gradient_checkpointing()
+    return policy
+
+
+def read_text_encoders(policy: Policy, model: ModelConfig) -> None:
+    """Give a policy of `prepared` the text encoders again that it has freed."""
+    # a LoRA may be part of them, and is merged into a pipeline that is whole
+    left = {} if model.merge_lora else dict.fromkeys((policy.denoiser, "vae"))
+    dtype = {"torch_dtype": getattr(torch, model.dtype)}
+    read = pipeline(model.name, model.merge_lora, **left, **dtype).components
+    names = [k for k, v in read.items() if "text_encoder" in k and v is not None]
+    parts = {k: read[k].to(policy.device).requires_grad_(False).eval() for k in names}
+    policy.pipe.register_modules(**parts)

@@ -254,6 +254,10 @@ class Policy(ABC):
             return Cond(positive, {k: torch.zeros_like(v) for k, v in positive.items()})
         return Cond(positive, rows([negative] * len(prompts)))
 
+    def knows(self, prompts: Sequence[str]) -> bool:
+        """Whether `encode` needs no text encoder for these."""
+        return all(p in self._prompts for p in prompts)
+
     @property
     def has_text_encoders(self) -> bool:
         return any(v is not None for k, v in self.pipe.components.items() if "text_encoder" in k)

@@ -78,7 +78,8 @@ class UNetPolicy(Policy):
                 "on from another model's picture; use the base model"
             )
         kind = network.get("addition_embed_type")
-        if kind != ("text_time" if index["_class_name"] == XL else None):
+        # "text" adds a pooling of the same embeddings, which the UNet makes itself
+        if kind not in (("text_time",) if index["_class_name"] == XL else (None, "text")):
             raise ValueError(
                 f"addition_embed_type={kind!r} of this UNet is not what a {index['_class_name']} "
                 "gives its UNet; use a model whose pipeline and UNet belong together"
