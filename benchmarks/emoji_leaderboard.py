@@ -27,11 +27,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from clusters import changes, clustered
 from matplotlib.axes import Axes
 from matplotlib.ticker import AutoLocator
 from PIL import Image
 
-from diffalign import TrainConfig, Trainer, algorithms, pictures, policies
+from diffalign import TrainConfig, Trainer, algorithms, policies
 from diffalign.algorithms import Needs
 from diffalign.curves import panels, picture
 from diffalign.decoding import write_atomic
@@ -189,7 +190,7 @@ def run(config: TrainConfig, budget: int) -> None:
         **{name: total(name) for name in COSTS},
         "before": {k: v for k, v in evaluated[0].items() if k.startswith("eval/")},
         "after": {k: v for k, v in evaluated[-1].items() if k.startswith("eval/")},
-        "changes": changes(folder),
+        "changes": {k: changes(folder, k) for k in ("reward", "judge")},
         "emoji_eval": emoji_eval(trainer.policy),
         "over_optimised": [row["step"] for row in evaluated if row.get("over_optimised")],
         "curve": [
@@ -198,17 +199,6 @@ def run(config: TrainConfig, budget: int) -> None:
         ],
     }  # fmt: skip
     write_atomic(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
-
-
-def changes(folder: Path) -> dict[str, list[float]]:
-    """How much reward and judge of every held-out prompt changed from the first evaluation to the
-    last, in the mean of its pictures, which are drawn from the same noise in both."""
-    seen = pictures.load(folder)
-    first, last = (
-        {k: np.mean(np.array(e.scores[k], float), 1) for k in ("reward", "judge")}
-        for e in (seen[0], seen[-1])
-    )
-    return {k: np.round(last[k] - first[k], 5).tolist() for k in first}
 
 
 def base(model: str, runs: Path) -> dict[str, float]:
@@ -232,12 +222,6 @@ def cell(values: Iterable[float], digits: int) -> str:
     if min(values) == max(values):
         return text
     return f"{text} [{min(values):,.{digits}f}, {max(values):,.{digits}f}]"
-
-
-def paired(results: Iterable[Mapping[str, Any]]) -> str:
-    """Mean change of the judge, over prompts and seeds, and its standard error over the prompts."""
-    change = np.mean([r["changes"]["judge"] for r in results], 0)
-    return f"{change.mean():+.4f} ± {change.std(ddof=1) / len(change) ** 0.5:.4f}"
 
 
 def report(runs: Path, budget: int, out: Path) -> None:
@@ -351,7 +335,8 @@ def markdown(
     for name in sorted(board, key=judged, reverse=True):
         after = [columns(r["after"], r["emoji_eval"]) for r in board[name]]
         cells = [cell((a[k] for a in after), 4) for k in QUALITIES]
-        cells[list(QUALITIES).index("eval/judge")] += f" ({paired(board[name])})"
+        change, error = clustered([r["changes"]["judge"] for r in board[name]])
+        cells[list(QUALITIES).index("eval/judge")] += f" ({change:+.4f} ± {error:.4f})"
         cells += [cell((r[k] for r in board[name]), 0) for k in COSTS]
         fewer = "" if len(after) == len(seeds) else f" ({len(after)} of {len(seeds)} seeds)"
         lines.append(f"| {name}{fewer} | {' | '.join(cells)} |")

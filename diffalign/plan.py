@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ import torch
 import rewards as reward_library
 
 from . import algorithms, policies, prompts, windows
-from .algorithms import Needs
-from .config import TrainConfig
+from .algorithms import Algorithm, Needs
+from .config import SamplerConfig, TrainConfig
 from .decoding import ConfigError
 from .optimisation import check_optimizer
 from .prompts import Prompt, PromptSampler, for_judges, for_rewards
@@ -40,11 +40,14 @@ class Plan:
         cls,
         config: TrainConfig,
         rewards: Mapping[Any, Any] | None = None,
-        train_prompts: Sequence[str] | None = None,
+        train_prompts: prompts.Given | Sequence[prompts.Given] | None = None,
         processes: int = 1,
+        algorithm: Algorithm | Mapping[str, Any] | str | None = None,
     ) -> Plan:
-        """Check `config` as a whole. Raises ConfigError or ValueError, one clear message."""
-        algorithm: Any = algorithms.build(config.algorithm)
+        """Check `config` as a whole. Raises ConfigError or ValueError, one clear message.
+
+        `rewards`, `train_prompts` and `algorithm` stand in place of the config's, see `Trainer`."""
+        config, algorithm = _with_algorithm(config, algorithm)
         gradient = algorithm.needs is Needs.GRADIENT
         config.check(advantages=not gradient)
         if config.data.groups % processes:
@@ -64,13 +67,15 @@ class Plan:
         check_optimizer(config.train.optimizer)
         policies.check(config.model.name)
         data = (
-            [Prompt(p) for p in train_prompts]
-            if train_prompts is not None
-            else prompts.load(config.data.prompts)
+            prompts.load(config.data.prompts)
+            if train_prompts is None
+            else prompts.collect(train_prompts)
         )
         PromptSampler(len(data), config.data.groups)
         held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
         reward_library.check(rewards, *for_rewards(data + held_out))
+        if gradient:
+            reward_library.check_gradient(rewards)
         if config.eval.rewards:
             reward_library.check(config.eval.rewards, *for_judges(held_out))
         model = config.model
@@ -93,23 +98,23 @@ class Plan:
         if algorithm.needs is Needs.FINAL:
             algorithm.check_levels(config.sampler.steps)
             if config.sampler.same_noise and not any(stochastic):
+                reason, remedy = _without_chance(config.sampler)
                 raise ConfigError(
-                    "sampler.same_noise=true makes all images of a prompt alike where sampling is "
-                    "deterministic; raise sampler.eta with a stochastic sampler.kernel"
+                    "sampler.same_noise=true makes all images of a prompt alike, since "
+                    f"{reason}; {remedy}, or same_noise=false"
                 )
         if trajectory and not any(stochastic):
-            raise ConfigError(
-                f"sampler.kernel={config.sampler.kernel} with sampler.eta={config.sampler.eta:g} "
-                "is deterministic, and a policy gradient needs chance; raise sampler.eta"
-            )
+            reason, remedy = _without_chance(config.sampler)
+            raise ConfigError(f"{reason}, and a policy gradient needs chance; {remedy}")
         if trajectory:
             low, high = windows.bounds(config.sampler, stochastic)
             size, places = config.data.group_size, high - low
-            around = size // places, size // places + 1
-            if config.sampler.window_schedule == "branch" and size % places:
+            each = max(2, size // places)  # one image of a step has none to be compared with
+            if config.sampler.window_schedule == "branch" and size != each * places:
                 raise ConfigError(
-                    f"data.group_size={size} is not a multiple of the {places} steps that branch; "
-                    f"use {' or '.join(str(k * places) for k in around if k)}"
+                    f"data.group_size={size} does not give every one of the {places} steps that "
+                    "branch the same number of images, 2 or more to compare; use "
+                    f"{each * places} or {(each + 1) * places}, or a shorter sampler.window_range"
                 )
         return cls(
             config, algorithm, rewards, data, held_out, stochastic, shape, uses_cfg, processes
@@ -140,6 +145,7 @@ class Plan:
         draws = [self.algorithm.surrogate(steps, generator) for _ in range(2000)]
         active = sum(len(d.active) for d in draws) / len(draws)
         sampled = sum(steps if d.at is None else d.at for d in draws) / len(draws)
+        sampled *= c.train.inner_epochs  # every update draws its own
         learned = sum(
             (1 + d.renoised) * len(d.active) * (1 + frozen) + d.renoised + (d.at is not None)
             for d in draws
@@ -171,8 +177,8 @@ class Plan:
         last = rows - (chunks - 1) * size
         ragged = "" if last == size else f", the last of {last}"
         evaluations = len(self.eval_prompts) * c.eval.images_per_prompt
-        eval_branches = 2 if self.uses_cfg and c.eval.guidance > 1 else 1
-        eval_calls = evaluations * c.eval.steps * eval_branches
+        eval_branches = 2 if self.uses_cfg and c.eval_guidance > 1 else 1
+        eval_calls = evaluations * c.eval_steps * eval_branches
         rank = c.model.lora_rank
         distance = 2 * evaluations * eval_branches if rank else 0  # to the base model
         sampled, learned = (
@@ -181,7 +187,8 @@ class Plan:
         )
         latent = math.prod(self.latent_shape)
         trained_weights = f"LoRA rank {rank}" if rank else "all weights of the denoiser"
-        stored = n * (c.sampler.steps + 1) * latent * 4 / 2**20
+        kept = share if needs is Needs.GRADIENT else n  # those of one update
+        stored = kept * (c.sampler.steps + 1) * latent * 4 / 2**20
         most, epochs = c.train.max_denoiser_calls, c.train.epochs
         if most is not None:
             epochs = min(epochs, math.ceil(most / self.calls_per_epoch))
@@ -206,6 +213,36 @@ class Plan:
             f"memory     {stored:.1f} MiB of stored trajectories, beside model and activations",
         ]
         return "\n".join(lines)
+
+
+def _without_chance(sampler: SamplerConfig) -> tuple[str, str]:
+    """Why no step of a sampler is stochastic, and what to do."""
+    kernel = sampler.kernel
+    if kernel == "ode":
+        remedy = "use ddim or cps, or for a flow model flow_sde"
+        return "sampler.kernel=ode is deterministic", remedy
+    if sampler.eta == 0:
+        return f"sampler.eta=0 makes sampler.kernel={kernel} deterministic", "raise sampler.eta"
+    reason = f"sampler.steps={sampler.steps} is the last step alone, which sampler.kernel={kernel}"
+    return f"{reason} takes without noise", "use 2 steps or more"
+
+
+def _with_algorithm(config: TrainConfig, given: Any) -> tuple[TrainConfig, Any]:
+    """The algorithm, and the config that names it."""
+    if given is None:
+        return config, algorithms.build(config.algorithm)
+    if isinstance(given, str):
+        given = {"type": given}
+    if isinstance(given, Mapping):
+        config = replace(config, algorithm=dict(given))
+        return config, algorithms.build(config.algorithm)
+    if isinstance(given, type):
+        raise ConfigError(
+            f"algorithm={given.__name__} is a class; give {given.__name__}(...), or its name"
+        )
+    algorithms.check(given)
+    named = {"type": algorithms.name_of(given), **asdict(given)}
+    return replace(config, algorithm=named), given
 
 
 def _with_options(rewards: Mapping[Any, Any], configured: Mapping[str, Any]) -> dict[Any, Any]:

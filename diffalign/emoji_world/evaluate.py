@@ -46,6 +46,14 @@ def load_prompts(split: str) -> list[str]:
     return [p.text for p in prompts.load(path)]
 
 
+def successes(images: Tensor, texts: Sequence[str]) -> dict[str, list[bool]]:
+    """For every category, whether each of its pictures, of (n, 3, H, W) in [0, 1], succeeds."""
+    found: dict[str, list[bool]] = {}
+    for text, seen in zip(texts, findings(images, list(texts)), strict=True):
+        found.setdefault(parse(text).category, []).append(all(seen.values()))
+    return found
+
+
 def table(images: Tensor, texts: Sequence[str]) -> dict[str, float]:
     """Scores of (n, 3, H, W) pictures in [0, 1]: "overall", the six categories, and over all
     prompts that say it, "said: object", "said: colour", ... ."""
