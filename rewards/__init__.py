@@ -73,7 +73,7 @@ __all__ = [
     "redact",
 ]
 
-REGISTRY: Registry[Callable[..., Reward]] = Registry(
+REGISTRY = Registry(
     __name__,
     {
         "adversarial": "adversarial:Adversarial",
