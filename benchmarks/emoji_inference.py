@@ -7,8 +7,9 @@
 
 The reward is the CLIP reward; the judge and EmojiEval never guide a search. Prompts are every
 fourth (of the models with many steps every eighth) of EmojiEval's held-out ones. "plain" is the
-first picture of every search. A call is one sample through the denoiser; a gradient's backward pass
-is none, and takes about as long as one. Finished runs are kept in --runs and not made again.
+first picture of every search; changes are against it, ± their standard error over the prompts. A
+call is one sample through the denoiser; a gradient's backward pass is none, and takes about as long
+as one. Finished runs are kept in --runs and not made again.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clusters import clustered
 
 import rewards
 from diffalign import policies
 from diffalign.decoding import write_atomic
+from diffalign.emoji_world.claims import parse
 from diffalign.emoji_world.evaluate import load_prompts, table
+from diffalign.emoji_world.verifier import findings
 from diffalign.optimize_noise import Budget, Result, Task, build, sampling_for, search
 from diffalign.prompts import Prompt
 
@@ -39,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 TURBO = "assets/emoji-turbo"
 KEYS = ("reward", "judge", "overall")
+SIDES = ("plain", "best")
 # searches that end by themselves are as large as the budget of 160 calls allows
 METHODS: dict[str, dict[str, Any]] = {
     "best_of_n": {"n": 1000},
@@ -125,19 +130,26 @@ def run(
 ) -> dict[str, Any]:
     """Scores of the plain and the best pictures of all prompts."""
     find, judge = searching(model, method, options), rewards.build(JUDGE)
-    sides: dict[str, list[Result]] = {"plain": [], "best": []}
+    sides: dict[str, list[Result]] = {side: [] for side in SIDES}
     for start in range(0, len(texts), 8):
         part = texts[start : start + 8]
         found = find(part, [1000 * seed + start + i for i in range(len(part))])
         for side, results in zip(sides, found, strict=True):
             sides[side] += results
     out: dict[str, Any] = {"model": model, "method": method, "seed": seed, "prompts": len(texts)}
+    kinds = [parse(t).category for t in texts]
+    # so that the mean over the prompts is the mean of the categories
+    weights = {k: len(texts) / len(set(kinds)) / kinds.count(k) for k in set(kinds)}
     for side, results in sides.items():
         images = torch.stack([r.image for r in results])
         with torch.no_grad():
-            judged = judge(images, texts).mean().item()
-        mean = statistics.fmean(r.reward for r in results)
-        out[side] = {"reward": mean, "judge": judged, **table(images, texts)}
+            judged = judge(images, texts).tolist()
+        each = {"reward": [r.reward for r in results], "judge": judged}
+        hits = [all(found.values()) for found in findings(images, list(texts))]
+        each["overall"] = [weights[k] * hit for k, hit in zip(kinds, hits, strict=True)]
+        means = {k: statistics.fmean(v) for k, v in each.items()}
+        each = {k: [round(x, 4) for x in v] for k, v in each.items()}
+        out[side] = table(images, texts) | means | {"each": each}
     for cost in ("denoiser_calls", "reward_calls", "seconds"):
         out[cost] = statistics.fmean(r.trace[-1][cost] for r in sides["best"])
     return out
@@ -159,7 +171,8 @@ def tune(models: Sequence[str], methods: Sequence[str]) -> None:
 
 def report(runs: Path, out: Path) -> None:
     """The table of all finished runs, a row for each model and method, means over seeds; in
-    brackets the change from the method's own plain pictures."""
+    brackets the change from the method's own plain pictures and its standard error. The
+    runs themselves are kept beside it."""
     found = [json.loads(p.read_text("utf-8")) for p in sorted(runs.glob("*.json"))]
     heads = ["", "reward", "gain", "judge", "EmojiEval", "denoiser calls", "reward calls", "s"]
     lines = []
@@ -173,17 +186,20 @@ def report(runs: Path, out: Path) -> None:
             after = [statistics.fmean(r["best"][k] for r in mine) for k in KEYS]
             if not rows:
                 rows.append(["plain", f"{before[0]:.3f}", "", *(f"{x:.3f}" for x in before[1:])])
-            gains = [r["best"]["reward"] - r["plain"]["reward"] for r in mine]
-            gain = f"{statistics.fmean(gains):+.3f}"
-            if len(gains) > 1:
-                gain += f" ± {statistics.stdev(gains):.3f}"
-            others = [f"{b:.3f} ({b - a:+.3f})" for a, b in zip(before, after, strict=True)][1:]
+            cells = [f"{after[0]:.3f}"]
+            for i, key in enumerate(KEYS):
+                gain, error = clustered([
+                    [b - a for a, b in zip(*(r[s]["each"][key] for s in SIDES), strict=True)]
+                    for r in mine
+                ])  # fmt: skip
+                found_gain = f"{gain:+.3f} ± {error:.3f}"
+                cells.append(f"{after[i]:.3f} ({found_gain})" if i else found_gain)
             costs = [
                 f"{statistics.fmean(r[k] for r in mine):.{d}f}"
                 for k, d in (("denoiser_calls", 0), ("reward_calls", 0), ("seconds", 1))
             ]
             name = f"{ABOUT[method]} ({len(mine)})"
-            rows.append([name, f"{after[0]:.3f}", gain, *others, *costs])
+            rows.append([name, *cells, *costs])
         if rows:
             n = next(r["prompts"] for r in found if r["model"] == model)
             steps = MODELS[model]["steps"]
@@ -192,6 +208,7 @@ def report(runs: Path, out: Path) -> None:
             lines += [f"| {' | '.join(row + [''] * (len(heads) - len(row)))} |" for row in rows]
             lines.append("")
     write_atomic(out, ("\n".join(lines).rstrip() + "\n").encode())
+    write_atomic(out.with_suffix(".json"), (json.dumps(found) + "\n").encode())
     print("\n".join(lines))
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from clusters import changes, clustered
 from matplotlib.axes import Axes
 from matplotlib.ticker import AutoLocator
 from PIL import Image
@@ -189,6 +190,7 @@ def run(config: TrainConfig, budget: int) -> None:
         **{name: total(name) for name in COSTS},
         "before": {k: v for k, v in evaluated[0].items() if k.startswith("eval/")},
         "after": {k: v for k, v in evaluated[-1].items() if k.startswith("eval/")},
+        "changes": {k: changes(folder, k) for k in ("reward", "judge")},
         "emoji_eval": emoji_eval(trainer.policy),
         "over_optimised": [row["step"] for row in evaluated if row.get("over_optimised")],
         "curve": [
@@ -318,7 +320,8 @@ def markdown(
     lines = [
         f"**{Path(model).name}**: {budget:,} denoiser calls, seed{'s' if len(seeds) > 1 else ''} "
         f"{', '.join(map(str, seeds))}, {' or '.join(map(str, threads))} thread(s) a run; mean "
-        "[least, most] over the seeds, on held-out prompts, the best judge first.",
+        "[least, most] over the seeds, on held-out prompts, the best judge first; in brackets its "
+        "change ± the standard error over the prompts, paired.",
         "",
         f"| | {' | '.join(names)} |",
         "|---" * (len(names) + 1) + "|",
@@ -332,9 +335,33 @@ def markdown(
     for name in sorted(board, key=judged, reverse=True):
         after = [columns(r["after"], r["emoji_eval"]) for r in board[name]]
         cells = [cell((a[k] for a in after), 4) for k in QUALITIES]
+        change, error = clustered([r["changes"]["judge"] for r in board[name]])
+        cells[list(QUALITIES).index("eval/judge")] += f" ({change:+.4f} ± {error:.4f})"
         cells += [cell((r[k] for r in board[name]), 0) for k in COSTS]
         fewer = "" if len(after) == len(seeds) else f" ({len(after)} of {len(seeds)} seeds)"
         lines.append(f"| {name}{fewer} | {' | '.join(cells)} |")
+    return [*lines, "", *gains(board)]
+
+
+def gains(board: Mapping[str, list[Any]]) -> list[str]:
+    """How each run came to its reward: a table of its evaluations."""
+    lines = [
+        "The gain in reward on the way, after so many denoiser calls; the pictures scored by the "
+        "first of these evaluations; and how many of them the guard flagged.",
+        "",
+        "| seed | run | gain | pictures | flagged |",
+        "|---|---|---|---|---|",
+    ]
+    for r in (r for name in sorted(board) for r in board[name]):
+        start, *points = r["curve"]
+        way = ", ".join(
+            f"{p['denoiser_calls']:,.0f}: {p['eval/reward'] - start['eval/reward']:+.3f}"
+            for p in points
+        )
+        epochs = round(r["epochs"] * points[0]["denoiser_calls"] / r["denoiser_calls"])
+        scored = f"{epochs * r['reward_calls'] / r['epochs']:.0f}"
+        flagged = f"{len(r['over_optimised'])} of {len(points)}"
+        lines.append(f"| {r['seed']} | {r['algorithm']} | {way} | {scored} | {flagged} |")
     return [*lines, ""]
 
 

@@ -1,10 +1,11 @@
-"""Train a config with several seeds and print held-out means before and after, with their spread.
+"""Train a config with several seeds and print held-out means before and after, with their errors.
 
     python benchmarks/three_seeds.py configs/emoji_draft_clip.yaml [--section.key VALUE ...]
 
 Writes runs/NAME_seedS and benchmarks/results/NAME.md. Every seed changes the LoRA's initialisation,
-the prompt order and the noise; prompts and noise of the evaluation change too, so "before" has a
-spread of its own.
+the prompt order and the noise, that of the evaluation too, so that "before" has a spread. Before
+and after are means ± the standard deviation over the seeds; the change is that of the same
+prompts from the same noise, ± its standard error over the prompts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import statistics
 import sys
 import time
 from pathlib import Path
+
+from clusters import changes, clustered
 
 from diffalign import TrainConfig, Trainer
 
@@ -38,14 +41,17 @@ def main() -> None:
         "| held-out mean | before | after | change | change of each seed |",
         "|---|---|---|---|---|",
     ]
-    for name in results[0]["after"]:
-        before = [r["before"][name] for r in results]
-        after = [r["after"][name] for r in results]
+    for key in results[0]["after"]:
+        before = [r["before"][key] for r in results]
+        after = [r["after"][key] for r in results]
         change = [b - a for a, b in zip(before, after, strict=True)]
+        name, mean = key.removeprefix("eval/"), f"{statistics.mean(change):+.4f}"
+        if name != "diversity":  # which is no mean over pictures
+            runs = [f"runs/{path.stem}_seed{seed}" for seed in SEEDS]
+            mean += f" ± {clustered([changes(run, name) for run in runs])[1]:.4f}"
         lines.append(
-            f"| {name.removeprefix('eval/')} | {statistics.mean(before):.4f} "
-            f"± {statistics.stdev(before):.4f} | {statistics.mean(after):.4f} "
-            f"± {statistics.stdev(after):.4f} | {statistics.mean(change):+.4f} | "
+            f"| {name} | {statistics.mean(before):.4f} ± {statistics.stdev(before):.4f} "
+            f"| {statistics.mean(after):.4f} ± {statistics.stdev(after):.4f} | {mean} | "
             f"{', '.join(f'{c:+.4f}' for c in change)} |"
         )
     table = "\n".join(lines) + "\n"

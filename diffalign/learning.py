@@ -165,6 +165,7 @@ class Learner:
                     if self.reward.learns:
                         pictures += zip(images.detach().cpu(), batch, strict=True)
                     pixels, total, parts = self._pixel_gradient(images, batch)
+                    self._look_for_blame(pixels, batch)
                     (grad,) = torch.autograd.grad(images, x0, pixels * share)
                     grad = self.optimisation.scaler.scale(grad)  # the sweep is linear in it
                     penalty = self._penalty(cond, share / len(plan.active), meter)
@@ -208,6 +209,17 @@ class Learner:
         ]
         merged = merge(torch.stack(each, 1), total.new_tensor(list(weights.values())), how)
         return merged * slope.view(-1, 1, 1, 1), total, parts
+
+    def _look_for_blame(self, pixels: Tensor, batch: Sequence[Prompt]) -> None:
+        """Note a reward's gradient (n, 3, H, W) that is not finite, for the message of the step
+        that it spoils."""
+        bad = (~pixels.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
+        if bad:
+            names = " or ".join(repr(k) for k, w in self.reward.weights.items() if w != 0)
+            self.optimisation.blame = (
+                f"the gradient of the reward {names} to the pixels is NaN or infinite for the "
+                f"prompt {batch[bad[0]].text!r}"
+            )
 
     def _penalty(self, cond: Cond, share: float, meter: Meter) -> Any:
         """kl_weight times the mean square between the outputs of policy and base (DRaFT+), both at

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch
 import rewards as reward_library
 
 from . import algorithms, policies, prompts, windows
-from .algorithms import Needs
+from .algorithms import Algorithm, Needs
 from .config import SamplerConfig, TrainConfig
 from .decoding import ConfigError
 from .optimisation import check_optimizer
@@ -40,11 +40,14 @@ class Plan:
         cls,
         config: TrainConfig,
         rewards: Mapping[Any, Any] | None = None,
-        train_prompts: Sequence[str] | None = None,
+        train_prompts: prompts.Given | Sequence[prompts.Given] | None = None,
         processes: int = 1,
+        algorithm: Algorithm | Mapping[str, Any] | str | None = None,
     ) -> Plan:
-        """Check `config` as a whole. Raises ConfigError or ValueError, one clear message."""
-        algorithm: Any = algorithms.build(config.algorithm)
+        """Check `config` as a whole. Raises ConfigError or ValueError, one clear message.
+
+        `rewards`, `train_prompts` and `algorithm` stand in place of the config's, see `Trainer`."""
+        config, algorithm = _with_algorithm(config, algorithm)
         gradient = algorithm.needs is Needs.GRADIENT
         config.check(advantages=not gradient)
         if config.data.groups % processes:
@@ -64,13 +67,15 @@ class Plan:
         check_optimizer(config.train.optimizer)
         policies.check(config.model.name)
         data = (
-            [Prompt(p) for p in train_prompts]
-            if train_prompts is not None
-            else prompts.load(config.data.prompts)
+            prompts.load(config.data.prompts)
+            if train_prompts is None
+            else prompts.collect(train_prompts)
         )
         PromptSampler(len(data), config.data.groups)
         held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
         reward_library.check(rewards, *for_rewards(data + held_out))
+        if gradient:
+            reward_library.check_gradient(rewards)
         if config.eval.rewards:
             reward_library.check(config.eval.rewards, *for_judges(held_out))
         model = config.model
@@ -172,8 +177,8 @@ class Plan:
         last = rows - (chunks - 1) * size
         ragged = "" if last == size else f", the last of {last}"
         evaluations = len(self.eval_prompts) * c.eval.images_per_prompt
-        eval_branches = 2 if self.uses_cfg and c.eval.guidance > 1 else 1
-        eval_calls = evaluations * c.eval.steps * eval_branches
+        eval_branches = 2 if self.uses_cfg and c.eval_guidance > 1 else 1
+        eval_calls = evaluations * c.eval_steps * eval_branches
         rank = c.model.lora_rank
         distance = 2 * evaluations * eval_branches if rank else 0  # to the base model
         sampled, learned = (
@@ -220,6 +225,24 @@ def _without_chance(sampler: SamplerConfig) -> tuple[str, str]:
         return f"sampler.eta=0 makes sampler.kernel={kernel} deterministic", "raise sampler.eta"
     reason = f"sampler.steps={sampler.steps} is the last step alone, which sampler.kernel={kernel}"
     return f"{reason} takes without noise", "use 2 steps or more"
+
+
+def _with_algorithm(config: TrainConfig, given: Any) -> tuple[TrainConfig, Any]:
+    """The algorithm, and the config that names it."""
+    if given is None:
+        return config, algorithms.build(config.algorithm)
+    if isinstance(given, str):
+        given = {"type": given}
+    if isinstance(given, Mapping):
+        config = replace(config, algorithm=dict(given))
+        return config, algorithms.build(config.algorithm)
+    if isinstance(given, type):
+        raise ConfigError(
+            f"algorithm={given.__name__} is a class; give {given.__name__}(...), or its name"
+        )
+    algorithms.check(given)
+    named = {"type": algorithms.name_of(given), **asdict(given)}
+    return replace(config, algorithm=named), given
 
 
 def _with_options(rewards: Mapping[Any, Any], configured: Mapping[str, Any]) -> dict[Any, Any]:

@@ -2,38 +2,109 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from . import grids, policies
-from . import prompts as prompt_files
-from .prompts import Prompt
+from . import drawn, grids, policies
+from .config import CHOICES
+from .decoding import ConfigError, check_file, decode, field_types, read_yaml, suggest
+from .drawn import Drawn
+from .dynamics import Levels
+from .prompts import Prompt, collect
+
+BATCH = 16  # pictures at a time
+
+
+@dataclass
+class Settings:
+    """How a model draws, where nothing else is said; of a run it is how it was evaluated."""
+
+    model: str = "assets/emoji-sd"
+    merge_lora: str | None = None
+    resolution: int | None = None
+    dtype: str = "float32"
+    steps: int = 20
+    guidance: float = 3.0
+
+
+def settings(runs: Sequence[str | None], given: Mapping[str, Any]) -> dict[str, Any]:
+    """`Settings` by name: what is given, else how the first of `runs` that is a run was evaluated,
+    else the defaults. Says what it took of a run.
+
+    A run is given by its folder, its best/, or a file in either; other LoRAs and hub ids are passed
+    over. Raises ConfigError for a config.yaml that cannot be read.
+    """
+    given = {k: v for k, v in given.items() if v is not None and k in field_types(Settings)}
+    path = next(filter(None, map(config_of, filter(None, runs))), None)
+    taken = _evaluated(path) if path is not None else {}
+    # a run as a model brings its own
+    brought = ("merge_lora",) if config_of(given.get("model", "")) else ()
+    taken = {k: v for k, v in taken.items() if k not in (*given, *brought)}
+    found = decode(Settings, {**taken, **given}, source=f" in {path}" if path else "")
+    if found.dtype not in CHOICES["model.dtype"]:
+        tip = suggest(found.dtype, CHOICES["model.dtype"])
+        raise ConfigError(f"dtype={found.dtype!r} in {path} is not known{tip}")
+    if taken:
+        told = [f"{k.replace('_', ' ')} {v}" for k, v in taken.items() if v is not None]
+        print(f"as in {path}: {', '.join(told)}")
+    return vars(found)
+
+
+def config_of(run: str) -> Path | None:
+    """The config.yaml of a run, given by its folder, its best/, or a file in either."""
+    if not run or not Path(run).exists():
+        return None
+    folder = Path(run) if Path(run).is_dir() else Path(run).parent
+    places = [folder, folder.parent] if folder.resolve().name == "best" else [folder]
+    found = [place / "config.yaml" for place in places if (place / "config.yaml").exists()]
+    return found[0] if found else None
+
+
+def _evaluated(path: Path) -> dict[str, Any]:
+    tree, found = read_yaml(path), {}
+    names = {"name": "model", "merge_lora": "merge_lora", "resolution": "resolution"}
+    drawn = {"steps": "steps", "guidance": "guidance"}
+    # what the evaluation does not say is the sampler's
+    sections = {"model": {**names, "dtype": "dtype"}, "sampler": drawn, "eval": drawn}
+    for section, keys in sections.items():
+        values = tree.get(section, {})
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{path}: {section} is {values!r}, no section of settings")
+        said = {name: values.get(key) for key, name in keys.items()}
+        found |= {name: value for name, value in said.items() if value is not None}
+    return found
+
+
+MOST_SEEDS = 10_000
 
 
 def parse_seeds(text: str) -> list[int]:
-    """The numbers of a list with ranges: 0-3,7 is [0, 1, 2, 3, 7]. Raises ValueError."""
+    """The numbers of a list with ranges: 0-3,7 is [0, 1, 2, 3, 7]; each once. Raises ValueError."""
+    seeds: dict[int, None] = {}
     try:
-        seeds = []
         for part in text.split(","):
-            first, _, last = part.partition("-")
-            seeds += range(int(first), int(last or first) + 1)
-        if not seeds:
-            raise ValueError
+            first, dash, last = part.partition("-")
+            low, high = int(first), int(last if dash else first)
+            if low > high or high >= 2**63:
+                raise ValueError
+            if high - low >= MOST_SEEDS or len(seeds) > MOST_SEEDS:
+                raise ConfigError(
+                    f"--seeds {text!r} are more than {MOST_SEEDS} a prompt; ask for fewer"
+                )
+            seeds |= dict.fromkeys(range(low, high + 1))
+    except ConfigError:
+        raise
     except ValueError:
-        raise ValueError(f"--seeds {text!r} is not understood; write 0-7, 3 or 1,5,9") from None
-    return seeds
-
-
-def texts_of(prompts: Sequence[str]) -> list[Prompt]:
-    """Prompts as typed: texts, or one prompt file."""
-    if len(prompts) == 1 and prompts[0].endswith((".txt", ".jsonl")):
-        return prompt_files.load(prompts[0])
-    return [Prompt(text) for text in prompts]
+        raise ConfigError(f"--seeds {text!r} is not understood; write 0-7, 3 or 1,5,9") from None
+    return list(seeds)
 
 
 def trained_denoiser(run: str) -> str | None:
@@ -42,13 +113,37 @@ def trained_denoiser(run: str) -> str | None:
     return next((n for n in names if (Path(run) / n / "config.json").exists()), None)
 
 
-def check_drawing(model: str, steps: int, out: str, option: str = "--grid") -> None:
-    """Refuse, before a model is loaded, what cannot be drawn or written."""
+def check_drawing(
+    model: str,
+    steps: int,
+    guidance: float,
+    resolution: int | None,
+    grid: str,
+    option: str = "--grid",
+) -> tuple[Levels, tuple[int, ...]]:
+    """The levels of a sampler, and the shape of a latent. Refuses, before a model is loaded, what
+    cannot be drawn or written."""
     policies.check(model)
     if steps < 1:
         raise ValueError(f"--steps {steps} draws nothing; use 1 or more")
-    if not out.lower().endswith(".png"):
-        raise ValueError(f"{option} {out!r} does not end in .png, and that is what is written")
+    if not 0 <= guidance < math.inf:
+        raise ValueError(f"--guidance {guidance:g} is no guidance scale; use 0 or more")
+    if resolution is not None and resolution < 1:
+        raise ValueError(f"--resolution {resolution} is no size; use the side in pixels")
+    if not grid.lower().endswith(".png"):
+        raise ValueError(f"{option} {grid!r} does not end in .png, and that is what is written")
+    check_file(grid, option)
+    return policies.peek(model, steps, resolution)
+
+
+def family_of(model: str) -> str:
+    """UNet, SD3 or Flux: what a model's noise is for, besides its shape."""
+    return policies.family(model).__name__.removesuffix("Policy")
+
+
+def check_scale(scale: float, option: str = "--lora-scale") -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"{option} {scale} is no factor; use a number such as 0.5")
 
 
 def check_lora(lora: str, option: str) -> None:
@@ -66,8 +161,8 @@ class Sampler:
 
     def __init__(self, model: str, merge_lora: str | None = None, dtype: str = "float32"):
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        options = {"torch_dtype": getattr(torch, dtype)}
-        self.pipe = policies.pipeline(model, merge_lora, **options).to(self.device)
+        self.model, self.dtype = model, getattr(torch, dtype)
+        self.pipe = policies.pipeline(model, merge_lora, torch_dtype=self.dtype).to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
         self.adapters: dict[str, str] = {}  # LoRAs loaded: their names in the pipeline
         self.base: tuple[str, Any] | None = None  # the base denoiser, while another is in its place
@@ -102,6 +197,15 @@ class Sampler:
         elif self.adapters:
             self.pipe.disable_lora()
 
+    def noise(self, seeds: Sequence[int], resolution: int | None = None) -> Tensor:
+        """The noise (n, *latent) that the pipeline starts from, of its seeds; float32."""
+        return self._noise(_generators(seeds), resolution).float()
+
+    def _noise(self, generators: Sequence[torch.Generator], resolution: int | None) -> Tensor:
+        _, shape = policies.peek(self.model, 1, resolution)
+        draws = [torch.randn(shape, generator=g, dtype=self.dtype) for g in generators]
+        return torch.stack(draws)
+
     def draw(
         self,
         texts: Sequence[str],
@@ -109,17 +213,59 @@ class Sampler:
         steps: int,
         guidance: float,
         resolution: int | None = None,
+        noise: Tensor | None = None,
     ) -> list[Image.Image]:
-        """A picture for each of the texts, from the noise of its seed, in one batch."""
+        """A picture for each of the texts in one batch, from the noise of its seed, as
+        `pipe(generator=...)` draws it, or from `noise` (n, *latent)."""
+        generators = _generators(seeds)
+        # a stochastic scheduler goes on with the generators where the first draw has left them
+        x = self._noise(generators, resolution)
+        if noise is not None:
+            x = noise.to(x)
+        height, width = (side * self.pipe.vae_scale_factor for side in x.shape[2:])
+        flux = type(self.pipe).__name__ == "FluxPipeline"
         return self.pipe(
             list(texts),
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(s) for s in seeds],
-            height=resolution,
-            width=resolution,
+            generator=generators,
+            latents=_tokens(x) if flux else x,
+            height=height,
+            width=width,
             **policies.text_options(self.pipe),
         ).images
+
+
+def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(n, C, H, W) as FluxPipeline has it: (n, H W / 4, 4 C)."""
+    n, c, height, width = x.shape
+    x = x.view(n, c, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(n, height * width // 4, 4 * c)
+
+
+def pictures(
+    sampler: Sampler,
+    prompt: Prompt,
+    seeds: Sequence[int],
+    how: Mapping[str, Any],
+    noise: Tensor | None = None,
+    text: str | None = None,
+) -> list[Drawn]:
+    """A prompt by its seeds, BATCH at a time; noise (n, *latent): in place of that of the seeds."""
+    if noise is None:
+        noise = sampler.noise(seeds, how["resolution"])
+    found = []
+    for start in range(0, len(seeds), BATCH):
+        own, x = seeds[start : start + BATCH], noise[start : start + BATCH]
+        texts = [text or prompt.text] * len(own)
+        images = sampler.draw(texts, own, how["steps"], how["guidance"], how["resolution"], x)
+        each = zip(images, own, x, strict=True)
+        found += [Drawn(image, prompt, s, z[None], how, text) for image, s, z in each]
+    return found
 
 
 def draw(
@@ -141,12 +287,13 @@ def draw(
 
     lora: a folder or file that `pipe.load_lora_weights` reads, or a run folder with a whole
     denoiser; lora_scale multiplies ΔW. merge_lora is part of the model, of the base too. compare
-    adds a row of the base model above each. Raises ValueError for bad input before the pipeline is
+    adds a row of the base model above each. out: a folder for the single pictures, prompts.jsonl
+    and noise.safetensors (`drawn.write`). Raises ValueError for bad input before the pipeline is
     loaded.
     """
-    numbers = parse_seeds(seeds)
-    texts = [p.text for p in texts_of(prompts)]
-    check_drawing(model, steps, grid)
+    numbers, texts = parse_seeds(seeds), collect(prompts, "--prompts")
+    check_drawing(model, steps, guidance, resolution, grid)
+    check_scale(lora_scale)
     if lora is not None:
         check_lora(lora, "--lora")
         denoiser = trained_denoiser(lora)
@@ -157,29 +304,26 @@ def draw(
             )
     if compare and lora is None:
         raise ValueError("--compare sets the LoRA beside the base model; give --lora as well")
+    variants = [None, lora] if compare else [lora]
+    names = [
+        f"{row:03d}_seed{seed}.png" for row in range(len(texts) * len(variants)) for seed in numbers
+    ]
+    if out is not None:
+        drawn.check_out(out, grid, names)
 
     sampler = Sampler(model, merge_lora, dtype)
-
-    def rows(weights: Mapping[str, float]) -> list[list[Image.Image]]:
-        sampler.use(weights)
-        how = numbers, steps, guidance, resolution
-        return [sampler.draw([text] * len(numbers), *how) for text in texts]
-
-    shown = list(zip(texts, rows({}), strict=True)) if compare or lora is None else []
-    if lora is not None:
-        names = [f"{text} [{Path(lora).name}]" for text in texts]
-        tuned = list(zip(names, rows({lora: lora_scale}), strict=True))
-        shown = (
-            [row for pair in zip(shown, tuned, strict=True) for row in pair] if compare else tuned
-        )
-    columns = {f"seed {s}": [row[i] for _, row in shown] for i, s in enumerate(numbers)}
-    settings = {"model": model, "lora": lora, "lora_scale": lora_scale, "steps": steps}
-    settings |= {"guidance": guidance, "prompts": texts, "seeds": numbers}
-    options = {"resolution": resolution, "merge_lora": merge_lora}
-    settings |= {name: value for name, value in options.items() if value is not None}
-    grids.save_png(grids.comparison_grid(columns, [t for t, _ in shown]), grid, settings)
+    how = {"model": model, "merge_lora": merge_lora, "lora": None, "lora_scale": lora_scale}
+    how |= {"steps": steps, "guidance": guidance, "resolution": resolution, "dtype": dtype}
+    how |= {"kernel": None, "eta": None, "family": family_of(model)}
+    columns = []
+    for variant in variants:
+        sampler.use({} if variant is None else {variant: lora_scale})
+        own = how | {"lora": variant}
+        columns.append([pictures(sampler, prompt, numbers, own) for prompt in texts])
+    rows = [row for several in zip(*columns, strict=True) for row in several]
+    about = {"lora": lora, "prompts": [p.text for p in texts], "seeds": numbers}
+    grids.save_png(drawn.grid_of(rows), grid, how | about)
     if out is not None:
-        for r, (_, row) in enumerate(shown):
-            for seed, image in zip(numbers, row, strict=True):
-                grids.save_png(image, Path(out) / f"{r:03d}_seed{seed}.png", settings)
+        flat = [one for row in rows for one in row]
+        drawn.write(out, dict(zip(names, flat, strict=True)))
     return Path(grid)

@@ -28,6 +28,10 @@ from diffalign.grids import save_png
 EXTRA = ("tensorboard", "wandb", "trackio")
 """The trackers that `pip install diffalign[track]` brings."""
 
+MISMATCH = 1e-3
+"""|ratio - 1| of a stored log-probability before any update; above it, rollout and training
+disagree."""
+
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raises `ValueError` for a tracker that accelerate does not know or that is not installed."""
@@ -72,6 +76,21 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
+def worries(metrics: Mapping[str, float]) -> list[str]:
+    """What the metrics of an epoch say that a user should hear of."""
+    found = []
+    if metrics.get("mismatch_max", 0) > MISMATCH:
+        found.append(
+            "the stored log-probabilities differ from those of training by a ratio of "
+            f"{metrics['mismatch_max']:.2g}; is the dtype or the batch to blame?"
+        )
+    if metrics["skipped_steps"]:
+        found.append(
+            f"{metrics['skipped_steps']:g} update(s) skipped, as the gradient was not finite"
+        )
+    return found
+
+
 class Meter:
     """Running means and maxima of diagnostics over the micro-batches of an epoch."""
 
@@ -112,7 +131,7 @@ class Tracker:
         run_dir: folder of the run; made if missing.
         trackers: names of external trackers; they need `accelerator`, made with `log_with=trackers`
             and, for TensorBoard, a `project_dir`.
-        config: nested settings, for the external trackers.
+        config: nested settings, for the external trackers; secrets are left out.
         accelerator: an `accelerate.Accelerator`; None = a single process.
         resume_step: rows of later steps are dropped, so that a resumed run writes them again. None
             starts anew; the metrics of an earlier run are kept as metrics.previous.*.
@@ -137,7 +156,9 @@ class Tracker:
         self.rows: list[dict[str, Any]] = []
         self.columns = ["step"]
         if self.accelerator is not None:
-            self.accelerator.init_trackers("diffalign", config=_flat(config or {}))
+            from rewards.redaction import redact  # late: with it come torch and the models
+
+            self.accelerator.init_trackers("diffalign", config=_flat(redact(config or {})))
         if not self.main:
             return
         self.dir.mkdir(parents=True, exist_ok=True)

@@ -238,8 +238,9 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every network interface")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument(
-        "--token", default=os.environ.get(TOKEN_VARIABLE), help=f"default: ${TOKEN_VARIABLE}"
-    )
+        "--token", default=os.environ.get(TOKEN_VARIABLE),
+        help=f"default: ${TOKEN_VARIABLE}, which no list of processes shows",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds to receive, to score")
     args = parser.parse_args(arguments)

@@ -18,12 +18,14 @@ from diffalign import TrainConfig, Trainer, cli, film, pictures, report
 from diffalign.report.charts import Axis, Line, chart, number
 from diffalign.report.run import read, short_names
 from diffalign.tracking import Tracker
+from diffalign.verdict import VERDICTS
 
 NASTY = """a "dog" <script>alert('x')</script> & <b>bold</b> ${body} 猫"""
 
 
-def fake_run(folder, epochs=4, prompts=6, size=(16, 16), seed=0, kl=True, flagged=(), **config):
-    """A run folder as training leaves it, evaluated every epoch; pictures are noise."""
+def fake_run(folder, epochs=4, prompts=6, size=(16, 16), seed=0, kl=True, verdicts=(), **config):
+    """A run folder as training leaves it, evaluated every epoch; pictures are noise. verdicts:
+    the guard's, by epoch."""
     texts = [NASTY, *(f"prompt {i}" for i in range(1, prompts))]
     tracker, generator = Tracker(folder), torch.Generator().manual_seed(seed)
     for epoch in range(epochs + 1):
@@ -33,7 +35,8 @@ def fake_run(folder, epochs=4, prompts=6, size=(16, 16), seed=0, kl=True, flagge
         row = {f"eval/{k}": sum(v) / len(v) for k, v in scores.items()} | {"eval/diversity": 0.2}
         if epoch:
             row |= {"reward_mean": epoch / 3, "denoiser_calls": 100, "reward_calls": 8}
-            row |= {"seconds": 90.0, "reward_seconds": 9.0, "over_optimised": epoch in flagged}
+            row |= {"seconds": 90.0, "reward_seconds": 9.0}
+            row |= {name: dict(verdicts).get(epoch) == name for name in VERDICTS}
         tracker.log(epoch, row)
         drawn = [
             Image.fromarray(
@@ -127,7 +130,7 @@ def test_large_pictures_are_shrunk_to_fit_on_a_sheet():
 
 
 def test_report_of_a_run(tmp_path):
-    path = report.write([fake_run(tmp_path / "run", flagged=(3,))])
+    path = report.write([fake_run(tmp_path / "run", verdicts={3: "over_optimised"})])
     assert path == tmp_path / "run" / "report.html"
     page = Page(path)
     assert "<script>alert" not in page.source
@@ -152,6 +155,69 @@ def test_report_of_a_run(tmp_path):
     assert len(re.findall(r'<img data-column="0" class="left "', page.source)) == 6
     assert len(re.findall(r'<img data-column="4" class="right"', page.source)) == 6
     assert page.source.count("<img") == 6 * 5
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "said"),
+    [
+        (
+            {1: "improved", 4: "improved"},
+            "Improved (at the last of 4 evaluations): the held-out reward rose by more than chance "
+            "explains, and neither a judge nor the diversity was found to fall.",
+        ),
+        (
+            {1: "improved"},
+            "No significant change (at the last of 4 evaluations): the held-out reward neither",
+        ),
+        (
+            {3: "over_optimised", 4: "over_optimised"},
+            "Over-optimised from epoch 3 (2 of 4 evaluations): a judge or the diversity fell while "
+            "the reward was above the base model’s.",
+        ),
+        (
+            {2: "over_optimised", 3: "collapsed", 4: "collapsed"},
+            "Over-optimised from epoch 2 (1 of 4 evaluations): a judge or the diversity fell while "
+            "the reward was above the base model’s. Collapsed from epoch 3 (2 of 4 evaluations): a "
+            "judge or the diversity fell, and the reward did not rise.",
+        ),
+        (
+            {1: "failed", 4: "improved"},
+            "Failed from epoch 1 (1 of 4 evaluations): the reward fell below the base model’s. "
+            "Improved (at the last of 4 evaluations)",
+        ),
+    ],
+)
+def test_verdicts_in_words(tmp_path, verdicts, said):
+    run = fake_run(tmp_path, verdicts=verdicts)
+    page = Page(report.write([run]))
+    assert said in page.text
+    assert "Not found" not in page.text
+    assert "No judge" not in page.text
+    first = min((e for e, name in verdicts.items() if name != "improved"), default=None)
+    words = {"over_optimised": "over-optimised"}
+    if first is None:
+        assert 'class="warn"' not in page.source
+    else:
+        name = words.get(verdicts[first], verdicts[first])
+        assert page.source.count(f">{name}</text>") == 6  # in every chart over epochs
+
+
+def test_verdicts_without_judges_and_of_runs_that_knew_one_only(tmp_path):
+    run = fake_run(tmp_path, verdicts={4: "improved"}, eval={})
+    page = Page(report.write([run]))
+    assert "explains, and the diversity did not fall. No judge watched" in page.text
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in lines:
+        row["eval/reward"], row["improved"] = None, False
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    assert "the held-out reward cannot be compared over the run" in Page(report.write([run])).text
+    for row in lines:
+        for name in VERDICTS[1:]:
+            row.pop(name, None)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    page = Page(report.write([run]))
+    assert "Not found over-optimised in 4 evaluations." in page.text
+    assert "Improved" not in page.text
 
 
 def test_a_part_that_is_the_reward_is_left_out(tmp_path):
@@ -201,7 +267,7 @@ def test_runs_without_kl_or_single_pictures(tmp_path):
 
 
 def test_several_runs(tmp_path, monkeypatch, capsys):
-    a = fake_run(tmp_path / "a" / "run", flagged=(2,))
+    a = fake_run(tmp_path / "a" / "run", verdicts={2: "over_optimised"})
     b = fake_run(tmp_path / "b" / "run", epochs=2, train={"epochs": 2, "lr": 5e-4})
     other = fake_run(tmp_path / "other", seed=1)
     monkeypatch.chdir(tmp_path)
@@ -398,7 +464,7 @@ console.error("the last message");
 @pytest.mark.skipif(not CHROMIUM, reason="there is no chromium")
 def test_in_a_browser(tmp_path):
     """No message on the console, no sideways scrolling, and the controls do what they say."""
-    run = fake_run(tmp_path / "run", flagged=(3,))
+    run = fake_run(tmp_path / "run", verdicts={3: "over_optimised"})
     path = report.write([run])
     path.write_text(path.read_text("utf-8").replace("</body>", PROBE), "utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]

@@ -2,9 +2,10 @@
 
     diffalign eval MODEL [MODEL ...] [--lora RUN] [--split train|held_out]
 
-448 fixed prompts a split; those of `held_out` ask for combinations that no model was trained on
-(`scenes.held_out`). A picture succeeds when the verifier confirms everything its prompt says; the
-score of a category is the share that succeeds, the overall score the mean of the six.
+448 fixed prompts in the split `train`, 444 in `held_out`; the latter ask for combinations that no
+denoiser was trained on (`scenes.held_out`). A picture succeeds when the verifier confirms
+everything its prompt says; the score of a category is the share that succeeds, the overall score
+the mean of the six.
 """
 
 from __future__ import annotations
@@ -43,6 +44,14 @@ def load_prompts(split: str) -> list[str]:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}")
     path = ASSETS / "emoji-world" / "prompts" / f"eval_{split}.jsonl"
     return [p.text for p in prompts.load(path)]
+
+
+def successes(images: Tensor, texts: Sequence[str]) -> dict[str, list[bool]]:
+    """For every category, whether each of its pictures, of (n, 3, H, W) in [0, 1], succeeds."""
+    found: dict[str, list[bool]] = {}
+    for text, seen in zip(texts, findings(images, list(texts)), strict=True):
+        found.setdefault(parse(text).category, []).append(all(seen.values()))
+    return found
 
 
 def table(images: Tensor, texts: Sequence[str]) -> dict[str, float]:

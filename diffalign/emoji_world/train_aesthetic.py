@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -47,8 +47,11 @@ def vividness(images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def examples(model: Any, seed: int, n: int, reserved: bool) -> tuple[Tensor, Tensor]:
-    """(unit embeddings (n, d), beauty (n,)) of scenes of which two in three are degraded."""
+def examples(
+    encode: Callable[[Tensor], Tensor], seed: int, n: int, reserved: bool
+) -> tuple[Tensor, Tensor]:
+    """(unit embeddings (n, d), beauty (n,)) of scenes of which two in three are degraded. encode:
+    pictures (m, 3, 64, 64) in [0, 1] to unit embeddings (m, d)."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     scenes = [sample_scene(rng, rng.choice(MIX), reserved) for _ in range(n)]
@@ -58,8 +61,7 @@ def examples(model: Any, seed: int, n: int, reserved: bool) -> tuple[Tensor, Ten
         strength = torch.rand(len(clean)) * (torch.rand(len(clean)) < 2 / 3)
         kinds = [rng.choice(DEGRADATIONS) for _ in clean]
         shown = torch.where(strength.view(-1, 1, 1, 1) > 0, degrade(clean, strength, kinds), clean)
-        out = model.get_image_features(pixel_values=normalise(shown)).pooler_output
-        embeddings.append(F.normalize(out, dim=-1))
+        embeddings.append(encode(shown))
         beauty.append(2 + 4 * vividness(clean) + 4 * (1 - strength))
     return torch.cat(embeddings), torch.cat(beauty)
 
@@ -77,8 +79,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     args = parser.parse_args()
     model = CLIPModel.from_pretrained(args.clip).eval()
-    inputs, truth = examples(model, 11, 16000, reserved=False)
-    held_inputs, held_truth = examples(model, 10**6 + 11, 2000, reserved=True)
+
+    def encode(pictures: Tensor) -> Tensor:
+        return F.normalize(model.get_image_features(normalise(pictures)).pooler_output, dim=-1)
+
+    inputs, truth = examples(encode, 11, 16000, reserved=False)
+    held_inputs, held_truth = examples(encode, 10**6 + 11, 2000, reserved=True)
     torch.manual_seed(11)
     head = Head(inputs.shape[1])
 

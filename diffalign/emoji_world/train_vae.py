@@ -47,15 +47,15 @@ def build() -> Any:
 
 
 @torch.no_grad()
-def psnr(vae: Any, images: torch.Tensor) -> float:
-    """Mean over pictures of 10 log10(255² / MSE) in dB, on pixels rounded to bytes."""
+def psnr(vae: Any, images: torch.Tensor) -> torch.Tensor:
+    """10 log10(255² / MSE) of every picture in dB, (n,), on pixels rounded to bytes."""
     values = []
     for chunk in images.split(64):
         out = vae.decode(vae.encode(unit(chunk)).latent_dist.mode()).sample
         out = ((out.float() + 1) * 127.5).round().clamp(0, 255)
         mse = (out - chunk.float()).square().flatten(1).mean(1).clamp_min(1e-4)
         values.append(10 * (255**2 / mse).log10())
-    return torch.cat(values).mean().item()
+    return torch.cat(values)
 
 
 @torch.no_grad()
@@ -94,8 +94,8 @@ def main() -> None:
 
     def report(step: int) -> dict:
         return {
-            "psnr_db": round(psnr(vae, held_out), 2),
-            "psnr_single_db": round(psnr(vae, singles), 2),
+            "psnr_db": round(psnr(vae, held_out).mean().item(), 2),
+            "psnr_single_db": round(psnr(vae, singles).mean().item(), 2),
         }
 
     figures = fit(

@@ -4,8 +4,8 @@
 
 A small one-stage detector in the manner of CenterNet (arXiv 1904.07850), trained on composed scenes
 of every kind, reserved combinations included, with the augmentation of train_clip. It is a judge,
-never a reward by default: `verify` scores a picture by the share of what its prompt says that the
-picture shows.
+and a reward only where a run makes it one: `verify` scores a picture by the share of what its
+prompt says that the picture shows.
 """
 
 from __future__ import annotations

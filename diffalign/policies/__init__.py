@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import torch
 import transformers
 from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 
+from ..config import ModelConfig
 from ..dynamics import Levels
 from .base import Cond, Policy, pixels_per_latent, text_options
 from .flux import FluxPolicy
@@ -29,6 +33,8 @@ __all__ = [
     "merge",
     "peek",
     "pipeline",
+    "prepared",
+    "read_text_encoders",
     "text_options",
 ]
 
@@ -87,12 +93,24 @@ def peek(name: str, steps: int, resolution: int | None = None) -> tuple[Levels, 
 
 def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
     """The diffusers pipeline itself, of a local folder or hub id; merge_lora is added to its
-    weights."""
+    weights.
+
+    It has no safety checker and no watermark, whatever its config says, and says so: they would
+    change finished pictures, which training does not see.
+    """
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     index: Any = DiffusionPipeline.load_config(name)
     # diffusers asks for parts that were saved as none (SD3 without its T5) to be passed as None
-    parts = {key: None for key, value in index.items() if value == [None, None]}
+    parts: dict[str, Any] = {key: None for key, value in index.items() if value == [None, None]}
+    if index["_class_name"] == "StableDiffusionPipeline":
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+        if index.get("safety_checker", [None, None])[1]:
+            _note(f"{name}: drawn without its safety checker, as in training")
+    if index["_class_name"] == "StableDiffusionXLPipeline":
+        parts |= {"add_watermarker": False}
+        if index.get("add_watermarker"):
+            _note(f"{name}: drawn without its watermark, as in training")
     with warnings.catch_warnings():
         # torch_dtype is to become dtype, which our oldest diffusers does not know
         warnings.simplefilter("ignore", FutureWarning)
@@ -100,6 +118,13 @@ def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
     if merge_lora is not None:
         merge(pipe, merge_lora)
     return pipe
+
+
+@cache
+def _note(text: str) -> None:
+    """Say something once, on the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def merge(pipe: Any, lora: str, scale: float = 1.0) -> None:
@@ -131,6 +156,7 @@ def load(
     Raises as `family` does.
     """
     kind = family(name)
+    kind.peek(name, 1, resolution)  # refuses what cannot be drawn before the weights are read
     half = getattr(torch, dtype)
     # in half precision some VAEs overflow
     dtypes = {"default": half, "vae": torch.float32}
@@ -154,6 +180,11 @@ def check_tiny_vae(tiny: str, name: str) -> None:
     if given["_class_name"] != "AutoencoderTiny":
         raise ValueError(f"model.tiny_vae={tiny!r} is a {given['_class_name']}, no AutoencoderTiny")
     vae: Any = AutoencoderKL.load_config(name, subfolder="vae")
+    if vae.get("latents_mean") is not None and vae.get("latents_std") is not None:
+        raise ValueError(
+            f"model.tiny_vae={tiny!r} cannot stand for the VAE of {name!r}, whose latents are "
+            "normalized by latents_mean and latents_std; leave model.tiny_vae out"
+        )
     blocks = len(given["decoder_block_out_channels"]) - 1
     found = given["latent_channels"], given["upsampling_scaling_factor"] ** blocks
     needed = vae["latent_channels"], pixels_per_latent(vae)
@@ -162,3 +193,32 @@ def check_tiny_vae(tiny: str, name: str) -> None:
             f"model.tiny_vae={tiny!r} decodes {found[0]} channels to {found[1]} pixels a latent, "
             f"and the VAE of {name!r} {needed[0]} channels to {needed[1]}; use one made for it"
         )
+
+
+def prepared(model: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Policy:
+    """The policy of a config's section `model`, ready to be trained: with its LoRA, whose
+    initialisation depends on the seed, or with all weights of the denoiser."""
+    m = model
+    policy = load(m.name, device, m.dtype, m.resolution, not m.lora_rank, m.merge_lora)
+    if m.lora_rank:
+        policy.add_lora(m.lora_rank, m.lora_alpha, m.lora_targets, seed)
+    if m.tiny_vae is not None:
+        policy.add_tiny_vae(m.tiny_vae)
+    policy.decode_batch = m.decode_batch
+    policy.max_sequence_length = m.max_sequence_length
+    if m.gradient_checkpointing:
+        for part in (policy.network, policy.vae, policy.tiny_vae):
+            if part is not None:
+                part.enable_gradient_checkpointing()
+    return policy
+
+
+def read_text_encoders(policy: Policy, model: ModelConfig) -> None:
+    """Give a policy of `prepared` the text encoders again that it has freed."""
+    # a LoRA may be part of them, and is merged into a pipeline that is whole
+    left = {} if model.merge_lora else dict.fromkeys((policy.denoiser, "vae"))
+    dtype = {"torch_dtype": getattr(torch, model.dtype)}
+    read = pipeline(model.name, model.merge_lora, **left, **dtype).components
+    names = [k for k, v in read.items() if "text_encoder" in k and v is not None]
+    parts = {k: read[k].to(policy.device).requires_grad_(False).eval() for k in names}
+    policy.pipe.register_modules(**parts)

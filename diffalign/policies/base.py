@@ -17,7 +17,13 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor, nn
 
 from ..dynamics import PREDICTIONS, Levels, Prediction, native_target
@@ -112,13 +118,32 @@ class Policy(ABC):
         self.vae: Any = pipe.vae
         self.tiny_vae: Any = None
         scheduler = pipe.scheduler
-        self.schedule_config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        self.schedule_config = self.scheduler_config(type(pipe).__name__, config)
         self.latent_shape = self.shape(self.network.config, self.vae.config, resolution)
         self.resolution = resolution
         self.decode_batch = 16
         self.calls = 0  # samples through the denoiser so far, both branches of CFG counted
         self._prompts: dict[str, dict[str, Tensor]] = {}
         self._copies: dict[str, Any] = {}  # of a wholly trained network: "base", "old", ...
+
+    @classmethod
+    def check(
+        cls, index: Mapping[str, Any], network: Mapping[str, Any], vae: Mapping[str, Any]
+    ) -> None:
+        """Refuse, by the configs of pipeline, denoiser and VAE, a model that asks for something
+        else than this family does. No weights are read."""
+        kind = index["vae"][1]
+        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+            raise ValueError(f"the VAE is a {kind}; use a pipeline with a plain AutoencoderKL")
+        taken, given = network["in_channels"], network.get("out_channels")
+        decoded, latent = vae["latent_channels"], cls.shape(network, vae, None)[0]
+        if given not in (None, taken) or latent != decoded:
+            raise ValueError(
+                f"the denoiser takes {taken} channels and gives {given or taken}, and the VAE has "
+                f"{decoded}: it is no plain text-to-image model (inpainting and editing models "
+                "take a picture besides); use one that is"
+            )
 
     @classmethod
     @abstractmethod
@@ -128,12 +153,18 @@ class Policy(ABC):
         """Shape of a latent, from the configs of denoiser and VAE; refuses what cannot be run."""
 
     @classmethod
+    def scheduler_config(cls, pipeline: str, config: dict[str, Any]) -> dict[str, Any]:
+        """The scheduler's config as `schedule` wants it, of a pipeline of the class `pipeline`.
+
+        `config["_class_name"]` is the scheduler's class.
+        """
+        return config
+
+    @classmethod
     @abstractmethod
     def schedule(cls, config: dict[str, Any], steps: int, shape: tuple[int, ...]) -> Levels:
-        """The (steps + 1,) levels of a run, noise to data, from the scheduler's config.
-
-        `config["_class_name"]` is the scheduler's class; shape is that of a latent.
-        """
+        """The (steps + 1,) levels of a run, noise to data, from `scheduler_config` and the shape
+        of a latent."""
 
     @abstractmethod
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -152,11 +183,15 @@ class Policy(ABC):
     ) -> tuple[Levels, tuple[int, ...]]:
         """Levels of a sampling run and shape of a latent, from the pipeline's configs alone."""
         # load_config only reads a JSON file, of whatever class
+        index: Any = DiffusionPipeline.load_config(name)
         network: Any = UNet2DConditionModel.load_config(name, subfolder=cls.denoiser)
         vae: Any = AutoencoderKL.load_config(name, subfolder="vae")
         scheduler: Any = DDIMScheduler.load_config(name, subfolder="scheduler")
+        cls.check(index, network, vae)
         shape = cls.shape(network, vae, resolution)
-        return cls.schedule(scheduler, steps, shape), shape
+        config = {"_class_name": index["scheduler"][1], **scheduler}
+        config = cls.scheduler_config(index["_class_name"], config)
+        return cls.schedule(config, steps, shape), shape
 
     def levels(self, steps: int) -> Levels:
         """The (steps + 1,) levels of a sampling run, from noise to data."""
@@ -201,6 +236,10 @@ class Policy(ABC):
         if zeros:
             return Cond(positive, {k: torch.zeros_like(v) for k, v in positive.items()})
         return Cond(positive, rows([negative] * len(prompts)))
+
+    def knows(self, prompts: Sequence[str]) -> bool:
+        """Whether `encode` needs no text encoder for these."""
+        return all(p in self._prompts for p in prompts)
 
     @property
     def has_text_encoders(self) -> bool:
@@ -261,10 +300,15 @@ class Policy(ABC):
             return torch.cat([self._decode(chunk, vae) for chunk in x0.split(self.decode_batch)])
 
     def _decode(self, x0: Tensor, vae: Any) -> Tensor:
-        # a tiny VAE takes latents as the denoiser has them, and says so by a scale of 1
-        x0 = x0 / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-        image = vae.decode(x0.to(vae.dtype)).sample.float()
+        image = vae.decode(self.unscaled(x0, vae.config).to(vae.dtype)).sample.float()
         return (image / 2 + 0.5).clamp(0, 1)
+
+    def unscaled(self, x0: Tensor, vae: Mapping[str, Any]) -> Tensor:
+        """What the VAE with this config decodes for the denoiser's latents (n, *latent).
+
+        A tiny VAE takes latents as the denoiser has them, and says so by a scale of 1.
+        """
+        return x0 / vae["scaling_factor"] + (vae.get("shift_factor") or 0.0)
 
     def add_tiny_vae(self, name: str) -> None:
         """Have `decode(tiny=True)` use the AutoencoderTiny of a local folder or hub id."""

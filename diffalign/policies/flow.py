@@ -16,12 +16,14 @@ PATCH = 2  # latents a side of a token, in every released SD3 and FLUX
 
 
 class FlowPolicy(Policy):
-    """A rectified flow, x = (1 - sigma) x0 + sigma noise, told t = 1000 sigma."""
+    """A rectified flow, x = (1 - sigma) x0 + sigma noise, told t = 1000 sigma (1000 being the
+    scheduler's number of training timesteps)."""
 
     predicts = "flow"
 
     def at(self, time: Tensor) -> Levels:
-        return Levels(1000 * time, 1 - time, time).to(self.device)
+        t = self.schedule_config["num_train_timesteps"] * time
+        return Levels(t, 1 - time, time).to(self.device)
 
 
 def flow_levels(

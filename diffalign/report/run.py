@@ -13,6 +13,7 @@ from .. import pictures
 from ..decoding import read_yaml
 from ..pictures import Evaluated
 from ..tracking import read_metrics
+from ..verdict import WARNINGS, warning
 
 Point = tuple[float, float | None]
 
@@ -90,9 +91,14 @@ class Run:
         return "other" if name in MEASURED else "judge"
 
     @property
+    def warnings(self) -> list[tuple[int, str]]:
+        """(epoch, what the guard found wrong, in a word) of the evaluations that it flagged."""
+        found = [(row["step"], warning(row)) for row in self.rows]
+        return [(epoch, WARNINGS[name]) for epoch, name in found if name]
+
+    @property
     def flagged(self) -> list[int]:
-        """Epochs of the evaluations that the guard found over-optimised."""
-        return [row["step"] for row in self.rows if row.get("over_optimised")]
+        return [epoch for epoch, _ in self.warnings]
 
     @property
     def guarded(self) -> int:
@@ -140,8 +146,10 @@ def read(dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
 
 
 def _read(folder: Path, name: str) -> Run:
+    from rewards.redaction import redact  # late: with it come torch and the models
+
     path = folder / "config.yaml"
-    config = read_yaml(path) if path.exists() else {}
+    config = redact(read_yaml(path)) if path.exists() else {}  # written by another version
     return Run(folder, name, config, read_metrics(folder), pictures.load(folder))
 
 
