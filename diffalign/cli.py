@@ -13,6 +13,7 @@ from typing import Any
 from .config import CHOICES, TrainConfig
 from .decoding import ConfigError
 from .help import help_text
+from .text import expand_user
 
 TRAIN_USAGE = """usage: python train.py CONFIG.yaml [--dry-run] [--resume] [--section.key VALUE ...]
 
@@ -26,7 +27,7 @@ Fine-tunes a model on rewards. Any setting of the file can be replaced on the co
 
 def train(arguments: Sequence[str] | None = None) -> int:
     """`train.py`: returns the exit status. 0 done, 1 bad input or a failed reward, 130 Ctrl-C."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = expand_user(sys.argv[1:] if arguments is None else arguments)
     flags = {f: f in arguments for f in ("--dry-run", "--resume")}
     arguments = [a for a in arguments if a not in flags]
     # imported late: --help and a misspelt key answer at once
@@ -87,36 +88,29 @@ def sample(arguments: Sequence[str] | None = None) -> int:
         "--rewards.NAME WEIGHT, --METHOD.option VALUE and --budget.denoiser_calls N "
         "(docs/inference.md).",
     )
-    path = os.path.expanduser  # which a shell does not do in --grid=~/grid.png
-    parser.add_argument(
-        "--model", type=path, help="pipeline folder, run or hub id; default: assets/emoji-sd"
-    )
-    parser.add_argument("--lora", type=path, help="run folder, or any LoRA that diffusers loads")
-    parser.add_argument(
-        "--merge-lora", type=path, help="LoRA merged into the model first, e.g. a Turbo one"
-    )
+    parser.add_argument("--model", help="pipeline folder, run or hub id; default: assets/emoji-sd")
+    parser.add_argument("--lora", help="run folder, or any LoRA that diffusers loads")
+    parser.add_argument("--merge-lora", help="LoRA merged into the model first, e.g. a Turbo one")
     parser.add_argument("--lora-scale", type=float, help="0 = base, 1 = as trained, the default")
     parser.add_argument("--compare", action="store_true", help="also draw the base model")
-    parser.add_argument("--prompts", nargs="+", help="texts, or one prompt file")
+    parser.add_argument("--prompts", nargs="+", help="texts, or prompt files")
     parser.add_argument("--seeds", help='"0-7", "3" or "1,5,9"; default: 0-3')
     parser.add_argument("--steps", type=int, help="denoising steps; default: 20")
     parser.add_argument("--guidance", type=float, help="guidance scale; default: 3")
     parser.add_argument("--resolution", type=int, help="side in pixels; default: the model's own")
     parser.add_argument("--dtype", choices=CHOICES["model.dtype"], help="default: float32")
+    parser.add_argument("--grid", default="grid.png", help="PNG to write: a row a prompt")
     parser.add_argument(
-        "--grid", type=path, default="grid.png", help="PNG to write: a row a prompt"
-    )
-    parser.add_argument(
-        "--out", type=path,
+        "--out",
         help="folder for the single pictures as well, prompts.jsonl for `diffalign score`, and "
         "noise.safetensors",
     )  # fmt: skip
     parser.add_argument(
-        "--noise", type=path, metavar="FILE",
+        "--noise", metavar="FILE",
         help="draw the pictures of a noise.safetensors again, of their own prompts and settings "
         "unless others are given",
     )  # fmt: skip
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    given = expand_user(sys.argv[1:] if arguments is None else arguments)
     if "-h" in given or "--help" in given:
         parser.parse_args(["--help"])
     from rewards import RewardError
@@ -227,4 +221,4 @@ def main() -> None:
     if name not in commands:
         print(f"usage: diffalign {{{','.join(commands)}}} ...", file=sys.stderr)
         raise SystemExit(name not in ("-h", "--help"))
-    raise SystemExit(commands[name](sys.argv[2:]))
+    raise SystemExit(commands[name](expand_user(sys.argv[2:])))

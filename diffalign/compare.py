@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -17,7 +16,7 @@ from . import grids, optimize_noise, policies
 from .config import CHOICES
 from .optimize_noise import Budget, Result, Task
 from .policies import Policy
-from .prompts import Prompt, for_rewards
+from .prompts import Prompt, collect, for_rewards
 from .report.run import short_names
 from .rollout import Sampling
 from .sampling import (
@@ -28,7 +27,6 @@ from .sampling import (
     check_scale,
     parse_seeds,
     settings,
-    texts_of,
     trained_denoiser,
 )
 
@@ -79,7 +77,7 @@ def compare(
     seeds of a prompt in turn. cell: px of a picture. Raises ValueError for bad input, before any
     model is loaded, and RewardError.
     """
-    texts = [Prompt(p) if isinstance(p, str) else p for p in prompts]
+    texts = collect(prompts)
     rows = [(p, s) for p in texts for s in seeds]
     policies.check(model)
     for header, found in (pictures or {}).items():
@@ -181,10 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "in columns, the same noise along a row. Several seeds are several rows of a prompt, or, "
         "with nothing to compare, the columns.",
     )
-    path = os.path.expanduser  # which a shell does not do in --out=~/grid.png
-    parser.add_argument("--prompts", nargs="+", required=True, help="texts, or one prompt file")
+    parser.add_argument("--prompts", nargs="+", required=True, help="texts, or prompt files")
     parser.add_argument(
-        "--runs", nargs="+", type=path, default=[], metavar="RUN",
+        "--runs", nargs="+", default=[], metavar="RUN",
         help="run folders, or any LoRA that diffusers loads",
     )  # fmt: skip
     parser.add_argument(
@@ -192,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a column for each: 0 = the base model, 1 = as trained; of every run",
     )  # fmt: skip
     parser.add_argument(
-        "--interpolate", nargs=2, type=path, metavar=("A", "B"), help="from one LoRA to another"
+        "--interpolate", nargs=2, metavar=("A", "B"), help="from one LoRA to another"
     )
     parser.add_argument("--points", type=int, default=5, help="columns of --interpolate")
     parser.add_argument("--seeds", default="0", help='"0-7", "3" or "1,5,9"')
@@ -205,17 +202,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="a column for each: the best of N iterations of ReNO on the model, for --reward",
     )  # fmt: skip
     own = "; default: that of the first run's evaluations"
-    parser.add_argument("--model", type=path, help=f"pipeline folder or hub id{own}")
-    parser.add_argument("--merge-lora", type=path, help=f"LoRA merged into the model first{own}")
+    parser.add_argument("--model", help=f"pipeline folder or hub id{own}")
+    parser.add_argument("--merge-lora", help=f"LoRA merged into the model first{own}")
     parser.add_argument("--steps", type=int, help=f"denoising steps{own}, or 20")
     parser.add_argument("--guidance", type=float, help=f"guidance scale{own}, or 3")
     parser.add_argument("--resolution", type=int, help=f"side in pixels{own}")
     parser.add_argument("--dtype", choices=CHOICES["model.dtype"], help=f"of the network{own}")
     parser.add_argument("--cell", type=int, help="side of a picture in the grid; default: 192-512")
-    parser.add_argument("--out", type=path, default="grid.png", help="PNG to write")
+    parser.add_argument("--out", default="grid.png", help="PNG to write")
     args = parser.parse_args(arguments)
     columns = _columns(args.runs, args.lora_scales, args.interpolate, args.points)
-    texts = texts_of(args.prompts)
+    texts = collect(args.prompts, "--prompts")
     how = settings([*[*args.runs, *(args.interpolate or ())][:1], args.model], vars(args))
     size = how["resolution"]
     check_drawing(how["model"], how["steps"], how["guidance"], size, args.out, "--out")

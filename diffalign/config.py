@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ import yaml
 from . import decoding
 from .decoding import (
     ConfigError,
+    Section,
     near_divisors,
     pairs,
     read_yaml,
@@ -47,7 +49,7 @@ CHOICES = {
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Section):
     name: str = "assets/emoji-sd"
     """local folder or hub id of a diffusers pipeline"""
     merge_lora: str | None = None
@@ -77,7 +79,7 @@ class ModelConfig:
 
 
 @dataclass
-class SamplerConfig:
+class SamplerConfig(Section):
     steps: int = 20
     """denoising steps"""
     guidance: float = 1.0
@@ -104,7 +106,7 @@ class SamplerConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Section):
     prompts: str = "assets/emoji-world/prompts/train.txt"
     """.txt (one a line) or .jsonl ({"prompt": ..., metadata})"""
     groups: int = 8
@@ -114,7 +116,7 @@ class DataConfig:
 
 
 @dataclass
-class AdvantageConfig:
+class AdvantageConfig(Section):
     baseline: str = "group"
     """group | tracker (DDPO's per-prompt buffer)"""
     std: str = "global"
@@ -132,7 +134,7 @@ class AdvantageConfig:
 
 
 @dataclass
-class OptimConfig:
+class OptimConfig(Section):
     epochs: int = 50
     """rollouts, each followed by its updates"""
     lr: float = 3e-4
@@ -168,7 +170,7 @@ class OptimConfig:
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Section):
     every: int = 20
     """epochs; 0 = only before and after"""
     prompts: str | None = "assets/emoji-world/prompts/held_out.txt"
@@ -192,7 +194,7 @@ class EvalConfig:
 
 
 @dataclass
-class LogConfig:
+class LogConfig(Section):
     dir: str = ""
     """run folder; empty = runs/<config file stem>"""
     trackers: list[str] = field(default_factory=list)
@@ -200,7 +202,7 @@ class LogConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Section):
     """A whole run. `algorithm` and `rewards` are free mappings, checked by those who build them."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -214,6 +216,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.algorithm = {"type": "ddpo", **self.algorithm}
 
     @property
@@ -230,12 +233,15 @@ class TrainConfig:
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
         """Reads a YAML file and applies `overrides`: ["--train.lr", "5e-4", "--data.groups=4"].
 
-        An empty `log.dir` becomes runs/<file stem>. Raises `ConfigError`.
+        An empty `log.dir` becomes runs/<file stem>. Another `algorithm.type` than the file's drops
+        the options that the file gives its own, and says so. Raises `ConfigError`.
         """
         config = decode(cls, read_yaml(path), source=f" in {path}")
         if overrides:
             tree = config.to_dict()
-            for key, text in pairs(overrides):
+            given = list(pairs(overrides))
+            _drop_other_options(tree["algorithm"], given, path)
+            for key, text in given:
                 decoding.override(cls, tree, key, text)
             # The file alone was accepted above, so that what is refused now was typed.
             config = decode(cls, tree, source=" on the command line")
@@ -264,6 +270,10 @@ class TrainConfig:
         `advantages=False` is for algorithms that use none (those with needs GRADIENT): one image
         per prompt is then allowed. Raises one `ConfigError` with a line for each problem.
         """
+        self.__post_init__()
+        for section in vars(self).values():
+            if isinstance(section, Section):
+                section.__post_init__()  # what was set since they were made
         problems: list[str] = []
 
         def get(name: str) -> Any:
@@ -346,6 +356,24 @@ class TrainConfig:
             require("advantage.baseline", not branches, "does not know branches; use group")
             plain = self.advantage.combine == "sum"
             require("advantage.combine", plain, "compares groups; use advantage.baseline=group")
+
+
+def _drop_other_options(
+    algorithm: dict[str, Any], given: Sequence[tuple[str, str]], path: str | os.PathLike[str]
+) -> None:
+    """Takes the file's options out of `algorithm` where `given` names another type."""
+    kind = dict(given).get("algorithm.type", algorithm["type"])
+    if kind == algorithm["type"]:
+        return
+    dropped = [f"{k}={v}" for k, v in algorithm.items() if k != "type"]
+    if dropped:
+        print(
+            f"note: algorithm.type is {kind} now, so {path}'s options of {algorithm['type']} are "
+            f"left out: {', '.join(dropped)}",
+            file=sys.stderr,
+        )
+    algorithm.clear()
+    algorithm["type"] = kind
 
 
 _MAY_BE_ZERO = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import numbers
 import os
 import re
 import types
@@ -16,6 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import draccus
 import yaml
+
+from .text import read_text, unusable
 
 T = TypeVar("T")
 
@@ -66,16 +69,50 @@ def near_divisors(total: int, value: int) -> str:
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
 
-    Missing parent folders are made.
+    Missing parent folders are made. Raises `OSError` of the kind that it met, with `path` in it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
+
+
+class Section:
+    """A dataclass of settings, held to its types however it is made: what Python passes is checked
+    as what a file says is. A text that begins with ~ is a path in the home directory. Raises
+    `ConfigError`."""
+
+    def __post_init__(self) -> None:
+        for name, hint in field_types(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            if isinstance(value, str):
+                value = os.path.expanduser(value)
+            setattr(self, name, value)
+            where = f"{type(self).__name__}.{name}"
+            if not _fits(hint, value, typed=True):
+                raise _wrong_type(hint, value, where)
+            check_text(value, where)
+
+
+def check_text(value: Any, where: str) -> None:
+    """Raises `ConfigError` for a text, at any depth of mappings and lists, that no file can hold in
+    UTF-8, or that holds a NUL."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            check_text(item, where)
+    if isinstance(value, str) and (problem := unusable(value)):
+        raise ConfigError(f"{where}={value!r} {problem}")
 
 
 def check_file(path: str | os.PathLike[str], option: str) -> None:
@@ -151,7 +188,7 @@ def decode(
     try:
         return cls(**values)
     except ValueError as error:  # from a __post_init__
-        raise ConfigError(f"{where}{source}: {error}") from error
+        raise ConfigError(f"{where}{source}: {error}".lstrip()) from error
 
 
 def field_types(cls: Any) -> dict[str, Any]:
@@ -173,41 +210,55 @@ def section_keys(cls: Any) -> list[str]:
 def _decode_value(hint: Any, value: Any, name: str, source: str) -> Any:
     if get_origin(hint) is dict:
         value = _numbers(value)
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
     try:
         if not _fits(hint, value):
             raise TypeError
         return draccus.decode(hint, value)
     except Exception as error:
-        if isinstance(value, str) and get_origin(hint) in (list, tuple):
-            remedy = f"; write [{value}]"
-        elif hint is str and value is not None and not isinstance(value, (list, dict)):
-            remedy = f"; put it in quotes: '{value}'"
-        else:
-            remedy = ""
-        what = type_name(hint)
-        article = "" if what.startswith("one of") else "an " if what[0] in "aeiou" else "a "
-        raise ConfigError(f"{name}={value!r}{source} is not {article}{what}{remedy}") from error
+        raise _wrong_type(hint, value, name, source) from error
 
 
-def _fits(hint: Any, value: Any) -> bool:
+def _wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigError:
+    kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
+    single = isinstance(value, str)
+    if single and kinds & {list, tuple}:
+        remedy = f"; write [{value}]"
+    elif dict in kinds and name.endswith("rewards") and (single or isinstance(value, list)):
+        each = [value] if single else value
+        remedy = f"; write {{{', '.join(f'{v}: 1.0' for v in each)}}}"
+    elif hint is str and value is not None and not isinstance(value, (list, tuple, Mapping)):
+        remedy = f"; put it in quotes: '{value}'"
+    else:
+        remedy = ""
+    what = type_name(hint)
+    article = "" if what.startswith("one of") else "an " if what[0] in "aeiou" else "a "
+    return ConfigError(f"{name}={value!r}{source} is not {article}{what}{remedy}")
+
+
+def _fits(hint: Any, value: Any, typed: bool = False) -> bool:
+    """Whether a value is of a type; a text may stand for a number unless it should be `typed`."""
     # draccus takes None and bools for numbers, and anything at all for a string.
     origin, args = get_origin(hint) or hint, get_args(hint)
     if origin is Any:
         return True
     if origin in (Union, types.UnionType):
-        return any(_fits(a, value) for a in args)
+        return any(_fits(a, value, typed) for a in args)
     if origin is type(None) or value is None:
         return origin is type(None) and value is None
     if origin in (int, float):
-        return isinstance(value, (int, float, str)) and not isinstance(value, bool)
+        number = numbers.Integral if origin is int else numbers.Real
+        allowed = number if typed else (int, float, str)
+        return isinstance(value, allowed) and not isinstance(value, bool)
     if origin is str:
         return isinstance(value, str)
     if origin in (list, tuple, set):
         item = args[0] if args else Any
-        return isinstance(value, (list, tuple)) and all(_fits(item, v) for v in value)
+        return isinstance(value, (list, tuple)) and all(_fits(item, v, typed) for v in value)
     if origin is dict:
         return isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
-    return True
+    return not is_dataclass(origin) or isinstance(value, origin)  # pyright: ignore
 
 
 def _numbers(value: Any) -> Any:
@@ -228,6 +279,8 @@ def type_name(hint: Any) -> str:
         return type_name(args[0])
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
+    if is_dataclass(origin):
+        return getattr(origin, "__name__", "")
     if origin in (Union, types.UnionType):
         return " or ".join("null" if a is type(None) else type_name(a) for a in args)
     if origin is dict:
@@ -255,13 +308,9 @@ class _Loader(yaml.SafeLoader):
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The mapping in a YAML file; empty for an empty file. Raises `ConfigError`."""
     try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path} is not UTF-8 (byte {error.start}); save it with that encoding"
-        ) from error
+        text = read_text(path)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     tree = _parse(text, str(path))
     if tree is None:
         return {}
@@ -287,7 +336,10 @@ def pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
         token = rest.pop(0)
         key, equals, text = token.removeprefix("--").partition("=")
         if not token.startswith("--") or not key:
-            raise ConfigError(f"unexpected argument {token!r}; settings look like --train.lr 5e-4")
+            raise ConfigError(
+                f"unexpected argument {token!r}; settings look like --train.lr 5e-4, and a list is "
+                "one value, [a,b]"
+            )
         if not equals:
             if not rest or rest[0].startswith("--"):
                 raise ConfigError(f"--{key} needs a value: --{key} VALUE, or --{key}=VALUE")
@@ -297,7 +349,7 @@ def pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
 
 def override(cls: Any, tree: dict[str, Any], key: str, text: str) -> None:
     """Sets one dotted key of a complete tree of `cls`; what it leaves invalid is found by
-    `decode`."""
+    `decode`. null empties a mapping."""
     node, (name, *rest) = tree, key.split(".")
     while rest and is_dataclass(field_types(cls).get(name)):
         cls, node, name, rest = field_types(cls)[name], node[name], rest[0], rest[1:]
@@ -312,7 +364,7 @@ def override(cls: Any, tree: dict[str, Any], key: str, text: str) -> None:
     elif is_dataclass(hint) and isinstance(value, dict):
         node[name] = {**node[name], **value}
     else:
-        node[name] = value
+        node[name] = {} if value is None and get_origin(hint) is dict else value
 
 
 def _override_reward(rewards: dict[str, Any], tail: str, value: Any) -> None:

@@ -25,10 +25,10 @@ _REWARDS_HELP = [
 ]
 
 
-def help_text(algorithms: Mapping[str, str] = algorithms.ALGORITHMS.places) -> str:
+def help_text(places: Mapping[str, str] = algorithms.ALGORITHMS.places) -> str:
     """Every setting with its type, default and meaning, wrapped to the terminal's width.
 
-    `algorithms` maps the values of `algorithm.type` to "module:Class", which is not imported.
+    `places` maps the values of `algorithm.type` to "module:Class", which is not imported.
     """
     width, blocks = _width(), []
     for section, hint in field_types(TrainConfig).items():
@@ -36,10 +36,10 @@ def help_text(algorithms: Mapping[str, str] = algorithms.ALGORITHMS.places) -> s
             head = "rewards: what is optimised, a weighted sum; --rewards.NAME null removes one"
             blocks.append(_rows(head, _REWARDS_HELP, width))
         elif section == "algorithm":
-            names = " | ".join(algorithms)
+            names = " | ".join(places)
             head = "algorithm: the method and its own options; --algorithm '{type: NAME}' resets"
             blocks.append(_rows(head, [("--algorithm.type NAME", f"(ddpo)  {names}")], width))
-            for name, place in algorithms.items():
+            for name, place in places.items():
                 subject = Subject(place)
                 rows = _option_rows(subject.options, "--algorithm.")
                 blocks.append(_rows(f"algorithm {name}: {subject.title}", rows, width))

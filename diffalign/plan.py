@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -40,22 +40,22 @@ class Plan:
         cls,
         config: TrainConfig,
         rewards: Mapping[Any, Any] | None = None,
-        train_prompts: Sequence[str | Prompt] | None = None,
+        train_prompts: prompts.Given | Sequence[prompts.Given] | None = None,
         processes: int = 1,
         algorithm: Algorithm | Mapping[str, Any] | str | None = None,
     ) -> Plan:
         """Check `config` as a whole. Raises ConfigError or ValueError, one clear message.
 
         `rewards`, `train_prompts` and `algorithm` stand in place of the config's, see `Trainer`."""
-        config, algorithm = _with_algorithm(config, algorithm)
-        gradient = algorithm.needs is Needs.GRADIENT
+        config, method = _with_algorithm(config, algorithm)
+        gradient = method.needs is Needs.GRADIENT
         config.check(advantages=not gradient)
         if config.data.groups % processes:
             raise ConfigError(
                 f"data.groups={config.data.groups} is not a multiple of the {processes} processes, "
                 "and a group stays on one process; make it one"
             )
-        if algorithm.single_update:
+        if method.single_update:
             for name in ("updates_per_epoch", "inner_epochs"):
                 if getattr(config.train, name) != 1:
                     raise ConfigError(
@@ -66,7 +66,11 @@ class Plan:
         check_trackers(config.log.trackers)
         check_optimizer(config.train.optimizer)
         policies.check(config.model.name)
-        data = prompts.load(config.data.prompts) if train_prompts is None else given(train_prompts)
+        data = (
+            prompts.load(config.data.prompts)
+            if train_prompts is None
+            else prompts.collect(train_prompts)
+        )
         PromptSampler(len(data), config.data.groups)
         held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
         reward_library.check(rewards, *for_rewards(data + held_out))
@@ -80,9 +84,9 @@ class Plan:
         if model.tiny_vae is not None:
             policies.check_tiny_vae(model.tiny_vae, model.name)
         sampling = Sampling(levels, config.sampler.kernel, config.sampler.eta, 1.0)
-        stochastic, trajectory = sampling.stochastic, algorithm.needs is Needs.TRAJECTORY
+        stochastic, trajectory = sampling.stochastic, method.needs is Needs.TRAJECTORY
         if gradient:
-            algorithm.surrogate(config.sampler.steps, torch.Generator())
+            method.surrogate(config.sampler.steps, torch.Generator())
         if not trajectory:
             for name in ("window", "window_range", "tail"):
                 value = getattr(config.sampler, name)
@@ -91,8 +95,8 @@ class Plan:
                         f"sampler.{name}={value} is for policy gradients, and "
                         f"{config.algorithm['type']} trains no transitions; leave it out"
                     )
-        if algorithm.needs is Needs.FINAL:
-            algorithm.check_levels(config.sampler.steps)
+        if method.needs is Needs.FINAL:
+            method.check_levels(config.sampler.steps)
             if config.sampler.same_noise and not any(stochastic):
                 reason, remedy = _without_chance(config.sampler)
                 raise ConfigError(
@@ -112,9 +116,7 @@ class Plan:
                     "branch the same number of images, 2 or more to compare; use "
                     f"{each * places} or {(each + 1) * places}, or a shorter sampler.window_range"
                 )
-        return cls(
-            config, algorithm, rewards, data, held_out, stochastic, shape, uses_cfg, processes
-        )
+        return cls(config, method, rewards, data, held_out, stochastic, shape, uses_cfg, processes)
 
     @property
     def samples(self) -> int:
@@ -221,22 +223,6 @@ def _without_chance(sampler: SamplerConfig) -> tuple[str, str]:
         return f"sampler.eta=0 makes sampler.kernel={kernel} deterministic", "raise sampler.eta"
     reason = f"sampler.steps={sampler.steps} is the last step alone, which sampler.kernel={kernel}"
     return f"{reason} takes without noise", "use 2 steps or more"
-
-
-def given(texts: Sequence[str | Prompt]) -> list[Prompt]:
-    """Prompts as passed in Python. Raises ConfigError."""
-    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
-        raise ConfigError(
-            f"prompts={texts!r} is no list of texts; give one, or set data.prompts to a file"
-        )
-    found = [Prompt(p) if isinstance(p, str) else p for p in texts]
-    for i, prompt in enumerate(found):
-        if not isinstance(prompt, Prompt) or not prompt.text.strip():
-            raise ConfigError(
-                f"prompts[{i}]={prompt!r} is no text; give strings, or diffalign.prompts.Prompt "
-                "for one with metadata"
-            )
-    return found
 
 
 def _with_algorithm(config: TrainConfig, given: Any) -> tuple[TrainConfig, Any]:

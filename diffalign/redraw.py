@@ -15,6 +15,7 @@ from . import drawn, grids, policies
 from .drawn import Drawn, Stored
 from .optimize_noise.base import chain, last
 from .optimize_noise.command import loaded
+from .prompts import collect
 from .rollout import Sampling
 from .sampling import (
     BATCH,
@@ -25,7 +26,6 @@ from .sampling import (
     check_scale,
     family_of,
     pictures,
-    texts_of,
 )
 
 HOW = (*vars(Settings()), "lora", "lora_scale")
@@ -72,7 +72,7 @@ def _fitting(
 ) -> list[Stored]:
     """The pictures of the file as they are to be drawn, each checked."""
     found = drawn.read(path)
-    texts = texts_of(prompts) if prompts else []
+    texts = collect(prompts, "--prompts") if prompts else []
     if len(texts) not in (0, 1, len(found)):
         raise ValueError(
             f"{len(texts)} prompts for the pictures of {path}, which are {len(found)}; give one, "

@@ -14,12 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from . import drawn, grids, policies
-from . import prompts as prompt_files
 from .config import CHOICES
 from .decoding import ConfigError, check_file, decode, field_types, read_yaml, suggest
 from .drawn import Drawn
 from .dynamics import Levels
-from .prompts import Prompt
+from .prompts import Prompt, collect
 
 BATCH = 16  # pictures at a time
 
@@ -106,13 +105,6 @@ def parse_seeds(text: str) -> list[int]:
     except ValueError:
         raise ConfigError(f"--seeds {text!r} is not understood; write 0-7, 3 or 1,5,9") from None
     return list(seeds)
-
-
-def texts_of(prompts: Sequence[str]) -> list[Prompt]:
-    """Prompts as typed: texts, or one prompt file."""
-    if len(prompts) == 1 and prompts[0].endswith((".txt", ".jsonl")):
-        return prompt_files.load(prompts[0])
-    return [Prompt(text) for text in prompts]
 
 
 def trained_denoiser(run: str) -> str | None:
@@ -299,7 +291,7 @@ def draw(
     and noise.safetensors (`drawn.write`). Raises ValueError for bad input before the pipeline is
     loaded.
     """
-    numbers, texts = parse_seeds(seeds), texts_of(prompts)
+    numbers, texts = parse_seeds(seeds), collect(prompts, "--prompts")
     check_drawing(model, steps, guidance, resolution, grid)
     check_scale(lora_scale)
     if lora is not None:

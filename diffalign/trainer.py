@@ -28,8 +28,8 @@ from .diagnostics import diversity
 from .evaluation import Evaluation, draw
 from .learning import Learner, Rollout
 from .optimisation import Optimisation
-from .plan import Plan, given
-from .prompts import Prompt, PromptSampler
+from .plan import Plan
+from .prompts import Given, Prompt, PromptSampler, collect
 from .rollout import Sampling, rollout, sample_seed
 from .scoring import Scorer, constrain, summary, teach
 from .stopping import TrainingStopped
@@ -45,7 +45,7 @@ class Trainer:
 
     config: a TrainConfig. rewards: {name or callable: weight or options}, in place of
     `config.rewards`; a bare weight keeps the options that the config has for that name. prompts:
-    texts, or `Prompt`s where there is metadata, in place of the file `config.data.prompts`.
+    texts, prompt files or `Prompt`s, in place of `config.data.prompts` (`prompts.collect`).
     algorithm: in place of `config.algorithm`: an `Algorithm`, or its name, or a mapping of `type`
     and options.
 
@@ -64,7 +64,7 @@ class Trainer:
         self,
         config: TrainConfig,
         rewards: Mapping[Any, Any] | None = None,
-        prompts: Sequence[str | Prompt] | None = None,
+        prompts: Given | Sequence[Given] | None = None,
         resume: bool = False,
         *,
         algorithm: Algorithm | Mapping[str, Any] | str | None = None,
@@ -329,7 +329,7 @@ class Trainer:
         """Pictures by the weights as they are now (with train.ema their average): every prompt from
         the noise of every seed, all seeds of a prompt together, drawn as the evaluations are but
         for `steps` and `guidance`. Each process that calls this draws all of them."""
-        texts = [p.text for p in given(prompts)]
+        texts = [p.text for p in collect(prompts)]
         sampling = self.evaluation.sampling
         if steps is not None:
             sampling = replace(sampling, levels=self.policy.levels(steps))

@@ -73,7 +73,7 @@ __all__ = [
     "redact",
 ]
 
-REGISTRY: Mapping[str, Callable[..., Reward]] = Registry(
+REGISTRY: Registry[Callable[..., Reward]] = Registry(
     __name__,
     {
         "adversarial": "adversarial:Adversarial",

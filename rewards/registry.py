@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
 
 
-class Registry(Mapping[str, Any]):
+class Registry(Mapping[str, T], Generic[T]):
     """{name: object}, of ``places`` {name: "module:attribute"} in a package.
 
     To list the names, or to refuse one that is not there, imports nothing.
@@ -16,9 +18,10 @@ class Registry(Mapping[str, Any]):
     def __init__(self, package: str, places: Mapping[str, str]):
         self.places = {name: f"{package}.{place}" for name, place in places.items()}
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str) -> T:
         module, _, attribute = self.places[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        found: Any = getattr(importlib.import_module(module), attribute)
+        return found
 
     def __contains__(self, name: object) -> bool:
         return name in self.places

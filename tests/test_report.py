@@ -162,12 +162,12 @@ def test_report_of_a_run(tmp_path):
     [
         (
             {1: "improved", 4: "improved"},
-            "Improved at the last of 4 evaluations: the held-out reward rose by more than chance "
+            "Improved (at the last of 4 evaluations): the held-out reward rose by more than chance "
             "explains, and neither a judge nor the diversity was found to fall.",
         ),
         (
             {1: "improved"},
-            "No significant change at the last of 4 evaluations: the held-out reward neither rose",
+            "No significant change (at the last of 4 evaluations): the held-out reward neither",
         ),
         (
             {3: "over_optimised", 4: "over_optimised"},
@@ -183,7 +183,7 @@ def test_report_of_a_run(tmp_path):
         (
             {1: "failed", 4: "improved"},
             "Failed from epoch 1 (1 of 4 evaluations): the reward fell below the base model’s. "
-            "Improved at the last of 4 evaluations",
+            "Improved (at the last of 4 evaluations)",
         ),
     ],
 )
@@ -207,6 +207,10 @@ def test_verdicts_without_judges_and_of_runs_that_knew_one_only(tmp_path):
     page = Page(report.write([run]))
     assert "explains, and the diversity did not fall. No judge watched" in page.text
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in lines:
+        row["eval/reward"], row["improved"] = None, False
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    assert "the held-out reward cannot be compared over the run" in Page(report.write([run])).text
     for row in lines:
         for name in VERDICTS[1:]:
             row.pop(name, None)

@@ -27,7 +27,7 @@ __all__ = [
     "name_of",
 ]
 
-ALGORITHMS: Mapping[str, type] = Registry(
+ALGORITHMS: Registry[type] = Registry(
     __name__,
     {
         "ddpo": "ddpo:DDPO",

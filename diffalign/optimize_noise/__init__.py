@@ -31,7 +31,7 @@ __all__ = [
     "search",
 ]
 
-METHODS: Mapping[str, Callable[..., Steps]] = Registry(
+METHODS: Registry[Callable[..., Steps]] = Registry(
     __name__,
     {
         "best_of_n": "gradient_free:best_of_n",

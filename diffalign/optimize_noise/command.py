@@ -16,14 +16,13 @@ import rewards as reward_library
 from .. import decoding, drawn, grids, policies
 from ..decoding import pairs, to_json, write_atomic
 from ..drawn import Drawn
-from ..prompts import Prompt, for_rewards
+from ..prompts import Prompt, collect, for_rewards
 from ..sampling import (
     check_drawing,
     check_lora,
     check_scale,
     family_of,
     parse_seeds,
-    texts_of,
 )
 from . import METHODS, build, sampling_for
 from .base import Budget, Result, Task, search
@@ -114,7 +113,7 @@ def run(
     there, and trace.json, what each search had taken and found after every step. Ctrl-C keeps what
     was found, and so does a reward that fails, which is raised then.
     """
-    numbers, texts = parse_seeds(seeds), texts_of(prompts)
+    numbers, texts = parse_seeds(seeds), collect(prompts, "--prompts")
     jobs = [(prompt, seed) for prompt in texts for seed in numbers]
     reward_library.check(wanted.rewards, *for_rewards([p for p, _ in jobs]))
     options = dict(wanted.options)

@@ -10,14 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 
 from ..config import ModelConfig
 from ..dynamics import Levels
-from .base import Cond, Policy, pixels_per_latent, text_options
+from .base import Cond, Policy, pixels_per_latent, read_config, text_options
 from .flux import FluxPolicy
 from .sd3 import SD3Policy
 from .unet import UNetPolicy
@@ -73,8 +70,7 @@ def family(name: str) -> type[Policy]:
     """
     check(name)
     try:
-        config: Any = DiffusionPipeline.load_config(name)
-        pipeline = config["_class_name"]
+        pipeline = read_config(name, "model_index.json").get("_class_name")
     except OSError as error:
         raise ValueError(
             f"model.name={name!r} is neither a local folder nor a hub id that can be read: {error}"
@@ -98,9 +94,12 @@ def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
     It has no safety checker and no watermark, whatever its config says, and says so: they would
     change finished pictures, which training does not see.
     """
+    import diffusers  # seconds, which a refusal need not wait for
+    import transformers
+
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    index: Any = DiffusionPipeline.load_config(name)
+    index = read_config(name, "model_index.json")
     # diffusers asks for parts that were saved as none (SD3 without its T5) to be passed as None
     parts: dict[str, Any] = {key: None for key, value in index.items() if value == [None, None]}
     if index["_class_name"] == "StableDiffusionPipeline":
@@ -114,7 +113,7 @@ def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
     with warnings.catch_warnings():
         # torch_dtype is to become dtype, which our oldest diffusers does not know
         warnings.simplefilter("ignore", FutureWarning)
-        pipe: Any = DiffusionPipeline.from_pretrained(name, **parts, **options)
+        pipe: Any = diffusers.DiffusionPipeline.from_pretrained(name, **parts, **options)
     if merge_lora is not None:
         merge(pipe, merge_lora)
     return pipe
@@ -171,15 +170,15 @@ def load(
 def check_tiny_vae(tiny: str, name: str) -> None:
     """Refuse an AutoencoderTiny that does not decode the latents of the pipeline `name`."""
     try:
-        given: Any = AutoencoderTiny.load_config(tiny)
+        given = read_config(tiny, "config.json")
     except OSError as error:
         raise ValueError(
             f"model.tiny_vae={tiny!r} is neither the folder of an AutoencoderTiny nor a hub id "
             f"that can be read: {error}"
         ) from error
-    if given["_class_name"] != "AutoencoderTiny":
-        raise ValueError(f"model.tiny_vae={tiny!r} is a {given['_class_name']}, no AutoencoderTiny")
-    vae: Any = AutoencoderKL.load_config(name, subfolder="vae")
+    if (kind := given.get("_class_name")) != "AutoencoderTiny":
+        raise ValueError(f"model.tiny_vae={tiny!r} is a {kind}, no AutoencoderTiny")
+    vae = read_config(name, "vae/config.json")
     if vae.get("latents_mean") is not None and vae.get("latents_std") is not None:
         raise ValueError(
             f"model.tiny_vae={tiny!r} cannot stand for the VAE of {name!r}, whose latents are "

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -17,13 +19,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    DDIMScheduler,
-    DiffusionPipeline,
-    UNet2DConditionModel,
-)
 from torch import Tensor, nn
 
 from ..dynamics import PREDICTIONS, Levels, Prediction, native_target
@@ -70,6 +65,29 @@ def latent_side(resolution: int, factor: int, patch: int = 1) -> int:
 def pixels_per_latent(vae: Mapping[str, Any]) -> int:
     """The factor between the sides of picture and latents, from the config of a VAE."""
     return 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def read_config(name: str, file: str) -> dict[str, Any]:
+    """A JSON file of a local folder or hub id; nothing else of it is read.
+
+    Raises OSError where there is none, ValueError where it is damaged.
+    """
+    path = os.path.join(os.path.expanduser(name), file)
+    if not os.path.isdir(os.path.expanduser(name)):
+        from huggingface_hub import hf_hub_download
+
+        folder, _, last = file.rpartition("/")
+        try:
+            path = hf_hub_download(name, last, subfolder=folder or None)
+        except (OSError, ValueError) as error:  # ValueError: of a name that no hub id can have
+            raise OSError(str(error)) from error
+    try:
+        config = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it is no JSON ({error}); copy it again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds no settings; copy it again")
+    return config
 
 
 def text_options(pipe: Any) -> dict[str, int]:
@@ -182,11 +200,10 @@ class Policy(ABC):
         cls, name: str, steps: int, resolution: int | None = None
     ) -> tuple[Levels, tuple[int, ...]]:
         """Levels of a sampling run and shape of a latent, from the pipeline's configs alone."""
-        # load_config only reads a JSON file, of whatever class
-        index: Any = DiffusionPipeline.load_config(name)
-        network: Any = UNet2DConditionModel.load_config(name, subfolder=cls.denoiser)
-        vae: Any = AutoencoderKL.load_config(name, subfolder="vae")
-        scheduler: Any = DDIMScheduler.load_config(name, subfolder="scheduler")
+        index = read_config(name, "model_index.json")
+        network = read_config(name, f"{cls.denoiser}/config.json")
+        vae = read_config(name, "vae/config.json")
+        scheduler = read_config(name, "scheduler/scheduler_config.json")
         cls.check(index, network, vae)
         shape = cls.shape(network, vae, resolution)
         config = {"_class_name": index["scheduler"][1], **scheduler}
@@ -312,6 +329,8 @@ class Policy(ABC):
 
     def add_tiny_vae(self, name: str) -> None:
         """Have `decode(tiny=True)` use the AutoencoderTiny of a local folder or hub id."""
+        from diffusers import AutoencoderTiny
+
         vae: Any = AutoencoderTiny.from_pretrained(name)
         self.tiny_vae = vae.to(self.device).requires_grad_(False).eval()
 

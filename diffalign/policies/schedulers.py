@@ -5,8 +5,13 @@ What diffusers' classes know and take by default is written down here, so that n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 BETAS = {
     "num_train_timesteps": 1000,
@@ -114,3 +119,89 @@ def as_ddim(pipeline: str, config: Mapping[str, Any]) -> dict[str, Any]:
         "clip_sample": False,
         "thresholding": False,
     }
+
+
+def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
+    """abar (T,), float32, of a config that `as_ddim` made: the product of 1 - beta up to each of
+    the T training timesteps, bit for bit as DDIMScheduler has it."""
+    first, last, n = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
+    if config["trained_betas"] is not None:
+        beta = torch.tensor(config["trained_betas"], dtype=torch.float32)
+    elif config["beta_schedule"] == "linear":
+        beta = torch.linspace(first, last, n)
+    elif config["beta_schedule"] == "scaled_linear":
+        beta = torch.linspace(first**0.5, last**0.5, n) ** 2
+    else:  # the cosine of arXiv 2102.09672
+        bar = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
+        beta = torch.tensor([min(1 - bar[i + 1] / bar[i], 0.999) for i in range(n)])
+    abar = torch.cumprod(1 - beta, 0)
+    if config["rescale_betas_zero_snr"]:  # to end at 0, arXiv 2305.08891
+        root = abar.sqrt()
+        end = root[-1].clone()
+        root = (root - end) * (root[0] / (root[0] - end))
+        bar = root**2
+        beta = 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
+        abar = torch.cumprod(1 - beta, 0)
+    return abar
+
+
+def timesteps(config: Mapping[str, Any], steps: int) -> Tensor:
+    """The training timesteps (steps,), long, from noise to data, that a DDIMScheduler with this
+    config takes; `timestep_spacing` as in table 2 of arXiv 2305.08891."""
+    n, spacing = config["num_train_timesteps"], config["timestep_spacing"]
+    if spacing == "linspace":
+        t = np.linspace(0, n - 1, steps).round()[::-1]
+    elif spacing == "trailing":
+        t = np.round(np.arange(n, 0, -n / steps)) - 1
+    else:
+        t = np.arange(steps)[::-1] * (n // steps) + config["steps_offset"]
+    return torch.from_numpy(t.astype(np.int64))
+
+
+FLOW = {
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "shift_terminal": None,
+    "time_shift_type": "exponential",
+}
+"""The defaults of FlowMatchEulerDiscreteScheduler."""
+
+
+def flow_sigmas(config: Mapping[str, Any], steps: int, tokens: int, linspace: bool) -> Tensor:
+    """The sigmas (steps,), float32, from noise to data, that a FlowMatchEulerDiscreteScheduler with
+    this config gives a picture of so many tokens; see `flow.flow_levels`."""
+    c = FLOW | dict(config)
+    n, shift = c["num_train_timesteps"], c["shift"]
+
+    def shifted(sigma: Any) -> Any:
+        return shift * sigma / (1 + (shift - 1) * sigma)
+
+    if linspace:
+        sigma = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+    else:
+        ends = torch.tensor([float(n), 1.0]) / n
+        first, last = (ends if c["use_dynamic_shifting"] else shifted(ends)).tolist()
+        sigma = np.linspace(first * n, last * n, steps) / n
+    if c["use_dynamic_shifting"]:
+        slope = (c["max_shift"] - c["base_shift"]) / (
+            c["max_image_seq_len"] - c["base_image_seq_len"]
+        )
+        mu = c["base_shift"] + slope * (tokens - c["base_image_seq_len"])
+        mu = math.exp(mu) if c["time_shift_type"] == "exponential" else mu
+        sigma = mu / (mu + (1 / sigma - 1))
+    else:
+        sigma = shifted(sigma)
+    if c["shift_terminal"]:
+        if steps == 1:
+            raise ValueError(
+                f"the scheduler's shift_terminal={c['shift_terminal']:g} is where the last of "
+                "several steps begins, and with 1 step that is the first; use 2 or more"
+            )
+        rest = 1 - sigma
+        sigma = 1 - rest / (rest[-1] / (1 - c["shift_terminal"]))
+    return torch.from_numpy(sigma).float()

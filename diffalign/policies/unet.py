@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..dynamics import Levels
@@ -42,8 +41,7 @@ class UNetPolicy(Policy):
     ):
         super().__init__(pipe, device, dtype, resolution)
         self.predicts = self.schedule_config["prediction_type"]
-        ddim: Any = DDIMScheduler.from_config(self.schedule_config)
-        self.abar = ddim.alphas_cumprod.double()
+        self.abar = schedulers.alphas_cumprod(self.schedule_config).double()
         self.zero_negative = pipe.config.get("force_zeros_for_empty_prompt", False)
         self.is_xl = type(pipe).__name__ == XL
         if self.is_xl:
@@ -119,16 +117,14 @@ class UNetPolicy(Policy):
         The state after step i is at the timestep of step i + 1. diffusers steps to `t - 1000 //
         steps` instead, which is the same whenever `steps` divides the number of training timesteps.
         """
-        scheduler: Any = DDIMScheduler.from_config(config)
-        scheduler.set_timesteps(steps)
-        t = scheduler.timesteps.cpu()
-        if len(scheduler.alphas_cumprod) <= t.max():
+        abar, t = schedulers.alphas_cumprod(config), schedulers.timesteps(config, steps)
+        if steps > len(abar) or len(abar) <= t.max():
             raise ValueError(
                 f"{steps} steps from timestep {t.max()} are more than this model was trained for, "
-                f"{len(scheduler.alphas_cumprod)}; use fewer"
+                f"{len(abar)}; use fewer"
             )
-        final = torch.as_tensor(scheduler.final_alpha_cumprod).reshape(1).cpu()
-        abar = torch.cat([scheduler.alphas_cumprod.cpu()[t], final]).double()
+        final = torch.ones(1) if config["set_alpha_to_one"] else abar[:1]
+        abar = torch.cat([abar[t], final]).double()
         t = torch.cat([t, torch.zeros(1, dtype=t.dtype)])
         return Levels(t.float(), abar.sqrt().float(), (1 - abar).sqrt().float())
 

@@ -107,7 +107,7 @@ def _guard(run: Run) -> str:
         elif not run.known("eval/reward"):
             reward = "cannot be compared over the run"
         kept = KEPT[judged, bool(run.known("eval/diversity"))]
-        said.append(f"{verdict} at the last of {looks}: the held-out reward {reward}{kept}.")
+        said.append(f"{verdict} (at the last of {looks}): the held-out reward {reward}{kept}.")
     if not judged:
         said.append("No judge watched; eval.rewards names those that notice over-optimisation.")
     return " ".join(said)
