@@ -15,6 +15,8 @@ from typing import TypeVar
 from PIL import Image
 from torch import Tensor
 
+from rewards.files import open_image
+
 from .decoding import write_atomic
 from .grids import to_pil
 
@@ -42,10 +44,7 @@ class Evaluated:
     def pictures(self) -> list[Image.Image]:
         """One a prompt. Raises ValueError for a file that cannot be read."""
         (width, height), columns = self.size, _columns(len(self.prompts))
-        try:
-            sheet = Image.open(self.sheet).convert("RGB")
-        except OSError as error:
-            raise ValueError(f"{self.sheet} cannot be read ({error}); remove it") from error
+        sheet = open_image(self.sheet)
         corners = [divmod(i, columns) for i in range(len(self.prompts))]
         return [
             sheet.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))

@@ -246,6 +246,8 @@ def _with_algorithm(config: TrainConfig, given: Any) -> tuple[TrainConfig, Any]:
 
 def _with_options(rewards: Mapping[Any, Any], configured: Mapping[str, Any]) -> dict[Any, Any]:
     """`rewards` as passed in Python; a bare weight keeps the options the config gives that name."""
+    if not isinstance(rewards, Mapping):
+        return rewards  # refused by those who read it
     merged = dict(rewards)
     for name, weight in rewards.items():
         options = configured.get(name) if isinstance(name, str) else None

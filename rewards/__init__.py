@@ -260,11 +260,18 @@ def _is_factory(target: Any) -> bool:
 
 
 def _parse(spec: Spec) -> list[_Part]:
+    if not isinstance(spec, Mapping) and spec is not None:
+        raise ValueError(
+            f"rewards={spec!r} is not a mapping of rewards to weights; write {{NAME: 1.0}}, with "
+            "the name of a reward, or a function of your own, as the key"
+        )
     if not spec:
         raise ValueError("no reward: give at least one, for instance rewards: {jpeg: 1.0}")
+    from .files import expand_user
+
     parts = []
     for key, value in spec.items():
-        options = dict(value) if isinstance(value, Mapping) else {"weight": value}
+        options = expand_user(dict(value)) if isinstance(value, Mapping) else {"weight": value}
         kind = options.pop("type", key)
         label = key if isinstance(key, str) else _label(key)
         if any(label == part.label for part in parts):

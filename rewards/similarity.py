@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .aesthetic import image_tower
 from .base import Reward
 from .clip import Clip, _guess_backend, _unit
-from .files import image_files, load_image
+from .files import check_images, image_files, load_image
 from .preprocess import IMAGENET_MEAN, IMAGENET_STD, clip_pixels
 
 CLASS_TOKEN_FIRST = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
@@ -66,13 +66,13 @@ class Similarity(Reward):
             raise ValueError(f"reduce={reduce!r} is not one of mean, max")
         Clip.check_options(model=model, dtype=dtype)
         if references is not None:
-            image_files(references)
+            check_images(references)
 
     @classmethod
     def check_prompts(cls, prompts, metadata):
-        for known in metadata:
-            if "reference" in known:
-                image_files(known["reference"])
+        asked = {str(m["reference"]): m["reference"] for m in metadata if "reference" in m}
+        for references in asked.values():
+            check_images(references)
 
     def reference_features(self, references: str | Sequence[str]) -> Tensor:
         """Unit-length features of the reference images, (k, d), without gradient."""
