@@ -5,11 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from .loading import reading
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -23,14 +26,25 @@ def check_file(option: str, source: str) -> None:
         )
 
 
-def fetch(source: str) -> str:
+def fetch(source: str, option: str = "checkpoint") -> str:
     """The path of a local file or folder, or of the hub file ORG/REPO:NAME, downloaded once."""
     if Path(source).exists():
         return str(source)
     from huggingface_hub import hf_hub_download
 
     repository, _, name = str(source).partition(":")
-    return hf_hub_download(repository, name)
+    with reading(f"{option}={source!r}", repository):
+        return hf_hub_download(repository, name)
+
+
+def read_tensors(path: str, option: str) -> Any:
+    """What a .safetensors file, or a pickle of tensors, holds; on the CPU."""
+    with reading(option, path):
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_image(path: str | Path) -> Tensor:

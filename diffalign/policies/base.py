@@ -7,9 +7,8 @@ here: classifier-free guidance, prompt cache, decoding, trained weights and thei
 from __future__ import annotations
 
 import copy
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +16,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    DDIMScheduler,
-    DiffusionPipeline,
-    UNet2DConditionModel,
-)
 from torch import Tensor, nn
 
 from ..dynamics import PREDICTIONS, Levels, Prediction, native_target
 from . import lora
+from .configs import read_config
 
 
 @dataclass(frozen=True)
@@ -49,40 +42,6 @@ class Cond:
 
     def __len__(self) -> int:
         return len(next(iter(self.positive.values())))
-
-
-def latent_side(resolution: int, factor: int, patch: int = 1) -> int:
-    """Side of the latents of a picture of `resolution` pixels.
-
-    factor: pixels per latent. patch: latents per token of a transformer. Raises ValueError where
-    the resolution is no multiple of both.
-    """
-    step = factor * patch
-    if resolution % step:
-        valid = max(step, round(resolution / step) * step)
-        raise ValueError(
-            f"model.resolution={resolution} is not a multiple of {step}, the pixels of a "
-            f"{'latent' if patch == 1 else 'token'} of this model; the nearest is {valid}"
-        )
-    return resolution // factor
-
-
-def pixels_per_latent(vae: Mapping[str, Any]) -> int:
-    """The factor between the sides of picture and latents, from the config of a VAE."""
-    return 2 ** (len(vae["block_out_channels"]) - 1)
-
-
-def text_options(pipe: Any) -> dict[str, int]:
-    """What `pipe(...)` must be told to encode prompts as a policy does: its number of T5 tokens.
-
-    It is the pipeline's default, or less where its T5 tokenizer has a smaller maximum.
-    """
-    default = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
-    if default is None:
-        return {}
-    t5 = pipe.tokenizer_3 if "tokenizer_3" in pipe.components else pipe.tokenizer_2
-    most = default.default if t5 is None else t5.model_max_length
-    return {"max_sequence_length": min(default.default, most)}
 
 
 class Policy(ABC):
@@ -125,6 +84,7 @@ class Policy(ABC):
         self.decode_batch = 16
         self.calls = 0  # samples through the denoiser so far, both branches of CFG counted
         self._prompts: dict[str, dict[str, Tensor]] = {}
+        self.read_base: Callable[[], Any] = self._read_base  # the denoiser before any training
         self._copies: dict[str, Any] = {}  # of a wholly trained network: "base", "old", ...
 
     @classmethod
@@ -182,16 +142,20 @@ class Policy(ABC):
         cls, name: str, steps: int, resolution: int | None = None
     ) -> tuple[Levels, tuple[int, ...]]:
         """Levels of a sampling run and shape of a latent, from the pipeline's configs alone."""
-        # load_config only reads a JSON file, of whatever class
-        index: Any = DiffusionPipeline.load_config(name)
-        network: Any = UNet2DConditionModel.load_config(name, subfolder=cls.denoiser)
-        vae: Any = AutoencoderKL.load_config(name, subfolder="vae")
-        scheduler: Any = DDIMScheduler.load_config(name, subfolder="scheduler")
-        cls.check(index, network, vae)
-        shape = cls.shape(network, vae, resolution)
-        config = {"_class_name": index["scheduler"][1], **scheduler}
-        config = cls.scheduler_config(index["_class_name"], config)
-        return cls.schedule(config, steps, shape), shape
+        index = read_config(name, "model_index.json")
+        network = read_config(name, f"{cls.denoiser}/config.json")
+        vae = read_config(name, "vae/config.json")
+        scheduler = read_config(name, "scheduler/scheduler_config.json")
+        try:
+            cls.check(index, network, vae)
+            shape = cls.shape(network, vae, resolution)
+            config = {"_class_name": index["scheduler"][1], **scheduler}
+            config = cls.scheduler_config(index["_class_name"], config)
+            return cls.schedule(config, steps, shape), shape
+        except KeyError as error:
+            raise ValueError(
+                f"model.name={name!r} is incomplete: its configs do not say {error}"
+            ) from error
 
     def levels(self, steps: int) -> Levels:
         """The (steps + 1,) levels of a sampling run, from noise to data."""
@@ -308,7 +272,9 @@ class Policy(ABC):
 
     def add_tiny_vae(self, name: str) -> None:
         """Have `decode(tiny=True)` use the AutoencoderTiny of a local folder or hub id."""
-        vae: Any = AutoencoderTiny.from_pretrained(name)
+        from .loading import tiny_vae
+
+        vae = tiny_vae(name)
         self.tiny_vae = vae.to(self.device).requires_grad_(False).eval()
 
     def add_lora(
@@ -376,12 +342,15 @@ class Policy(ABC):
                 yield
             return
         if "base" not in self._copies:
-            base = type(self.network).from_pretrained(
-                self.pipe.config._name_or_path, subfolder=self.denoiser
-            )
+            base = self.read_base()
             self._copies["base"] = base.to(self.network.device).requires_grad_(False).eval()
         with self._instead(self._copies["base"]):
             yield
+
+    def _read_base(self) -> Any:
+        return type(self.network).from_pretrained(
+            self.pipe.config._name_or_path, subfolder=self.denoiser
+        )
 
     @contextmanager
     def adapter(self, name: str) -> Iterator[None]:

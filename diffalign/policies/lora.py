@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
+from .run_folder import WEIGHTS as WEIGHTS
 
 
 def add(
