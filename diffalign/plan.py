@@ -66,6 +66,8 @@ class Plan:
         check_trackers(config.log.trackers)
         check_optimizer(config.train.optimizer)
         policies.check(config.model.name)
+        if config.model.merge_lora is not None:
+            policies.check_lora(config.model.merge_lora, "model.merge_lora", config.model.name)
         data = (
             prompts.load(config.data.prompts)
             if train_prompts is None

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 import rewards
+from rewards.device import default_device
 from rewards.files import IMAGE_SUFFIXES, MOST_PIXELS, load_image
 
 from . import prompts
@@ -92,7 +93,7 @@ def score(
     lines = [header, *[row + values for row, values in zip(rows, done, strict=False)]]
     write_atomic(path, _csv(lines).encode())  # without a line that was cut short
     total = rewards.build(spec) if len(done) < len(rows) else None
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or default_device()
     bar = tqdm(total=len(rows), initial=len(done), desc="scoring", unit="image")
     with path.open("a", encoding="utf-8", newline="") as file, torch.inference_mode(), bar:
         while total is not None and len(done) < len(rows):
@@ -173,7 +174,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompts", help=".txt or .jsonl: one a picture, in the order of names")
     parser.add_argument("--out", default="scores.csv", help="CSV to write, or to go on with")
     parser.add_argument("--batch", type=int, default=16, help="pictures at a time")
-    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     args = parser.parse_args(arguments)
     spec = rewards.from_arguments(args.reward)
     means = score(args.images, spec, args.prompts, args.out, args.batch, args.device)

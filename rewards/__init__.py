@@ -246,7 +246,10 @@ def _load(part: _Part) -> Reward:
 
     target, options = part.target, part.options
     if _is_factory(target):
-        target, options = target(**options), {}
+        try:
+            target, options = target(**options), {}
+        except (ValueError, ImportError) as error:  # weights or a package that cannot be had
+            raise ValueError(f"rewards.{part.label}: {error}") from error
     reward = target if isinstance(target, Reward) else FunctionReward(target, **options)
     if part.augment:
         reward = Augmented(reward, part.augment)

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewards.device import default_device
+
 from .. import policies, prompts
 from ..grids import image_grid, save_png
 from ..rollout import Sampling, rollout
@@ -125,7 +127,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="diffalign eval",
         description="EmojiEval: GenEval's six categories in EmojiWorld, read by its verifier.",
     )
-    parser.add_argument("models", nargs="*", help="pipeline folders or hub ids, a column each")
+    parser.add_argument(
+        "models", nargs="*", help="pipeline folders, run folders or hub ids, a column each"
+    )
     parser.add_argument("--lora", help="run folder; adds a column of the first model with it")
     parser.add_argument("--merge-lora", help="LoRA merged into every model first")
     parser.add_argument("--split", choices=SPLITS, default="held_out")
@@ -141,12 +145,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     jobs: list[tuple[str, str | None]] = [(model, None) for model in args.models]
     if args.lora:
         jobs.append((args.models[0], args.lora))
-    for model in args.models:
-        policies.check(model)
     for model, lora in jobs:
-        policy: Any = policies.load(model, merge_lora=args.merge_lora)
+        policies.check(model)
+        for option, path in (("--lora", lora), ("--merge-lora", args.merge_lora)):
+            if path:
+                policies.check_lora(path, option, model)
+    for model, lora in jobs:
+        policy: Any = policies.load(model, default_device(), merge_lora=args.merge_lora)
         if lora:
-            policy.pipe.load_lora_weights(lora)
+            policies.merge(policy.pipe, lora)
         name = Path(lora or model).name
         images = draw(policy, texts, args.steps, args.guidance, args.seed)
         columns[name] = table(images, texts)
