@@ -76,6 +76,8 @@ def train(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception) -> int:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        error = OSError(f"{error.filename}: {error.strerror}")
     print(f"error: {error}", file=sys.stderr)
     return 1
 
@@ -213,7 +215,7 @@ def _command(module: str) -> Callable[[Sequence[str] | None], int]:
 
         try:
             return importlib.import_module(f".{module}", __package__).main(arguments)
-        except (ValueError, FileNotFoundError, RewardError) as error:
+        except (ValueError, OSError, RewardError) as error:
             return _fail(error)
         except KeyboardInterrupt:
             return 130

@@ -16,7 +16,7 @@ from rewards.device import default_device
 
 from . import drawn, grids, policies
 from .config import CHOICES
-from .decoding import ConfigError, check_file, decode, field_types, read_yaml, suggest
+from .decoding import ConfigError, check_file, decode, field_types, read_sections, suggest
 from .drawn import Drawn
 from .dynamics import Levels
 from .policies import lora_files
@@ -62,16 +62,13 @@ def settings(runs: Sequence[str | None], given: Mapping[str, Any]) -> dict[str, 
 
 
 def _evaluated(path: Path) -> dict[str, Any]:
-    tree, found = read_yaml(path), {}
+    tree, found = read_sections(path), {}
     names = {"name": "model", "merge_lora": "merge_lora", "resolution": "resolution"}
     drawn = {"steps": "steps", "guidance": "guidance"}
     # what the evaluation does not say is the sampler's
     sections = {"model": {**names, "dtype": "dtype"}, "sampler": drawn, "eval": drawn}
     for section, keys in sections.items():
-        values = tree.get(section, {})
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{path}: {section} is {values!r}, no section of settings")
-        said = {name: values.get(key) for key, name in keys.items()}
+        said = {name: tree.get(section, {}).get(key) for key, name in keys.items()}
         found |= {name: value for name, value in said.items() if value is not None}
     return found
 
@@ -105,7 +102,7 @@ def check_drawing(
     steps: int,
     guidance: float,
     resolution: int | None,
-    grid: str,
+    grid: str | None = None,
     option: str = "--grid",
 ) -> tuple[Levels, tuple[int, ...]]:
     """The levels of a sampler, and the shape of a latent. Refuses, before a model is loaded, what
@@ -117,9 +114,10 @@ def check_drawing(
         raise ValueError(f"--guidance {guidance:g} is no guidance scale; use 0 or more")
     if resolution is not None and resolution < 1:
         raise ValueError(f"--resolution {resolution} is no size; use the side in pixels")
-    if not grid.lower().endswith(".png"):
+    if grid is not None and not grid.lower().endswith(".png"):
         raise ValueError(f"{option} {grid!r} does not end in .png, and that is what is written")
-    check_file(grid, option)
+    if grid is not None:
+        check_file(grid, option)
     return policies.peek(model, steps, resolution)
 
 

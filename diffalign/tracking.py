@@ -24,6 +24,7 @@ from torch import Tensor
 from diffalign.curves import draw_curves
 from diffalign.decoding import suggest, write_atomic
 from diffalign.grids import save_png
+from diffalign.text import read_text
 from rewards.files import open_image
 
 EXTRA = ("tensorboard", "wandb", "trackio")
@@ -62,17 +63,21 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"no metrics.jsonl in {run_dir}; is it the folder of a run?")
-    rows, lines = [], path.read_text("utf-8").split("\n")
+    rows, lines = [], read_text(path).split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=lambda name: None)
             row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
+            if not all(x is None or isinstance(x, (int, float)) for x in row.values()):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             if number == len(lines):  # without its newline: cut off
                 break
-            raise ValueError(f"{path}:{number} is not a row of metrics: {line[:60]}") from error
+            raise ValueError(
+                f"{path}:{number} is not a row of metrics: {line[:60]}; remove that line"
+            ) from error
         rows.append(row)
     return rows
 
