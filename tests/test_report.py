@@ -271,7 +271,7 @@ Image.new("RGB", (8, 8)).save(SMALL, "WEBP")
         ("metrics.jsonl", b'{"step": 0}\n\xff\n', ":2: byte 0xff at offset 12 is not UTF-8"),
         ("config.yaml", b"train: {lr: 1", ":1: "),
         ("config.yaml", b"train: 3", ": train is 3, no section of settings"),
-        (SHEET, b"RIFF", " cannot be read ("),
+        (SHEET, b"RIFF", " cannot be read as a picture ("),
         (SHEET, SMALL.getvalue(), " is too small for its pictures; remove it"),
         (TABLE, b'{"epoch": 4, "pro', " cannot be read ("),
         (TABLE, b"[1]", " cannot be read ("),
