@@ -63,9 +63,9 @@ def load(run_dir: Path) -> dict[str, Any]:
 def _is_whole(file: BinaryIO) -> bool:
     """Whether the digest at the end is that of the rest; True where there is none."""
     size = file.seek(0, io.SEEK_END)
-    file.seek(max(0, size - _COMMENT))
-    comment = file.read()
-    if not comment.startswith(MARK):
+    file.seek(max(0, size - _COMMENT - 22))
+    end, comment = file.read(22), file.read()
+    if not end.startswith(_END) and not comment.startswith(MARK):
         return True  # of a version that wrote none, or cut short, which torch notices
     file.seek(0)
     digest, left = hashlib.sha256(), size - _COMMENT

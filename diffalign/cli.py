@@ -19,17 +19,22 @@ TRAIN_USAGE = """usage: python train.py CONFIG.yaml [--dry-run] [--resume] [--se
 
 Fine-tunes a model on rewards. Any setting of the file can be replaced on the command line.
 
-  --dry-run   print the geometry and the cost, load no model
-  --resume    go on from the checkpoint in log.dir
-  --help      this text
+  --dry-run     print the geometry and the cost, load no model
+  --resume      go on from the checkpoint in log.dir, with the settings that the run had
+  --force       with --resume: go on although settings differ that should not
+  --overwrite   start anew in a log.dir that holds a run, and remove what that wrote
+  --help        this text
+
+Ctrl-C, SIGTERM and SIGHUP save the epochs done. The exit status is 0 when the run is done, 1 when
+it was refused or could not go on (the message says why), 130, 143 or 129 after those signals.
 """
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
-    """`train.py`: returns the exit status. 0 done, 1 bad input or a failed reward, 130 Ctrl-C."""
+    """`train.py`: returns the exit status, as `TRAIN_USAGE` has it."""
     arguments = expand_user(sys.argv[1:] if arguments is None else arguments)
-    flags = {f: f in arguments for f in ("--dry-run", "--resume")}
-    arguments = [a for a in arguments if a not in flags]
+    flags = {f: f in arguments for f in ("--dry-run", "--resume", "--force", "--overwrite")}
+    settings = [a for a in arguments if a not in flags]
     # imported late: --help and a misspelt key answer at once
     if not arguments or "--help" in arguments or "-h" in arguments:
         from .algorithms import ALGORITHMS
@@ -37,8 +42,13 @@ def train(arguments: Sequence[str] | None = None) -> int:
         print(TRAIN_USAGE + "\n" + help_text(ALGORITHMS))
         return 0 if arguments else 1
     try:
-        config = TrainConfig.from_file(arguments[0], arguments[1:])
+        if not settings or settings[0].startswith("-"):
+            raise ConfigError(
+                "there is no config file; give one first, such as configs/emoji_ddpo_jpeg.yaml"
+            )
+        config = TrainConfig.from_file(settings[0], settings[1:])
         from .plan import Plan
+        from .stopping import exit_status
         from .trainer import Trainer, TrainingStopped
     except ConfigError as error:
         return _fail(error)
@@ -47,15 +57,21 @@ def train(arguments: Sequence[str] | None = None) -> int:
         if flags["--dry-run"]:
             print(Plan.make(config, processes=processes).describe())
             return 0
-        trainer = Trainer(config, resume=flags["--resume"])
+        trainer = Trainer(
+            config,
+            resume=flags["--resume"],
+            overwrite=flags["--overwrite"],
+            force=flags["--force"],
+        )
         result = trainer.train()
     except (ValueError, FileNotFoundError, TrainingStopped) as error:
         return _fail(error)
-    except KeyboardInterrupt:
-        print(f"\nstopped; what was trained is in {config.log.dir} (--resume goes on)")
-        return 130
+    except KeyboardInterrupt as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\nstopped by {error or 'Ctrl-C'}")
+        return exit_status(error)
     if trainer.main:
-        print(summary(result, Path(config.log.dir)))
+        print(summary(result, trainer.dir))
     return 0
 
 
@@ -223,4 +239,6 @@ def main() -> None:
     if name not in commands:
         print(f"usage: diffalign {{{','.join(commands)}}} ...", file=sys.stderr)
         raise SystemExit(name not in ("-h", "--help"))
-    raise SystemExit(commands[name](expand_user(sys.argv[2:])))
+    from .stopping import leave
+
+    leave(commands[name](expand_user(sys.argv[2:])))

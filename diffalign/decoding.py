@@ -66,7 +66,7 @@ def near_divisors(total: int, value: int) -> str:
     return " or ".join(filter(None, [", ".join(near[:-1]), near[-1]]))
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
 
     Missing parent folders are made. Raises `OSError` of the kind that it met, with `path` in it.

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 from PIL import Image
 from torch import Tensor
 
+from rewards.files import open_image
+
 from .decoding import write_atomic
 from .grids import to_pil
 from .text import read_text
@@ -43,7 +45,7 @@ class Evaluated:
     def pictures(self) -> list[Image.Image]:
         """One a prompt. Raises ValueError for a file that cannot be read."""
         (width, height), columns = self.size, _columns(len(self.prompts))
-        sheet = opened(self.sheet)
+        sheet = open_image(self.sheet)
         if sheet.width < columns * width or sheet.height < height * math.ceil(
             len(self.prompts) / columns
         ):
@@ -125,14 +127,6 @@ def _evaluated(table: dict[str, Any], sheet: Path) -> Evaluated:
     if not prompts or min(width, height) < 1:
         raise ValueError("it has no pictures")
     return Evaluated(int(table["epoch"]), prompts, scores, (width, height), sheet)
-
-
-def opened(path: Path) -> Image.Image:
-    """A picture of a run, RGB. Raises ValueError for one that cannot be read."""
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); remove it") from error
 
 
 def drop(run_dir: str | os.PathLike[str], after: int) -> None:

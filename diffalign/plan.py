@@ -12,7 +12,7 @@ import torch
 import rewards as reward_library
 
 from . import algorithms, policies, prompts, windows
-from .algorithms import Algorithm, Needs
+from .algorithms import Needs
 from .config import SamplerConfig, TrainConfig
 from .decoding import ConfigError
 from .optimisation import check_optimizer
@@ -42,7 +42,7 @@ class Plan:
         rewards: Mapping[Any, Any] | None = None,
         train_prompts: prompts.Given | Sequence[prompts.Given] | None = None,
         processes: int = 1,
-        algorithm: Algorithm | Mapping[str, Any] | str | None = None,
+        algorithm: Any = None,
     ) -> Plan:
         """Check `config` as a whole. Raises ConfigError or ValueError, one clear message.
 
@@ -66,6 +66,8 @@ class Plan:
         check_trackers(config.log.trackers)
         check_optimizer(config.train.optimizer)
         policies.check(config.model.name)
+        if config.model.merge_lora is not None:
+            policies.check_lora(config.model.merge_lora, "model.merge_lora", config.model.name)
         data = (
             prompts.load(config.data.prompts)
             if train_prompts is None
@@ -137,7 +139,8 @@ class Plan:
         if self.algorithm.needs is Needs.TRAJECTORY:
             low, high = windows.bounds(c.sampler, self.stochastic)
             trained = c.sampler.window or high - low
-            sampled = windows.calls_per_sample(c.sampler, self.stochastic, c.data.group_size)
+            share = self.samples // self.processes
+            sampled = windows.calls_per_sample(c.sampler, self.stochastic, c.data.group_size, share)
             return sampled, trained * (1 + frozen), f"{trained} of {steps} steps"
         generator = torch.Generator()
         draws = [self.algorithm.surrogate(steps, generator) for _ in range(2000)]
@@ -245,6 +248,8 @@ def _with_algorithm(config: TrainConfig, given: Any) -> tuple[TrainConfig, Any]:
 
 def _with_options(rewards: Mapping[Any, Any], configured: Mapping[str, Any]) -> dict[Any, Any]:
     """`rewards` as passed in Python; a bare weight keeps the options the config gives that name."""
+    if not isinstance(rewards, Mapping):
+        return rewards  # refused by those who read it
     merged = dict(rewards)
     for name, weight in rewards.items():
         options = configured.get(name) if isinstance(name, str) else None

@@ -25,6 +25,7 @@ from diffalign.curves import draw_curves
 from diffalign.decoding import suggest, write_atomic
 from diffalign.grids import save_png
 from diffalign.text import read_text
+from rewards.files import open_image
 
 EXTRA = ("tensorboard", "wandb", "trackio")
 """The trackers that `pip install diffalign[track]` brings."""
@@ -222,7 +223,7 @@ class Tracker:
             save_png(image, path)
         else:
             path = Path(image)
-            image = Image.open(path)
+            image = open_image(path)
         picture = image.convert("RGB")
         for tracker in self.accelerator.trackers if self.accelerator is not None else ():
             if tracker.name == "tensorboard":

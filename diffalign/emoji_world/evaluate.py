@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewards.device import default_device
+
 from .. import policies, prompts
 from ..decoding import check_folder, to_json, write_atomic
 from ..grids import image_grid, save_png
@@ -127,7 +129,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="diffalign eval",
         description="EmojiEval: GenEval's six categories in EmojiWorld, read by its verifier.",
     )
-    parser.add_argument("models", nargs="*", help="pipeline folders or hub ids, a column each")
+    parser.add_argument(
+        "models", nargs="*", help="pipeline folders, run folders or hub ids, a column each"
+    )
     parser.add_argument("--lora", help="run folder; adds a column of the first model with it")
     parser.add_argument("--merge-lora", help="LoRA merged into every model first")
     parser.add_argument("--split", choices=SPLITS, default="held_out")
@@ -144,15 +148,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = short_names(named) if named else []
     if args.out:
         check_folder(args.out, "--out")
-    texts = load_prompts(args.split)
-    columns: dict[str, dict[str, float]] = {"real scenes": real_scenes(args.split)}
     jobs: list[tuple[str, str | None]] = [(model, None) for model in args.models]
     if args.lora:
         jobs.append((args.models[0], args.lora))
+    for model, lora in jobs:
+        for option, path in (("--lora", lora), ("--merge-lora", args.merge_lora)):
+            if path:
+                policies.check_lora(path, option, model)
+    texts = load_prompts(args.split)
+    columns: dict[str, dict[str, float]] = {"real scenes": real_scenes(args.split)}
     for name, (model, lora) in zip(names, jobs, strict=True):
-        policy: Any = policies.load(model, merge_lora=args.merge_lora)
+        policy: Any = policies.load(model, default_device(), merge_lora=args.merge_lora)
         if lora:
-            policy.pipe.load_lora_weights(lora)
+            policies.merge(policy.pipe, lora)
         images = draw(policy, texts, args.steps, args.guidance, args.seed)
         columns[name] = table(images, texts)
         if args.out:

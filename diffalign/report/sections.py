@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..pictures import opened
+from rewards.files import open_image
+
 from . import graphs, tables
 from .charts import number
 from .run import Run
@@ -162,7 +163,7 @@ def _pictures(runs: Sequence[Run]) -> tuple[str, str]:
         )
     found = [(run, run.dir / "grid.png") for run in runs if (run.dir / "grid.png").exists()]
     grids = "".join(
-        f'<figure><img src="{data_uri(opened(path), 2400)}" '
+        f'<figure><img src="{data_uri(open_image(path), 2400)}" '
         f'alt="Held-out prompts of {escape(run.name)}, before and after">'
         f"<figcaption>{escape(run.name)}</figcaption></figure>"
         for run, path in found[:GRIDS]
