@@ -8,10 +8,12 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from .config import CHOICES, TrainConfig
 from .decoding import ConfigError
 from .help import help_text
+from .text import expand_user
 
 TRAIN_USAGE = """usage: python train.py CONFIG.yaml [--dry-run] [--resume] [--section.key VALUE ...]
 
@@ -30,7 +32,7 @@ it was refused or could not go on (the message says why), 130, 143 or 129 after 
 
 def train(arguments: Sequence[str] | None = None) -> int:
     """`train.py`: returns the exit status, as `TRAIN_USAGE` has it."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    arguments = expand_user(sys.argv[1:] if arguments is None else arguments)
     flags = {f: f in arguments for f in ("--dry-run", "--resume", "--force", "--overwrite")}
     settings = [a for a in arguments if a not in flags]
     # imported late: --help and a misspelt key answer at once
@@ -74,6 +76,8 @@ def train(arguments: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception) -> int:
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        error = OSError(f"{error.filename}: {error.strerror}")
     print(f"error: {error}", file=sys.stderr)
     return 1
 
@@ -96,39 +100,76 @@ def sample(arguments: Sequence[str] | None = None) -> int:
     """`sample.py`: pictures of prompts × seeds with plain diffusers; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="sample.py",
-        description="Draw prompts with a pipeline, with or without a LoRA.",
+        description="Draw prompts with a pipeline, with or without a LoRA. Of a run, --lora RUN or "
+        "--model RUN, it takes the settings of its evaluations unless they are given.",
         epilog="A better picture of each, by a search: --reno, --best-of-n, --zero-order ... with "
         "--rewards.NAME WEIGHT, --METHOD.option VALUE and --budget.denoiser_calls N "
         "(docs/inference.md).",
     )
-    parser.add_argument("--model", default="assets/emoji-sd", help="pipeline folder or hub id")
+    parser.add_argument("--model", help="pipeline folder, run or hub id; default: assets/emoji-sd")
     parser.add_argument("--lora", help="run folder, or any LoRA that diffusers loads")
     parser.add_argument("--merge-lora", help="LoRA merged into the model first, e.g. a Turbo one")
-    parser.add_argument("--lora-scale", type=float, default=1.0, help="0 = base, 1 = as trained")
+    parser.add_argument("--lora-scale", type=float, help="0 = base, 1 = as trained, the default")
     parser.add_argument("--compare", action="store_true", help="also draw the base model")
-    parser.add_argument("--prompts", nargs="+", required=True, help="texts, or one prompt file")
-    parser.add_argument("--seeds", default="0-3", help='"0-7", "3" or "1,5,9"')
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--prompts", nargs="+", help="texts, or prompt files")
+    parser.add_argument("--seeds", help='"0-7", "3" or "1,5,9"; default: 0-3')
+    parser.add_argument("--steps", type=int, help="denoising steps; default: 20")
+    parser.add_argument("--guidance", type=float, help="guidance scale; default: 3")
     parser.add_argument("--resolution", type=int, help="side in pixels; default: the model's own")
-    parser.add_argument("--dtype", default="float32", choices=CHOICES["model.dtype"])
+    parser.add_argument("--dtype", choices=CHOICES["model.dtype"], help="default: float32")
     parser.add_argument("--grid", default="grid.png", help="PNG to write: a row a prompt")
-    parser.add_argument("--out", help="folder for the single pictures as well")
+    parser.add_argument(
+        "--out",
+        help="folder for the single pictures as well, prompts.jsonl for `diffalign score`, and "
+        "noise.safetensors",
+    )  # fmt: skip
+    parser.add_argument(
+        "--noise", metavar="FILE",
+        help="draw the pictures of a noise.safetensors again, of their own prompts and settings "
+        "unless others are given",
+    )  # fmt: skip
+    given = expand_user(sys.argv[1:] if arguments is None else arguments)
+    if "-h" in given or "--help" in given:
+        parser.parse_args(["--help"])
     from rewards import RewardError
 
     try:
         from .optimize_noise import command
-        from .sampling import draw
 
-        method, wanted, rest = command.split(sys.argv[1:] if arguments is None else arguments)
+        method, wanted, rest = command.split(given)
         args = vars(parser.parse_args(rest))
-        path = command.run(method, wanted, **args) if method else draw(**args)
-    except (ValueError, RewardError) as error:
+        written = _redrawn(method, args) if args["noise"] else _drawn(method, wanted, args)
+    except (ValueError, OSError, RewardError) as error:
         return _fail(error)
     except KeyboardInterrupt:
         return 130
-    print(path)
+    print(written)
     return 0
+
+
+def _drawn(method: str | None, wanted: Any, args: dict[str, Any]) -> Path:
+    """Pictures of prompts × seeds, plain or by a search."""
+    from . import sampling
+    from .optimize_noise import command
+
+    if not args["prompts"]:
+        raise ConfigError("--prompts is missing; give texts, or a prompt file")
+    how = sampling.settings([args["lora"], args["model"]], args)
+    how |= {k: args[k] for k in ("prompts", "lora", "compare", "grid", "out")}
+    how["seeds"] = "0-3" if args["seeds"] is None else args["seeds"]
+    how["lora_scale"] = 1.0 if args["lora_scale"] is None else args["lora_scale"]
+    return command.run(method, wanted, **how) if method else sampling.draw(**how)
+
+
+def _redrawn(method: str | None, args: dict[str, Any]) -> Path:
+    """Pictures of a noise.safetensors."""
+    from .redraw import redraw
+
+    odd = [k for k in ("seeds", "compare") if args.pop(k)]
+    if method or odd:
+        option = (method or odd[0]).replace("_", "-")
+        raise ConfigError(f"--noise draws what its file says; leave --{option} out")
+    return redraw(**args)
 
 
 def evaluate(arguments: Sequence[str] | None = None) -> int:
@@ -174,7 +215,7 @@ def _command(module: str) -> Callable[[Sequence[str] | None], int]:
 
         try:
             return importlib.import_module(f".{module}", __package__).main(arguments)
-        except (ValueError, FileNotFoundError, RewardError) as error:
+        except (ValueError, OSError, RewardError) as error:
             return _fail(error)
         except KeyboardInterrupt:
             return 130
@@ -200,4 +241,4 @@ def main() -> None:
         raise SystemExit(name not in ("-h", "--help"))
     from .stopping import leave
 
-    leave(commands[name](sys.argv[2:]))
+    leave(commands[name](expand_user(sys.argv[2:])))

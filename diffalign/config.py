@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ import yaml
 from . import decoding
 from .decoding import (
     ConfigError,
+    Section,
     near_divisors,
     pairs,
     read_yaml,
@@ -50,7 +52,7 @@ LARGEST_LR = 1e3  # far beyond use, and far below what AdamW cannot compute with
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Section):
     name: str = "assets/emoji-sd"
     """local folder or hub id of a diffusers pipeline"""
     merge_lora: str | None = None
@@ -80,7 +82,7 @@ class ModelConfig:
 
 
 @dataclass
-class SamplerConfig:
+class SamplerConfig(Section):
     steps: int = 20
     """denoising steps"""
     guidance: float = 1.0
@@ -107,7 +109,7 @@ class SamplerConfig:
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Section):
     prompts: str = "assets/emoji-world/prompts/train.txt"
     """.txt (one a line) or .jsonl ({"prompt": ..., metadata})"""
     groups: int = 8
@@ -117,11 +119,12 @@ class DataConfig:
 
 
 @dataclass
-class AdvantageConfig:
+class AdvantageConfig(Section):
     baseline: str = "group"
     """group | tracker (DDPO's per-prompt buffer)"""
     std: str = "global"
-    """what a group's rewards are divided by: group | global (only for baseline=group)"""
+    """what a group's rewards are divided by: group | global (only for baseline=group; combine=gdpo
+    always has the group's)"""
     combine: str = "sum"
     """several rewards: sum (advantages of their weighted sum) | normalised (weighted mean of the
     advantages of each) | gdpo (that, divided by its standard deviation over the epoch)"""
@@ -134,7 +137,7 @@ class AdvantageConfig:
 
 
 @dataclass
-class OptimConfig:
+class OptimConfig(Section):
     epochs: int = 50
     """rollouts, each followed by its updates"""
     lr: float = 3e-4
@@ -142,7 +145,7 @@ class OptimConfig:
     lr_schedule: str = "constant"
     """constant, or linear | cosine from train.lr to 0 over the run"""
     warmup: int = 0
-    """optimiser steps over which the learning rate rises from 0"""
+    """optimiser steps over which the learning rate rises: the first has 1/warmup of it"""
     optimizer: str = "adamw"
     """adamw | adamw8bit (bitsandbytes, CUDA)"""
     ema: float = 0.0
@@ -156,10 +159,11 @@ class OptimConfig:
     updates_per_epoch: int = 1
     """optimiser steps per rollout; must divide the groups*group_size samples"""
     inner_epochs: int = 1
-    """passes over a rollout"""
+    """passes over a rollout; reward gradients draw its samples again, from the same noise"""
     gradients: str = "sum"
     """several rewards, reward gradients: sum | normalised (each of equal length) | pcgrad (without
-    what conflicts) | min_norm (no reward falls), picture by picture; see rewards.gradients"""
+    what conflicts) | min_norm (none falls, to first order), picture by picture; rewards.gradients
+    says more"""
     seed: int = 0
     """of prompts, noise and LoRA initialisation"""
     checkpoint_every: int = 10
@@ -169,7 +173,7 @@ class OptimConfig:
 
 
 @dataclass
-class EvalConfig:
+class EvalConfig(Section):
     every: int = 20
     """epochs; 0 = only before and after"""
     prompts: str | None = "assets/emoji-world/prompts/held_out.txt"
@@ -183,9 +187,9 @@ class EvalConfig:
     rewards: dict[str, Any] = field(default_factory=dict)
     """held-out judges, never trained on; written as rewards"""
     guard: str = "warn"
-    """off | warn | stop when the reward rises while a judge or the diversity falls"""
+    """off | warn | stop when a run is over-optimised, has collapsed or failed"""
     guard_drop: float = 2.0
-    """fall of a judge from its best that counts, in standard errors of the difference"""
+    """evidence that counts, in standard errors: Φ(-x) of unchanged runs are flagged, 2.3 % for 2"""
     guard_diversity: float = 0.7
     """diversity that is too low, as a share of the base model's"""
     grid_prompts: int = 8
@@ -193,7 +197,7 @@ class EvalConfig:
 
 
 @dataclass
-class LogConfig:
+class LogConfig(Section):
     dir: str = ""
     """run folder; empty = runs/<config file stem>"""
     trackers: list[str] = field(default_factory=list)
@@ -201,7 +205,7 @@ class LogConfig:
 
 
 @dataclass
-class TrainConfig:
+class TrainConfig(Section):
     """A whole run. `algorithm` and `rewards` are free mappings, checked by those who build them."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -215,6 +219,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.algorithm = {"type": "ddpo", **self.algorithm}
 
     @property
@@ -231,12 +236,15 @@ class TrainConfig:
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
         """Reads a YAML file and applies `overrides`: ["--train.lr", "5e-4", "--data.groups=4"].
 
-        An empty `log.dir` becomes runs/<file stem>. Raises `ConfigError`.
+        An empty `log.dir` becomes runs/<file stem>. Another `algorithm.type` than the file's drops
+        the options that the file gives its own, and says so. Raises `ConfigError`.
         """
         config = decode(cls, read_yaml(path), source=f" in {path}")
         if overrides:
             tree = config.to_dict()
-            for key, text in pairs(overrides):
+            given = list(pairs(overrides))
+            _drop_other_options(tree["algorithm"], given, path)
+            for key, text in given:
                 decoding.override(cls, tree, key, text)
             # The file alone was accepted above, so that what is refused now was typed.
             config = decode(cls, tree, source=" on the command line")
@@ -253,8 +261,10 @@ class TrainConfig:
         return copy.deepcopy(draccus.encode(self))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the complete configuration as YAML, atomically."""
-        text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+        """Writes the complete configuration as YAML, atomically, without secrets."""
+        from rewards.redaction import redact  # late: with it come torch and the models
+
+        text = yaml.safe_dump(redact(self.to_dict()), sort_keys=False, allow_unicode=True)
         write_atomic(path, text.encode())
 
     def check(self, advantages: bool = True) -> None:
@@ -263,6 +273,10 @@ class TrainConfig:
         `advantages=False` is for algorithms that use none (those with needs GRADIENT): one image
         per prompt is then allowed. Raises one `ConfigError` with a line for each problem.
         """
+        self.__post_init__()
+        for section in vars(self).values():
+            if isinstance(section, Section):
+                section.__post_init__()  # what was set since they were made
         problems: list[str] = []
 
         def get(name: str) -> Any:
@@ -348,6 +362,24 @@ class TrainConfig:
             require("advantage.baseline", not branches, "does not know branches; use group")
             plain = self.advantage.combine == "sum"
             require("advantage.combine", plain, "compares groups; use advantage.baseline=group")
+
+
+def _drop_other_options(
+    algorithm: dict[str, Any], given: Sequence[tuple[str, str]], path: str | os.PathLike[str]
+) -> None:
+    """Takes the file's options out of `algorithm` where `given` names another type."""
+    kind = dict(given).get("algorithm.type", algorithm["type"])
+    if kind == algorithm["type"]:
+        return
+    dropped = [f"{k}={v}" for k, v in algorithm.items() if k != "type"]
+    if dropped:
+        print(
+            f"note: algorithm.type is {kind} now, so {path}'s options of {algorithm['type']} are "
+            f"left out: {', '.join(dropped)}",
+            file=sys.stderr,
+        )
+    algorithm.clear()
+    algorithm["type"] = kind
 
 
 _MAY_BE_ZERO = (

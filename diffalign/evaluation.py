@@ -49,6 +49,7 @@ class Evaluation:
         self.sampling = Sampling(policy.levels(config.eval_steps), "ode", 0.0, config.eval_guidance)
         self.guard = Guard(e.guard_drop, e.guard_diversity, list(e.rewards))
         self.scores: dict[str, list[float]] = {}  # of every picture of the last evaluation
+        self.drawn: list[str] = []  # and its prompt
         self.spread: float | None = None
         self.grid: Image.Image | None = None  # on the main process, from the second evaluation on
         self.first: list[tuple[Tensor, dict[str, float]]] = []
@@ -59,8 +60,8 @@ class Evaluation:
         return [self.prompts[i].text for i, _ in self.mine]
 
     def wrong(self) -> list[str]:
-        """What the last evaluation shows to be over-optimised (`Guard.see`)."""
-        return self.guard.see(self.scores, self.spread)
+        """What the guard finds wrong at the last evaluation (`Guard.see`)."""
+        return self.guard.see(self.scores, self.spread, self.drawn)
 
     @torch.no_grad()
     def run(self, label: str) -> dict[str, float]:
@@ -100,11 +101,12 @@ class Evaluation:
         if not rows:
             return {}
         self.scores = {k: [row[2][k] for row in rows] for k in rows[0][2]}
+        self.drawn = [self.prompts[row[0]].text for row in rows]
         scored = {k: [x for x in v if x == x] for k, v in self.scores.items()}  # NaN: not scored
         means = {f"eval/{k}": sum(v) / len(v) for k, v in scored.items() if v}
         self.spread = diversity(torch.stack([row[3] for row in rows]), [row[0] for row in rows])
         if not self.guard.base:
-            self.guard.see(self.scores, self.spread)
+            self.wrong()
         return means | ({} if self.spread is None else {"eval/diversity": self.spread})
 
     def write(self, run_dir: Path, epoch: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Union
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
-from diffalign.decoding import write_atomic
+from diffalign.decoding import to_json, write_atomic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,15 +41,17 @@ def save_png(
     image: Image.Image, path: str | os.PathLike[str], metadata: Mapping[str, Any] | None = None
 ) -> None:
     """Writes a PNG atomically, making its folders; `metadata` goes into the text chunk "diffalign"
-    as JSON (read it with `json.loads(Image.open(path).info["diffalign"])`).
+    as JSON (read it with `json.loads(Image.open(path).info["diffalign"])`), without secrets.
 
     Raises `ValueError` if the path does not end in .png.
     """
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"{path} does not end in .png, and that is what is written")
+    from rewards.redaction import redact  # late: with it come torch and the models
+
     info = PngInfo()
     if metadata is not None:
-        info.add_text("diffalign", json.dumps(metadata, default=str))
+        info.add_text("diffalign", to_json(redact(metadata)))
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=info)
     write_atomic(path, data.getvalue())

@@ -56,12 +56,9 @@ class Optimisation:
         self.extra = list(extra)
         self.parameters = self.trained + self.extra
         self.optimiser = make_optimizer(config, self.parameters)
-        name = config.lr_schedule
-        if name == "constant" and config.warmup:
-            name = "constant_with_warmup"
         # only the factor over the steps is taken: a rate is then a function of `updates` alone
         schedule: Any = get_scheduler(
-            name,
+            config.lr_schedule,
             self.optimiser,
             num_warmup_steps=config.warmup,
             num_training_steps=steps,
@@ -102,7 +99,9 @@ class Optimisation:
                 self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True
             ):
                 p.grad = g.view_as(p)
-        self.lr = self.config.lr * self.factor(self.updates)
+        n, warmup = self.updates, self.config.warmup
+        # diffusers' warm-up would waste the first step on a rate of 0
+        self.lr = self.config.lr * ((n + 1) / warmup if n < warmup else self.factor(n))
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr
             group["weight_decay"] = self.config.weight_decay

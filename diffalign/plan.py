@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import rewards as reward_library
 
 from . import algorithms, policies, prompts, windows
 from .algorithms import Needs
-from .config import TrainConfig
+from .config import SamplerConfig, TrainConfig
 from .decoding import ConfigError
 from .optimisation import check_optimizer
 from .prompts import Prompt, PromptSampler, for_judges, for_rewards
@@ -40,22 +40,22 @@ class Plan:
         cls,
         config: TrainConfig,
         rewards: Mapping[Any, Any] | None = None,
-        train_prompts: Sequence[str | Prompt] | None = None,
+        train_prompts: prompts.Given | Sequence[prompts.Given] | None = None,
         processes: int = 1,
         algorithm: Any = None,
     ) -> Plan:
         """Check `config` as a whole. Raises ConfigError or ValueError, one clear message.
 
         `rewards`, `train_prompts` and `algorithm` stand in place of the config's, see `Trainer`."""
-        config, algorithm = _with_algorithm(config, algorithm)
-        gradient = algorithm.needs is Needs.GRADIENT
+        config, method = _with_algorithm(config, algorithm)
+        gradient = method.needs is Needs.GRADIENT
         config.check(advantages=not gradient)
         if config.data.groups % processes:
             raise ConfigError(
                 f"data.groups={config.data.groups} is not a multiple of the {processes} processes, "
                 "and a group stays on one process; make it one"
             )
-        if algorithm.single_update:
+        if method.single_update:
             for name in ("updates_per_epoch", "inner_epochs"):
                 if getattr(config.train, name) != 1:
                     raise ConfigError(
@@ -66,7 +66,13 @@ class Plan:
         check_trackers(config.log.trackers)
         check_optimizer(config.train.optimizer)
         policies.check(config.model.name)
-        data = prompts.load(config.data.prompts) if train_prompts is None else given(train_prompts)
+        if config.model.merge_lora is not None:
+            policies.check_lora(config.model.merge_lora, "model.merge_lora", config.model.name)
+        data = (
+            prompts.load(config.data.prompts)
+            if train_prompts is None
+            else prompts.collect(train_prompts)
+        )
         PromptSampler(len(data), config.data.groups)
         held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
         reward_library.check(rewards, *for_rewards(data + held_out))
@@ -80,9 +86,9 @@ class Plan:
         if model.tiny_vae is not None:
             policies.check_tiny_vae(model.tiny_vae, model.name)
         sampling = Sampling(levels, config.sampler.kernel, config.sampler.eta, 1.0)
-        stochastic, trajectory = sampling.stochastic, algorithm.needs is Needs.TRAJECTORY
+        stochastic, trajectory = sampling.stochastic, method.needs is Needs.TRAJECTORY
         if gradient:
-            algorithm.surrogate(config.sampler.steps, torch.Generator())
+            method.surrogate(config.sampler.steps, torch.Generator())
         if not trajectory:
             for name in ("window", "window_range", "tail"):
                 value = getattr(config.sampler, name)
@@ -91,30 +97,28 @@ class Plan:
                         f"sampler.{name}={value} is for policy gradients, and "
                         f"{config.algorithm['type']} trains no transitions; leave it out"
                     )
-        if algorithm.needs is Needs.FINAL:
-            algorithm.check_levels(config.sampler.steps)
+        if method.needs is Needs.FINAL:
+            method.check_levels(config.sampler.steps)
             if config.sampler.same_noise and not any(stochastic):
+                reason, remedy = _without_chance(config.sampler)
                 raise ConfigError(
-                    "sampler.same_noise=true makes all images of a prompt alike where sampling is "
-                    "deterministic; raise sampler.eta with a stochastic sampler.kernel"
+                    "sampler.same_noise=true makes all images of a prompt alike, since "
+                    f"{reason}; {remedy}, or same_noise=false"
                 )
         if trajectory and not any(stochastic):
-            raise ConfigError(
-                f"sampler.kernel={config.sampler.kernel} with sampler.eta={config.sampler.eta:g} "
-                "is deterministic, and a policy gradient needs chance; raise sampler.eta"
-            )
+            reason, remedy = _without_chance(config.sampler)
+            raise ConfigError(f"{reason}, and a policy gradient needs chance; {remedy}")
         if trajectory:
             low, high = windows.bounds(config.sampler, stochastic)
             size, places = config.data.group_size, high - low
-            around = size // places, size // places + 1
-            if config.sampler.window_schedule == "branch" and size % places:
+            each = max(2, size // places)  # one image of a step has none to be compared with
+            if config.sampler.window_schedule == "branch" and size != each * places:
                 raise ConfigError(
-                    f"data.group_size={size} is not a multiple of the {places} steps that branch; "
-                    f"use {' or '.join(str(k * places) for k in around if k)}"
+                    f"data.group_size={size} does not give every one of the {places} steps that "
+                    "branch the same number of images, 2 or more to compare; use "
+                    f"{each * places} or {(each + 1) * places}, or a shorter sampler.window_range"
                 )
-        return cls(
-            config, algorithm, rewards, data, held_out, stochastic, shape, uses_cfg, processes
-        )
+        return cls(config, method, rewards, data, held_out, stochastic, shape, uses_cfg, processes)
 
     @property
     def samples(self) -> int:
@@ -142,6 +146,7 @@ class Plan:
         draws = [self.algorithm.surrogate(steps, generator) for _ in range(2000)]
         active = sum(len(d.active) for d in draws) / len(draws)
         sampled = sum(steps if d.at is None else d.at for d in draws) / len(draws)
+        sampled *= c.train.inner_epochs  # every update draws its own
         learned = sum(
             (1 + d.renoised) * len(d.active) * (1 + frozen) + d.renoised + (d.at is not None)
             for d in draws
@@ -183,7 +188,8 @@ class Plan:
         )
         latent = math.prod(self.latent_shape)
         trained_weights = f"LoRA rank {rank}" if rank else "all weights of the denoiser"
-        stored = n * (c.sampler.steps + 1) * latent * 4 / 2**20
+        kept = share if needs is Needs.GRADIENT else n  # those of one update
+        stored = kept * (c.sampler.steps + 1) * latent * 4 / 2**20
         most, epochs = c.train.max_denoiser_calls, c.train.epochs
         if most is not None:
             epochs = min(epochs, math.ceil(most / self.calls_per_epoch))
@@ -210,20 +216,16 @@ class Plan:
         return "\n".join(lines)
 
 
-def given(texts: Sequence[str | Prompt]) -> list[Prompt]:
-    """Prompts as passed in Python. Raises ConfigError."""
-    if isinstance(texts, (str, bytes, Mapping)) or not isinstance(texts, Iterable):
-        raise ConfigError(
-            f"prompts={texts!r} is no list of texts; give one, or set data.prompts to a file"
-        )
-    found = [Prompt(p) if isinstance(p, str) else p for p in texts]
-    for i, prompt in enumerate(found):
-        if not isinstance(prompt, Prompt) or not prompt.text.strip():
-            raise ConfigError(
-                f"prompts[{i}]={prompt!r} is no text; give strings, or diffalign.prompts.Prompt "
-                "for one with metadata"
-            )
-    return found
+def _without_chance(sampler: SamplerConfig) -> tuple[str, str]:
+    """Why no step of a sampler is stochastic, and what to do."""
+    kernel = sampler.kernel
+    if kernel == "ode":
+        remedy = "use ddim or cps, or for a flow model flow_sde"
+        return "sampler.kernel=ode is deterministic", remedy
+    if sampler.eta == 0:
+        return f"sampler.eta=0 makes sampler.kernel={kernel} deterministic", "raise sampler.eta"
+    reason = f"sampler.steps={sampler.steps} is the last step alone, which sampler.kernel={kernel}"
+    return f"{reason} takes without noise", "use 2 steps or more"
 
 
 def _with_algorithm(config: TrainConfig, given: Any) -> tuple[TrainConfig, Any]:
@@ -246,6 +248,8 @@ def _with_algorithm(config: TrainConfig, given: Any) -> tuple[TrainConfig, Any]:
 
 def _with_options(rewards: Mapping[Any, Any], configured: Mapping[str, Any]) -> dict[Any, Any]:
     """`rewards` as passed in Python; a bare weight keeps the options the config gives that name."""
+    if not isinstance(rewards, Mapping):
+        return rewards  # refused by those who read it
     merged = dict(rewards)
     for name, weight in rewards.items():
         options = configured.get(name) if isinstance(name, str) else None

@@ -1,18 +1,20 @@
-"""Prompt files, and the order in which a run goes through them."""
+"""Prompts, typed and in files, and the order in which a run goes through them."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import numpy as np
 
 from diffalign.decoding import suggest
+from diffalign.text import read_text, unusable
 
 
 @dataclass(frozen=True)
@@ -34,56 +36,107 @@ def for_judges(prompts: Sequence[Prompt]) -> tuple[list[str], list[dict[str, Any
     return [p.text for p in prompts], known
 
 
+SUFFIXES = (".txt", ".jsonl")
+MISTAKEN = (".text", ".json", ".jsonlines", ".ndjson", ".csv", ".tsv", ".md", ".yaml", ".yml")
+MISTAKEN += (".gz", ".zip", ".xz", ".zst", ".parquet", ".docx", ".rtf")  # files that are not read
+
+Given = Union[str, Prompt, Mapping[str, Any], "os.PathLike[str]"]
+
+
+def collect(given: Given | Sequence[Given], what: str = "prompts") -> list[Prompt]:
+    """Prompts as they are typed or passed: texts, prompt files, `Prompt`s and mappings as a line of
+    a .jsonl file is, in any mixture, or one prompt file; never none.
+
+    A text that ends in .txt or .jsonl is the path of a file, and so is a `Path`. The empty text is
+    the unconditional picture's. `what` names the setting in messages. Raises `ValueError`.
+    """
+    if isinstance(given, str) and not _is_path(given):
+        raise ValueError(f"{what}={given[:60]!r} is one text, not a list; write [{given[:60]!r}]")
+    single = isinstance(given, (str, os.PathLike, Prompt)) or not isinstance(given, Iterable)
+    if isinstance(given, Mapping):
+        raise ValueError(f"{what}={str(given)[:60]} is a mapping; give a list of such, or of texts")
+    found: list[Prompt] = []
+    items: Any = [given] if single else given
+    for number, item in enumerate(items):
+        if isinstance(item, os.PathLike) or (isinstance(item, str) and _is_path(item)):
+            found += load(item)
+            continue
+        try:
+            if isinstance(item, Mapping):
+                item = _from_entry(dict(item))
+            if not isinstance(item, (str, Prompt)):
+                raise ValueError(f"{item!r} is not a text")
+            found.append(_checked(item if isinstance(item, Prompt) else Prompt(item.strip())))
+        except ValueError as error:
+            raise ValueError(f"{what}[{number}]: {error}") from error
+    if not found:
+        raise ValueError(f"{what} is empty; give at least one text")
+    return found
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text is the path of a prompt file, also of one that cannot be read."""
+    end = os.path.splitext(text)[1].lower()
+    if end in SUFFIXES or (end in MISTAKEN and len(text.split()) == 1):
+        return True
+    return (os.sep in text or bool(end)) and "\0" not in text and os.path.exists(text)
+
+
 def load(path: str | os.PathLike[str]) -> list[Prompt]:
-    """Reads a prompt file, UTF-8, with or without BOM, any line ends; never empty.
+    """Reads a prompt file, UTF-8 or with the mark of UTF-16 or UTF-32, any line ends; never empty.
 
     `.txt` has one prompt a line; blank lines and lines that start with # are skipped. `.jsonl` has
     one object a line, its "prompt" the text and its other keys the metadata. Raises `ValueError`
     that names the file, the line and the remedy.
     """
-    path = Path(path)
-    if path.suffix not in (".txt", ".jsonl"):
-        raise ValueError(f"{path}: prompts are read from .txt or .jsonl, not '{path.suffix}'")
-    parse = _parse_txt if path.suffix == ".txt" else _parse_jsonl
+    path = Path(path).expanduser()
+    if not os.path.isfile(path):
+        raise ValueError(_missing(path))
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(
+            f"{path}: prompts are read from .txt or .jsonl, not '{suffix}'; rename or convert the "
+            'file: .txt has one prompt a line, .jsonl one {"prompt": ...} a line'
+        )
+    parse = _parse_txt if suffix == ".txt" else _parse_jsonl
     # Not splitlines(): that also breaks at U+2028 and others, which are valid inside JSON strings.
-    lines = _read(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
     prompts = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
             prompt = parse(line.strip())
+            if prompt is not None:
+                prompts.append(_checked(prompt))
         except ValueError as error:
             raise ValueError(f"{path}:{number}: {error}") from error
-        if prompt is not None:
-            if "\0" in prompt.text:
-                raise ValueError(f"{path}:{number}: the prompt holds a NUL character; remove it")
-            prompts.append(prompt)
     if not prompts:
         raise ValueError(f"{path} has no prompts; write one a line")
     return prompts
 
 
-def _read(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        folder = path.parent
-        there = [p.name for p in folder.glob("*") if p.suffix in (".txt", ".jsonl")]
-        hint = (
-            suggest(path.name, sorted(there)) if there else f"; there is no such file in {folder}"
-        )
-        raise ValueError(f"prompt file {path} does not exist{hint}") from error
-    except OSError as error:
-        raise ValueError(f"cannot read prompt file {path}: {error.strerror or error}") from error
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+def _missing(path: Path) -> str:
+    if os.path.lexists(path):
+        kind = "a folder" if os.path.isdir(path) else "no regular file (a device, a broken link)"
+        return f"prompt file {path} is {kind}; give a .txt or .jsonl file"
+    there = [p.name for p in path.parent.glob("*") if p.suffix.lower() in SUFFIXES]
+    hint = suggest(path.name, sorted(there)) if there else f"; there is none in {path.parent}"
+    return f"prompt file {path} does not exist{hint}"
+
+
+def _checked(prompt: Prompt) -> Prompt:
+    """The same. Raises `ValueError` for a text that nothing could show or save."""
+    strange = [c for c in prompt.text if unicodedata.category(c) == "Cc" and c not in "\t\n\r\0"]
+    whole = json.dumps([prompt.text, prompt.metadata], ensure_ascii=False, default=str)
+    if problem := unusable(prompt.text) or unusable(whole):
+        raise ValueError(f"the prompt {prompt.text[:60]!r} {problem}")
+    if strange:
         raise ValueError(
-            f"{path}:{line}: byte {data[error.start]:#04x} at offset {error.start} is not UTF-8; "
-            f"convert the file, e.g. iconv -f latin1 -t utf-8 {path.name}"
-        ) from error
+            f"the prompt {prompt.text[:60]!r} holds the control character U+{ord(strange[0]):04X}; "
+            "remove it, and if the file is UTF-16, convert it to UTF-8"
+        )
+    return prompt
 
 
 def _parse_txt(line: str) -> Prompt | None:
@@ -92,18 +145,31 @@ def _parse_txt(line: str) -> Prompt | None:
 
 def _parse_jsonl(line: str) -> Prompt:
     try:
-        entry = json.loads(line)
+        entry = json.loads(line, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        raise ValueError(f"invalid JSON at column {error.colno}: {error.msg}") from error
+        lone = line in "[]" or line.startswith("[{")
+        remedy = "; .jsonl has no list around its lines, one object a line" if lone else ""
+        raise ValueError(f"invalid JSON at column {error.colno}: {error.msg}{remedy}") from error
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
     if not isinstance(entry, dict):
         raise ValueError(f'{line[:40]} is not an object; write {{"prompt": "..."}}')
+    prompt = _from_entry(entry)
+    if not prompt.text:
+        raise ValueError('"prompt" is empty; write a text or remove the line')
+    return prompt
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _from_entry(entry: dict[str, Any]) -> Prompt:
     if "prompt" not in entry:
         raise ValueError(f'no "prompt" among the keys {", ".join(entry) or "(none)"}')
     text = entry.pop("prompt")
     if not isinstance(text, str):
         raise ValueError(f'"prompt" is {text!r}, not a string')
-    if not text.strip():
-        raise ValueError('"prompt" is empty; write a text or remove the line')
     return Prompt(text.strip(), entry)
 
 

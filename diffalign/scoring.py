@@ -108,12 +108,8 @@ def summary(values: Mapping[str, Tensor]) -> dict[str, float]:
 def teach(reward: WeightedSum, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
     """Let rewards that learn do so from the pictures of an epoch, those of all processes, so that
     they remain alike on them."""
-    figures = {}
-    for name, part in reward.parts.items():
-        if part.learns:
-            found = part.learn(images, *for_rewards(prompts))
-            figures |= {f"reward/{name}/{k}": v for k, v in found.items()}
-    return figures
+    learned = reward.learn(images, *for_rewards(prompts))
+    return {f"reward/{name}/{k}": v for name, part in learned.items() for k, v in part.items()}
 
 
 def constrain(reward: WeightedSum, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -24,6 +24,8 @@ from torch import Tensor
 from diffalign.curves import draw_curves
 from diffalign.decoding import suggest, write_atomic
 from diffalign.grids import save_png
+from diffalign.text import read_text
+from rewards.files import open_image
 
 EXTRA = ("tensorboard", "wandb", "trackio")
 """The trackers that `pip install diffalign[track]` brings."""
@@ -61,17 +63,21 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"no metrics.jsonl in {run_dir}; is it the folder of a run?")
-    rows, lines = [], path.read_text("utf-8").split("\n")
+    rows, lines = [], read_text(path).split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=lambda name: None)
             row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
+            if not all(x is None or isinstance(x, (int, float)) for x in row.values()):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             if number == len(lines):  # without its newline: cut off
                 break
-            raise ValueError(f"{path}:{number} is not a row of metrics: {line[:60]}") from error
+            raise ValueError(
+                f"{path}:{number} is not a row of metrics: {line[:60]}; remove that line"
+            ) from error
         rows.append(row)
     return rows
 
@@ -131,7 +137,7 @@ class Tracker:
         run_dir: folder of the run; made if missing.
         trackers: names of external trackers; they need `accelerator`, made with `log_with=trackers`
             and, for TensorBoard, a `project_dir`.
-        config: nested settings, for the external trackers.
+        config: nested settings, for the external trackers; secrets are left out.
         accelerator: an `accelerate.Accelerator`; None = a single process.
         resume_step: rows of later steps are dropped, so that a resumed run writes them again. None
             starts anew; the metrics of an earlier run are kept as metrics.previous.*.
@@ -156,7 +162,9 @@ class Tracker:
         self.rows: list[dict[str, Any]] = []
         self.columns = ["step"]
         if self.accelerator is not None:
-            self.accelerator.init_trackers("diffalign", config=_flat(config or {}))
+            from rewards.redaction import redact  # late: with it come torch and the models
+
+            self.accelerator.init_trackers("diffalign", config=_flat(redact(config or {})))
         if not self.main:
             return
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -215,7 +223,7 @@ class Tracker:
             save_png(image, path)
         else:
             path = Path(image)
-            image = Image.open(path)
+            image = open_image(path)
         picture = image.convert("RGB")
         for tracker in self.accelerator.trackers if self.accelerator is not None else ():
             if tracker.name == "tensorboard":

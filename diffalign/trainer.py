@@ -28,12 +28,13 @@ from .diagnostics import diversity
 from .evaluation import Evaluation, draw
 from .learning import Learner, Rollout
 from .optimisation import Optimisation
-from .plan import Plan, given
-from .prompts import Prompt, PromptSampler
-from .rollout import Sampling, Surrogate, rollout, sample_seed
+from .plan import Plan
+from .prompts import Given, Prompt, PromptSampler, collect
+from .rollout import Sampling, rollout, sample_seed
 from .scoring import Scorer, constrain, summary, teach
 from .stopping import TrainingStopped
 from .tracking import Meter, Tracker, worries
+from .verdict import VERDICTS, WARNINGS
 from .windows import window
 
 __all__ = ["Trainer", "TrainingStopped"]
@@ -44,7 +45,7 @@ class Trainer:
 
     config: a TrainConfig. rewards: {name or callable: weight or options}, in place of
     `config.rewards`; a bare weight keeps the options that the config has for that name. prompts:
-    texts, or `Prompt`s where there is metadata, in place of the file `config.data.prompts`.
+    texts, prompt files or `Prompt`s, in place of `config.data.prompts` (`prompts.collect`).
     algorithm: in place of `config.algorithm`: an `Algorithm`, or its name, or a mapping of `type`
     and options.
 
@@ -63,7 +64,7 @@ class Trainer:
         self,
         config: TrainConfig,
         rewards: Mapping[Any, Any] | None = None,
-        prompts: Sequence[str | Prompt] | None = None,
+        prompts: Given | Sequence[Given] | None = None,
         resume: bool = False,
         *,
         algorithm: Algorithm | Mapping[str, Any] | str | None = None,
@@ -189,7 +190,8 @@ class Trainer:
                     metrics |= after
                     if self.plan.eval_prompts and c.eval.guard != "off":
                         wrong = self._guarded()
-                        metrics["over_optimised"] = float(bool(wrong))
+                        verdict = self.evaluation.guard.verdict
+                        metrics |= {name: float(name == verdict) for name in VERDICTS}
                 self.tracker.log(self.epoch, metrics)
                 self.complete = self._state()
                 done = done or bool(wrong and c.eval.guard == "stop")
@@ -232,7 +234,7 @@ class Trainer:
         scored, scoring = self.reward.images, self.reward.seconds
         skipped = self.optimisation.skipped
         plans = self.learner.surrogates(epoch)
-        data = self._sample(epoch, plans)
+        data = self._sample(epoch)
         if plans:
             meter, rewards, pictures = self.learner.from_gradients(epoch, data, plans)
             metrics = self._reward_metrics(rewards.pop(""), rewards)
@@ -266,12 +268,15 @@ class Trainer:
             "seconds": time.time() - start,
         }
 
-    def _sample(self, epoch: int, plans: Sequence[Surrogate]) -> Rollout:
-        """This process's trajectories of an epoch, as far as `plans` ask for them."""
+    def _sample(self, epoch: int) -> Rollout:
+        """This process's samples of an epoch; their trajectories too, but for GRADIENT."""
         c, needs, seed = self.config, self.algorithm.needs, self.config.train.seed
         ids = self.sampler.share(epoch, self.rank, self.world)
         keys = [(epoch, i, j) for i in ids for j in range(c.data.group_size)]
         batch = [self.plan.train_prompts[i] for _, i, _ in keys]
+        cond = self.policy.encode([p.text for p in batch])
+        if needs is Needs.GRADIENT:
+            return Rollout(batch, keys, cond)
         options: dict[str, Any] = {"means": self.algorithm.stores_means}
         if needs is Needs.TRAJECTORY:
             images = [j for *_, j in keys]
@@ -279,15 +284,9 @@ class Trainer:
         options["store"] = needs is not Needs.FINAL
         if c.sampler.same_noise:
             options["initial"] = [sample_seed(seed, epoch, i, "start") for _, i, _ in keys]
-        ends = [p.at for p in plans if p.at is not None]
-        if ends and len(ends) == len(plans):  # no update looks beyond
-            options["until"] = max(ends)
-        cond = self.policy.encode([p.text for p in batch])
         seeds = [sample_seed(seed, *key) for key in keys]
         drawn_by = self.algorithm.sampled_by
         how = self.policy, cond, self.sampling, seeds, c.sampler.batch
-        if needs is Needs.GRADIENT:
-            return Rollout(batch, keys, cond, rollout(*how, **options))
         with (
             Scorer(self.policy, self.reward, batch, c.data.group_size) as scorer,
             self.policy.adapter(drawn_by) if drawn_by else nullcontext(),
@@ -330,7 +329,7 @@ class Trainer:
         """Pictures by the weights as they are now (with train.ema their average): every prompt from
         the noise of every seed, all seeds of a prompt together, drawn as the evaluations are but
         for `steps` and `guidance`. Each process that calls this draws all of them."""
-        texts = [p.text for p in given(prompts)]
+        texts = [p.text for p in collect(prompts)]
         sampling = self.evaluation.sampling
         if steps is not None:
             sampling = replace(sampling, levels=self.policy.levels(steps))
@@ -368,8 +367,8 @@ class Trainer:
             self.say(f"epoch {self.epoch}: no {report.NAME}, {error!r}")
 
     def _guarded(self) -> list[str]:
-        """What the last evaluation shows to be over-optimised; keeps the best weights by the
-        judges in best/."""
+        """What the guard finds wrong at the last evaluation; keeps the best weights by the judges
+        in best/."""
         wrong = self.evaluation.wrong()
         if self.evaluation.guard.is_best and self.main:
             self._save_weights(self.dir / "best")
@@ -385,7 +384,8 @@ class Trainer:
                 )
             )
             what = "stopped" if self.config.eval.guard == "stop" else "going on"
-            tqdm.write(f"epoch {self.epoch}: over-optimised, {'; '.join(wrong)}; {what}, {kept}")
+            verdict = WARNINGS[self.evaluation.guard.verdict]
+            tqdm.write(f"epoch {self.epoch}: {verdict}, {'; '.join(wrong)}; {what}, {kept}")
         return wrong
 
     def _state(self) -> dict[str, Any]:

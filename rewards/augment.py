@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .base import Reward
+from .base import Reward, own_copies
 
 MOST = 0.2  # of each side of the image that a view leaves out
 SHADE = 0.1  # most that brightness (added) and contrast (factor - 1) change
@@ -40,7 +40,7 @@ class Augmented(Reward):
             seen = torch.stack(
                 [_view(u, g) for u, g in zip(images.unbind(), generators, strict=True)]
             )
-            values.append(self.reward(seen, prompts, metadata))
+            values.append(self.reward(*own_copies(seen, prompts, metadata)))
         return torch.stack(values).view(self.views, n).mean(0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -139,7 +140,8 @@ def evaluate(
 ) -> Tensor:
     """One validated call: (n,) finite float32 values on the images' device.
 
-    Runs outside autocast, and without a graph unless ``reward.differentiable``. Raises RewardError
+    Runs outside autocast, and without a graph unless ``reward.differentiable``, on copies: a reward
+    that writes into its images, prompts or metadata changes what it sees alone. Raises RewardError
     when an image or a value is NaN or inf, and when the reward raises, returns another shape, or
     claims to be differentiable and drops the gradient; ValueError when images, prompts and
     metadata do not belong together.
@@ -167,7 +169,7 @@ def evaluate(
             torch.set_grad_enabled(needs_grad),
             torch.autocast(images.device.type, enabled=False),
         ):
-            values = reward(images, prompts, metadata)
+            values = reward(*own_copies(images, prompts, metadata))
     except Exception as error:
         raise fail(f"raised {type(error).__name__}: {error}") from error
     if not isinstance(values, Tensor) or values.shape != (len(prompts),):
@@ -185,8 +187,17 @@ def evaluate(
     return values
 
 
+def own_copies(
+    images: Tensor, prompts: list[str], metadata: list[dict] | None
+) -> tuple[Tensor, list[str], list[dict] | None]:
+    """What a reward may write into: nobody else sees these. Gradient flows through the images."""
+    return images.clone(), list(prompts), copy.deepcopy(metadata)
+
+
 def check_inputs(images: Tensor, prompts: list[str], metadata: list[dict] | None = None) -> None:
-    """Raise ValueError unless images are (n > 0, 3, H, W) floats, with n prompts."""
+    """Raise ValueError unless images are (n > 0, 3, H, W) floats, with a list of n prompts."""
+    if isinstance(prompts, str):
+        raise ValueError(f"prompts={prompts[:60]!r} is one text; give a list, one for each image")
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise ValueError(
             f"images are {tuple(images.shape)} {images.dtype}; expected (n, 3, H, W) floats in "

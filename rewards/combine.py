@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .base import Reward, evaluate
+from .base import Reward, evaluate, own_copies
 from .threads import Worker
 
 
@@ -125,6 +125,14 @@ class WeightedSum(nn.Module):
         found = evaluate(reward, images[where], texts, [metadata[i] for i in rows], name)
         return missing.index_put((where,), found)
 
+    def learn(
+        self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None
+    ) -> dict[str, dict[str, float]]:
+        """Have the parts that learn do so, each from copies; the figures of each to log."""
+        learners = {name: reward for name, reward in self.parts.items() if reward.learns}
+        given = images, prompts, metadata
+        return {name: reward.learn(*own_copies(*given)) for name, reward in learners.items()}
+
     def total(self, values: Mapping[str, Tensor], constraints: bool = True) -> Tensor:
         """The weighted sum (n,) of the parts (n,), missing ones left out; NaN where all are."""
         used = [k for k in self.weights if constraints or k not in self.floors]
@@ -229,7 +237,10 @@ class Ensemble(Reward):
 
     def forward(self, images, prompts, metadata=None):
         members = self.members
-        values = [members.weights[k] * v for k, v in members.score(images, prompts)[1].items()]
+        # a prompt's `rewards` name those of the run, of which this one is one
+        known = metadata and [{k: v for k, v in m.items() if k != "rewards"} for m in metadata]
+        parts = members.score(images, prompts, known)[1]
+        values = [members.weights[k] * v for k, v in parts.items()]
         return conservative(torch.stack(values), self.how, self.penalty)
 
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -103,12 +104,20 @@ def check_whole(least: int, **options: Any) -> None:
 
 
 def token_from(variable: str | None) -> str | None:
-    """The secret in an environment variable, None for no variable, ValueError for an empty one."""
+    """The secret in an environment variable, None for no variable; ValueError for one that is empty
+    or holds what no HTTP header can."""
     if variable is None:
         return None
+    if not isinstance(variable, str) or not re.fullmatch(r"[A-Za-z_]\w*", variable, re.ASCII):
+        raise ValueError(
+            "what should be the name of an environment variable is none, such as MY_TOKEN; export "
+            "the secret under a name and give that"
+        )
     token = os.environ.get(variable, "").strip()
     if not token:
         raise ValueError(f"environment variable {variable} is not set; it must hold the token")
+    if not (token.isascii() and token.isprintable()):
+        raise ValueError(f"environment variable {variable} holds more than printable ASCII")
     return token
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 
@@ -136,3 +137,6 @@ class Jpeg(Reward):
     def forward(self, images, prompts, metadata=None):
         size = jpeg_kilobytes_surrogate if self.differentiable else jpeg_kilobytes
         return self.sign * size(images, self.quality)
+
+
+incompressibility = functools.partial(Jpeg, incompressible=True)

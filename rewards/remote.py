@@ -15,9 +15,9 @@ class Remote(Reward):
 
     Images travel as 8-bit PNG, so the values are exactly the local reward's of the 8-bit image
     (on the same device, with the same ``batch``); ``batch`` images go in one request, in order.
-    The server is ``rewards.server``; ``name`` is one of its rewards. The token is ``token`` or the
-    content of the environment variable ``token_env``; ``timeout`` is in seconds, ``retries`` as in
-    ``Http.ask``. Safe to call from several threads.
+    The server is ``rewards.server``; ``name`` is one of its rewards. The token is the content of
+    the environment variable that ``token_env`` names, which no file of a run shows; ``timeout`` is
+    in seconds, ``retries`` as in ``Http.ask``. Safe to call from several threads.
 
     The constructor asks the server once and raises ValueError when it does not answer, refuses
     the token, has no such reward or takes fewer images a request. Scoring raises RuntimeError
@@ -31,16 +31,15 @@ class Remote(Reward):
         self,
         url: str,
         name: str,
-        token: str | None = None,
         token_env: str | None = None,
         timeout: float = 180.0,
         retries: int = 5,
         batch: int = 16,
     ):
         options = {"timeout": timeout, "retries": retries, "batch": batch}
-        self.check_options(url=url, token=token, token_env=token_env, **options)
+        self.check_options(url=url, token_env=token_env, **options)
         super().__init__()
-        self.http = Http(url, token or token_from(token_env), timeout, retries)
+        self.http = Http(url, token_from(token_env), timeout, retries)
         self.remote_name, self.batch = name, batch
         try:
             health = self.http.ask("/health")
@@ -55,10 +54,8 @@ class Remote(Reward):
             raise ValueError(f"batch={batch} is more than {url} takes: {health['max_images']}")
 
     @classmethod
-    def check_options(
-        cls, url="", timeout=1.0, retries=0, batch=1, token=None, token_env=None, **options
-    ):
-        check_http(url, timeout, retries, None if token else token_env)
+    def check_options(cls, url="", timeout=1.0, retries=0, batch=1, token_env=None, **options):
+        check_http(url, timeout, retries, token_env)
         check_whole(1, batch=batch)
 
     def forward(self, images, prompts, metadata=None):

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from . import Spec, build, from_arguments
 from .base import Reward, RewardError, evaluate
+from .device import default_device
 from .http import PROTOCOL
 
 PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
@@ -238,9 +239,10 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every network interface")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument(
-        "--token", default=os.environ.get(TOKEN_VARIABLE), help=f"default: ${TOKEN_VARIABLE}"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        "--token", default=os.environ.get(TOKEN_VARIABLE),
+        help=f"default: ${TOKEN_VARIABLE}, which no list of processes shows",
+    )  # fmt: skip
+    parser.add_argument("--device", default=default_device())
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds to receive, to score")
     args = parser.parse_args(arguments)
     if not args.token and args.host not in ("127.0.0.1", "localhost", "::1"):

@@ -1,5 +1,6 @@
 """The commands as a user types them: clear errors before any model is loaded, and whole runs."""
 
+import json
 import os
 import re
 import shlex
@@ -196,11 +197,12 @@ def test_train_and_sample(config, tmp_path, capsys):
     assert f"report   {run / 'report.html'}" in text
     model = yaml.safe_load(config.read_text())["model"]["name"]
     out, grid = tmp_path / "pictures", tmp_path / "out.png"
-    arguments = ["--model", model, "--lora", str(run), "--prompts", "a red apple", "a cat"]
-    arguments += ["--seeds", "0-2", "--steps", "2", "--compare"]
+    arguments = ["--lora", str(run), "--prompts", "a red apple", "a cat"]
+    arguments += ["--seeds", "0-2", "--compare"]
     assert cli.sample([*arguments, "--grid", str(grid), "--out", str(out)]) == 0
-    assert len(list(out.iterdir())) == 12
-    assert "diffalign" in Image.open(grid).info
+    assert f"as in {run / 'config.yaml'}: model {model}" in capsys.readouterr().out
+    assert len(list(out.glob("*.png"))) == 12
+    assert json.loads(Image.open(grid).info["diffalign"])["steps"] == 4
 
 
 def test_train_and_sample_a_whole_denoiser(config, tmp_path, capsys):
@@ -213,7 +215,7 @@ def test_train_and_sample_a_whole_denoiser(config, tmp_path, capsys):
     arguments = ["--model", model, "--prompts", "a cat", "--seeds", "0", "--resolution", "16"]
     arguments += ["--grid", str(tmp_path / "grid.png"), "--out", str(tmp_path / "pictures")]
     assert cli.sample([*arguments, "--lora", str(run), "--compare"]) == 0
-    base, tuned = (Image.open(p) for p in sorted((tmp_path / "pictures").iterdir()))
+    base, tuned = (Image.open(p) for p in sorted((tmp_path / "pictures").glob("*.png")))
     assert base.size == tuned.size == (16, 16)
     assert base.tobytes() != tuned.tobytes()
     assert cli.sample([*arguments, "--lora", str(run), "--lora-scale", "0.5"]) == 1

@@ -1,13 +1,14 @@
 import math
-from dataclasses import dataclass, field
+import os
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any, Literal
 
 import pytest
 
-from diffalign import config
-from diffalign.config import TrainConfig, decode
-from diffalign.decoding import ConfigError, section_keys, suggest
-from diffalign.help import field_docs, help_text
+from diffalign.config import LogConfig, ModelConfig, OptimConfig, TrainConfig, decode
+from diffalign.decoding import ConfigError, field_types, section_keys, suggest
+from diffalign.help import help_text
+from diffalign.source import Subject
 
 
 @pytest.fixture
@@ -89,7 +90,21 @@ BASE = "train: {lr: 1.0e-3}\nrewards: {jpeg: 1.0, clip: 0.5}\nalgorithm: {type: 
         (["--eval.prompts", "12"], "eval.prompts", "12"),
         (["--model.lora_alpha", "2"], "model.lora_alpha", 2.0),
         (["--model.gradient_checkpointing", "true"], "model.gradient_checkpointing", True),
-        (["--algorithm.type", "draft"], "algorithm", {"type": "draft", "beta": 1}),
+        (["--algorithm.type", "draft"], "algorithm", {"type": "draft"}),
+        (["--algorithm.type", "awm"], "algorithm", {"type": "awm", "beta": 1}),
+        (
+            ["--algorithm.beta", "2", "--algorithm.type", "draft"],
+            "algorithm",
+            {"type": "draft", "beta": 2},
+        ),
+        (["--rewards", "null", "--rewards.ocr", "1"], "rewards", {"ocr": 1}),
+        (
+            ["--eval.rewards.jpeg", "1", "--eval.rewards", "null", "--eval.rewards.ocr.k", "2"],
+            "eval.rewards",
+            {"ocr": {"weight": 1.0, "k": 2}},
+        ),
+        (["--rewards", "null"], "rewards", {}),
+        (["--log.dir", "~/runs"], "log.dir", os.path.expanduser("~/runs")),
         (["--algorithm", "{type: draft}"], "algorithm", {"type": "draft"}),
         (["--algorithm.beta", "1e-2"], "algorithm", {"type": "awm", "beta": 1e-2}),
         (["--rewards.jpeg", "2.0"], "rewards", {"jpeg": 2.0, "clip": 0.5}),
@@ -143,7 +158,7 @@ def test_overrides(write, arguments, path, value):
         (["--train.lr", "--train.epochs", "1"], ["--train.lr needs a value"]),
         (["train.lr=1"], ["unexpected argument 'train.lr=1'", "--train.lr 5e-4"]),
         (["--train", "5"], ["section 'train'", "is 5, not a mapping"]),
-        (["--rewards", "jpeg"], ["rewards='jpeg'", "is not a mapping"]),
+        (["--rewards", "jpeg"], ["rewards='jpeg'", "is not a mapping; write {jpeg: 1.0}"]),
         (["--rewards.jpg", "null"], ["no reward 'jpg'", "did you mean 'jpeg'"]),
         (["--log.trackers", "wandb"], ["is not a list of str; write [wandb]"]),
         (["--log.trackers", "[wandb"], ["--log.trackers [wandb:1", "expected"]),
@@ -164,7 +179,7 @@ def test_refused_overrides(write, arguments, words):
         ("train:\n", ["section 'train' in ", "is empty"]),
         ("train: 5\n", ["section 'train'", "is 5, not a mapping"]),
         ("rewards:\n", ["rewards=None", "is not a mapping"]),
-        ("rewards: [jpeg]\n", ["rewards=['jpeg']", "is not a mapping"]),
+        ("rewards: [a, b]\n", ["rewards=['a', 'b']", "is not a mapping; write {a: 1.0, b: 1.0}"]),
         ("rewards: {on: 1}\n", ["rewards={True: 1}"]),
         ("train: {lr: null}", ["train.lr=None", "is not a float"]),
         ("train: {lr: [1]}", ["train.lr=[1]", "is not a float"]),
@@ -180,13 +195,51 @@ def test_refused_overrides(write, arguments, words):
         ("a: b\n  c: [", ["run.yaml:2", "mapping values are not allowed"]),
         ("- a\n", ["run.yaml holds ['a'], not a mapping"]),
         ("a: !!python/object:os.system x", ["run.yaml:1"]),
-        (b"train: {lr: 1} # \xe9", ["run.yaml is not UTF-8 (byte 17)"]),
+        ("reward: jpeg", ["unknown key 'reward'", "did you mean 'rewards'?"]),
+        ("model: {lora_targets: to_q}", ["is not a list of str or null; write [to_q]"]),
+        ('log: {dir: "a\\0b"}', ["dir='a\\x00b' holds a NUL character; remove it"]),
+        ('rewards: {a: {k: ["\\ud800"]}}', ["rewards=", "half of a surrogate pair"]),
+        (b"train: {lr: 1} # \xe9", ["run.yaml:1", "0xe9 at offset 17 is not UTF-8", "iconv"]),
         (b"train: \x00", ["run.yaml"]),
     ],
 )
 def test_refused_files(write, text, words):
     path = write(text)
     refused(lambda: TrainConfig.from_file(path), *words)
+
+
+def test_the_options_of_another_algorithm_are_left_out_with_a_note(write, capsys):
+    TrainConfig.from_file(write(BASE), ["--algorithm.type", "draft"])
+    noted = capsys.readouterr().err
+    assert "algorithm.type is draft now" in noted
+    assert "options of awm are left out: beta=1\n" in noted
+    TrainConfig.from_file(write(BASE), ["--algorithm.type", "awm", "--algorithm.beta", "2"])
+    assert capsys.readouterr().err == ""
+
+
+def test_what_python_passes_is_checked_as_a_file_is(tmp_path):
+    for make, words in (
+        (lambda: LogConfig(trackers="wandb"), "LogConfig.trackers='wandb' is not a list of str"),  # type: ignore
+        (lambda: ModelConfig(lora_targets="to_q"), "write [to_q]"),  # type: ignore
+        (lambda: OptimConfig(lr="1e-4"), "OptimConfig.lr='1e-4' is not a float"),  # type: ignore
+        (lambda: OptimConfig(epochs=1.5), "is not an int"),  # type: ignore
+        (lambda: TrainConfig(rewards="jpeg"), "write {jpeg: 1.0}"),  # type: ignore
+        (lambda: TrainConfig(model={"name": "x"}), "is not a ModelConfig"),  # type: ignore
+        (lambda: ModelConfig(name="a\udce9"), "bytes that are not UTF-8"),
+    ):
+        refused(make, words)
+    config = TrainConfig()
+    config.log.trackers = "wandb"  # type: ignore
+    refused(config.check, "write [wandb]")
+    assert ModelConfig(name=tmp_path).name == str(tmp_path)  # type: ignore
+    assert ModelConfig(name="~/m").name == os.path.expanduser("~/m")
+    assert TrainConfig.from_dict({"log": {"dir": tmp_path}}).log.dir == str(tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_other_encodings_with_a_mark_are_read(write, encoding):
+    path = write("log: {dir: é}".encode(encoding))
+    assert TrainConfig.from_file(path).log.dir == "é"
 
 
 def test_missing_file_and_folder(tmp_path):
@@ -293,18 +346,21 @@ def test_suggest():
 
 def test_every_field_is_documented_and_shown_in_the_help(monkeypatch):
     monkeypatch.setenv("COLUMNS", "90")
-    text = help_text({"method": Method, "variant": Variant})
+    text = help_text({"method": f"{__name__}:Method", "variant": f"{__name__}:Variant"})
     assert max(map(len, text.splitlines())) <= 90
     for name in section_keys(TrainConfig):
         assert f"--{name} " in text
-    for section in (config.ModelConfig, config.SamplerConfig, config.OptimConfig):
-        assert all(field_docs(section).values())
+    for hint in field_types(TrainConfig).values():
+        if is_dataclass(hint):
+            assert all(o.doc for o in Subject(f"diffalign.config:{hint.__name__}").options)  # type: ignore[attr-defined]
     assert "--train.lr FLOAT" in text
     assert "(3e-4)" in text
     assert "method | variant" in text
     assert "algorithm method: The method of a paper." in text
     assert "ε of the ratio" in text
+    assert "--algorithm.mode a|b" in text
     assert "--algorithm.extra FLOAT" in text
     assert "(null)  only here" in text
     assert text.count("--rewards.") >= 3
-    assert set(field_docs(Variant)) == {"clip", "mode", "window", "size", "extra"}
+    names = [o.name for o in Subject(f"{__name__}:Variant").options]
+    assert names == ["clip", "mode", "window", "size", "extra"]

@@ -82,6 +82,11 @@ def text64(data):
     return base64.b64encode(data).decode()
 
 
+@pytest.fixture(autouse=True)
+def _token(monkeypatch):
+    monkeypatch.setenv("REWARD_KEY", "secret")
+
+
 @pytest.fixture(scope="module")
 def server():
     limits = {"max_images": 4, "max_bytes": 40_000, "max_pixels": 5_000, "timeout": 2.0}
@@ -99,16 +104,20 @@ def good(n=1, **changes):
     return {"images": [text64(png())] * n, "prompts": ["x"] * n, "names": ["brightness"], **changes}
 
 
-def test_remote_equals_local_on_8_bit_images(server, monkeypatch):
+def test_remote_equals_local_on_8_bit_images(server):
     images = torch.rand(7, 3, 24, 16)
     eight_bit = (images * 255).round() / 255
     local = build({"jpeg": 1.0, brightness: 2.0})
-    monkeypatch.setenv("REWARD_KEY", "secret")
-    options = {"type": "rewards.remote:Remote", "url": server, "batch": 3}
+    options = {
+        "type": "rewards.remote:Remote",
+        "url": server,
+        "batch": 3,
+        "token_env": "REWARD_KEY",
+    }
     remote = build(
         {
-            "size": {**options, "name": "jpeg", "token": "secret"},
-            "light": {**options, "name": "brightness", "token_env": "REWARD_KEY", "weight": 2.0},
+            "size": {**options, "name": "jpeg"},
+            "light": {**options, "name": "brightness", "weight": 2.0},
         }
     )
     expected = local(eight_bit, [""] * 7)
@@ -228,7 +237,7 @@ def test_slow_client_is_dropped_and_blocks_nobody(server):
 
 
 def test_a_thousand_requests_from_sixteen_threads(server):
-    remote = Remote(server, "named", token="secret", batch=2)
+    remote = Remote(server, "named", token_env="REWARD_KEY", batch=2)
     process = psutil.Process()
 
     def ask(start):
@@ -250,10 +259,10 @@ def test_a_thousand_requests_from_sixteen_threads(server):
 
 
 def test_reward_failure_names_the_reward(server):
-    remote = Remote(server, "broken", token="secret", retries=3, batch=4)
+    remote = Remote(server, "broken", token_env="REWARD_KEY", retries=3, batch=4)
     with pytest.raises(RuntimeError, match=r"status 500.*reward 'broken' raised OSError.*1 of 4"):
         evaluate(remote, torch.rand(2, 3, 8, 8), ["a", "b"])
-    named_remote = Remote(server, "named", token="secret", batch=4)
+    named_remote = Remote(server, "named", token_env="REWARD_KEY", batch=4)
     with pytest.raises(RuntimeError, match="JSON"):  # NaN in the metadata never leaves
         evaluate(named_remote, torch.rand(1, 3, 8, 8), ["a"], [{"x": math.nan}])
 
@@ -275,11 +284,11 @@ def test_scoring_has_a_time_limit():
 
 def test_constructor_refuses_what_cannot_work(server, monkeypatch):
     with pytest.raises(ValueError, match=r"/health: status 401: .*wrong or missing token"):
-        Remote(server, "jpeg", token="guess")
+        Remote(server, "jpeg")
     with pytest.raises(ValueError, match=r"name='clip' is not a reward.*It has: brightness, jpeg"):
-        Remote(server, "clip", token="secret")
+        Remote(server, "clip", token_env="REWARD_KEY")
     with pytest.raises(ValueError, match=r"batch=5 is more than .* takes: 4"):
-        Remote(server, "jpeg", token="secret", batch=5)
+        Remote(server, "jpeg", token_env="REWARD_KEY", batch=5)
     with pytest.raises(ValueError, match=r"ConnectError.*attempt 2 of 2"):
         Remote("http://127.0.0.1:9", "jpeg", retries=1)
     with (
@@ -296,6 +305,7 @@ def test_constructor_refuses_what_cannot_work(server, monkeypatch):
         ({"retries": -1}, "retries=-1"),
         ({"batch": 0}, "batch=0"),
         ({"token_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is not set"),
+        ({"token_env": "s3cret!"}, "name of an environment variable is none"),
     ):
         with pytest.raises(ValueError, match=message):
             Remote.check_options(**{"url": "http://localhost:1", **options})

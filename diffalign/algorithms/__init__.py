@@ -6,23 +6,15 @@ import functools
 import importlib
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from rewards.registry import Registry
 
 from ..config import decode
 from ..decoding import ConfigError, suggest
-from .alignprop import AlignProp
-from .awm import AWM
-from .base import Algorithm, Batch, GradientAlgorithm, Needs
-from .ddpo import DDPO
-from .dpok import DPOK
-from .draft import DRaFT
-from .drtune import DRTune
-from .flow_grpo import FlowGRPO
-from .fpo import FPO
-from .grpo_guard import GRPOGuard
-from .nft import DiffusionNFT
-from .refl import ReFL
-from .rwr import RWR
+
+if TYPE_CHECKING:
+    from .base import Algorithm, Batch, GradientAlgorithm, Needs
 
 __all__ = [
     "ALGORITHMS",
@@ -35,20 +27,30 @@ __all__ = [
     "name_of",
 ]
 
-ALGORITHMS: dict[str, type] = {
-    "ddpo": DDPO,
-    "dpok": DPOK,
-    "flow_grpo": FlowGRPO,
-    "grpo_guard": GRPOGuard,
-    "awm": AWM,
-    "nft": DiffusionNFT,
-    "fpo": FPO,
-    "rwr": RWR,
-    "draft": DRaFT,
-    "alignprop": AlignProp,
-    "refl": ReFL,
-    "drtune": DRTune,
-}
+ALGORITHMS: Registry[type] = Registry(
+    __name__,
+    {
+        "ddpo": "ddpo:DDPO",
+        "dpok": "dpok:DPOK",
+        "flow_grpo": "flow_grpo:FlowGRPO",
+        "grpo_guard": "grpo_guard:GRPOGuard",
+        "awm": "awm:AWM",
+        "nft": "nft:DiffusionNFT",
+        "fpo": "fpo:FPO",
+        "rwr": "rwr:RWR",
+        "draft": "draft:DRaFT",
+        "alignprop": "alignprop:AlignProp",
+        "refl": "refl:ReFL",
+        "drtune": "drtune:DRTune",
+    },
+)
+
+
+def __getattr__(name: str) -> Any:
+    # they bring torch along: a second that `--help` and a misspelt name need not wait for
+    if name in __all__:
+        return getattr(importlib.import_module(".base", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def build(options: Mapping[str, Any]) -> Any:
@@ -70,6 +72,8 @@ def name_of(algorithm: Algorithm) -> str:
 
 def check(algorithm: Any) -> None:
     """Raises ConfigError for what the training loop cannot work with: a class, or an instance."""
+    from .base import Algorithm, GradientAlgorithm, Needs
+
     cls = algorithm if isinstance(algorithm, type) else type(algorithm)
     name = f"algorithm.type={cls.__module__}:{cls.__qualname__}"
     if not issubclass(cls, Algorithm):
