@@ -76,8 +76,6 @@ class Plan:
         PromptSampler(len(data), config.data.groups)
         held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
         reward_library.check(rewards, *for_rewards(data + held_out))
-        if gradient:
-            reward_library.check_gradient(rewards)
         if config.eval.rewards:
             reward_library.check(config.eval.rewards, *for_judges(held_out))
         model = config.model
@@ -89,6 +87,7 @@ class Plan:
         stochastic, trajectory = sampling.stochastic, method.needs is Needs.TRAJECTORY
         if gradient:
             method.surrogate(config.sampler.steps, torch.Generator())
+            reward_library.check_gradient(rewards)
         if not trajectory:
             for name in ("window", "window_range", "tail"):
                 value = getattr(config.sampler, name)
