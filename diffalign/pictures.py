@@ -10,13 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from PIL import Image
-from torch import Tensor
 
 from .decoding import write_atomic
 from .grids import to_pil
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 

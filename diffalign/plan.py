@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 import rewards as reward_library
 
-from . import algorithms, policies, prompts, windows
-from .algorithms import Algorithm, Needs
+from . import algorithms, prompts
 from .config import SamplerConfig, TrainConfig
 from .decoding import ConfigError
-from .optimisation import check_optimizer
 from .prompts import Prompt, PromptSampler, for_judges, for_rewards
-from .rollout import Sampling
-from .tracking import check_trackers
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass(frozen=True)
@@ -42,19 +39,37 @@ class Plan:
         rewards: Mapping[Any, Any] | None = None,
         train_prompts: prompts.Given | Sequence[prompts.Given] | None = None,
         processes: int = 1,
-        algorithm: Algorithm | Mapping[str, Any] | str | None = None,
+        algorithm: Any = None,
     ) -> Plan:
         """Check `config` as a whole. Raises ConfigError or ValueError, one clear message.
 
         `rewards`, `train_prompts` and `algorithm` stand in place of the config's, see `Trainer`."""
-        config, algorithm = _with_algorithm(config, algorithm)
-        gradient = algorithm.needs is Needs.GRADIENT
-        config.check(advantages=not gradient)
+        config.check(advantages=False)
         if config.data.groups % processes:
             raise ConfigError(
                 f"data.groups={config.data.groups} is not a multiple of the {processes} processes, "
                 "and a group stays on one process; make it one"
             )
+        data = (
+            prompts.load(config.data.prompts)
+            if train_prompts is None
+            else prompts.collect(train_prompts)
+        )
+        PromptSampler(len(data), config.data.groups)
+        held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
+
+        # from here on torch is imported, a second that what is refused above need not wait for
+        config, algorithm = _with_algorithm(config, algorithm)
+        import torch
+
+        from . import policies, windows
+        from .algorithms import Needs
+        from .optimisation import check_optimizer
+        from .rollout import Sampling
+        from .tracking import check_trackers
+
+        gradient = algorithm.needs is Needs.GRADIENT
+        config.check(advantages=not gradient)
         if algorithm.single_update:
             for name in ("updates_per_epoch", "inner_epochs"):
                 if getattr(config.train, name) != 1:
@@ -66,13 +81,6 @@ class Plan:
         check_trackers(config.log.trackers)
         check_optimizer(config.train.optimizer)
         policies.check(config.model.name)
-        data = (
-            prompts.load(config.data.prompts)
-            if train_prompts is None
-            else prompts.collect(train_prompts)
-        )
-        PromptSampler(len(data), config.data.groups)
-        held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
         reward_library.check(rewards, *for_rewards(data + held_out))
         if gradient:
             reward_library.check_gradient(rewards)
@@ -128,6 +136,11 @@ class Plan:
     def _calls(self) -> tuple[float, float, str]:
         """Denoiser calls for a sample: of its rollout and of each time it is learnt from, the
         gradient-free ones included; and what is learnt, in words. Means where that is random."""
+        import torch
+
+        from . import windows
+        from .algorithms import Needs
+
         steps, c = self.config.sampler.steps, self.config
         frozen = self.algorithm.frozen_calls(c.train.updates_per_epoch * c.train.inner_epochs)
         if self.algorithm.needs is Needs.FINAL:
@@ -161,6 +174,8 @@ class Plan:
 
     def describe(self) -> str:
         """The geometry and the cost of the run, for --dry-run."""
+        from .algorithms import Needs
+
         c, n = self.config, self.samples
         updates = c.train.updates_per_epoch * c.train.inner_epochs
         branches = 2 if self.uses_cfg and c.sampler.guidance > 1 else 1

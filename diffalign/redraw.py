@@ -15,6 +15,7 @@ from . import drawn, grids, policies
 from .drawn import Drawn, Stored
 from .optimize_noise.base import chain, last
 from .optimize_noise.command import loaded
+from .prompts import collect
 from .rollout import Sampling
 from .sampling import (
     BATCH,

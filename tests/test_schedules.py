@@ -77,7 +77,7 @@ def test_ddim_with_betas_of_its_own_and_linspace():
 )
 def test_flow(change, steps, linspace):
     if steps == 1 and change.get("shift_terminal"):  # where diffusers has NaN
-        with pytest.raises(ValueError, match="shift_terminal.* use 2 or more"):
+        with pytest.raises(ValueError, match=r"shift_terminal.* use 2 or more"):
             flow_levels({"_class_name": EULER, **change}, 1, (16, 8, 8), linspace)
         return
     scheduler = FlowMatchEulerDiscreteScheduler(**change)

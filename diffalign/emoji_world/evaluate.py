@@ -10,7 +10,6 @@ the mean of the six.
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 from collections import defaultdict
@@ -22,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import arguments as arguments_of
 from .. import policies, prompts
+from ..arguments import SPLITS
 from ..grids import image_grid, save_png
 from ..rollout import Sampling, rollout
 from .claims import parse
@@ -33,7 +34,6 @@ from .verifier import findings
 CATEGORIES = (
     "single object", "two objects", "counting", "colours", "position", "colour attribution",
 )  # fmt: skip
-SPLITS = ("train", "held_out")
 KINDS = {"counting": "count", "two objects": "pair", "colour attribution": "pair",
          "position": "relation"}  # fmt: skip
 
@@ -121,19 +121,7 @@ def formatted(columns: dict[str, dict[str, float]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`diffalign eval`: prints the table; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="diffalign eval",
-        description="EmojiEval: GenEval's six categories in EmojiWorld, read by its verifier.",
-    )
-    parser.add_argument("models", nargs="*", help="pipeline folders or hub ids, a column each")
-    parser.add_argument("--lora", help="run folder; adds a column of the first model with it")
-    parser.add_argument("--merge-lora", help="LoRA merged into every model first")
-    parser.add_argument("--split", choices=SPLITS, default="held_out")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="folder for scores.json and a grid of pictures a column")
-    args = parser.parse_args(arguments)
+    args = arguments_of.evaluation().parse_args(arguments)
     if args.lora and not args.models:
         raise ValueError("--lora needs the model it was trained on; name that first")
     texts = load_prompts(args.split)
