@@ -23,7 +23,7 @@ def scoring() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", help=".txt or .jsonl: one a picture, in the order of names")
     parser.add_argument("--out", default="scores.csv", help="CSV to write, or to go on with")
     parser.add_argument("--batch", type=int, default=16, help="pictures at a time")
-    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     return parser
 
 
@@ -75,7 +75,9 @@ def evaluation() -> argparse.ArgumentParser:
         prog="diffalign eval",
         description="EmojiEval: GenEval's six categories in EmojiWorld, read by its verifier.",
     )
-    parser.add_argument("models", nargs="*", help="pipeline folders or hub ids, a column each")
+    parser.add_argument(
+        "models", nargs="*", help="pipeline folders, run folders or hub ids, a column each"
+    )
     parser.add_argument("--lora", help="run folder; adds a column of the first model with it")
     parser.add_argument("--merge-lora", help="LoRA merged into every model first")
     parser.add_argument("--split", choices=SPLITS, default="held_out")

@@ -18,16 +18,22 @@ from . import arguments as parsers
 from .config import CHOICES, TrainConfig
 from .decoding import ConfigError, suggest
 from .help import KINDS, help_text, listing
+from .stopping import TrainingStopped, exit_status, leave
 from .text import expand_user
 
 TRAIN_USAGE = """usage: python train.py CONFIG.yaml [--dry-run] [--resume] [--section.key VALUE ...]
 
 Fine-tunes a model on rewards. Any setting of the file can be replaced on the command line.
 
-  --dry-run   print the geometry and the cost, load no model
-  --resume    go on from the checkpoint in log.dir
-  --help      this text
-  --version   the version
+  --dry-run     print the geometry and the cost, load no model
+  --resume      go on from the checkpoint in log.dir, with the settings that the run had
+  --force       with --resume: go on although settings differ that should not
+  --overwrite   start anew in a log.dir that holds a run, and remove what that wrote
+  --help        this text
+  --version     the version
+
+Ctrl-C, SIGTERM and SIGHUP save the epochs done. The exit status is 0 when the run is done, 1 when
+it was refused or could not go on (the message says why), 130, 143 or 129 after those signals.
 """
 
 
@@ -51,7 +57,7 @@ def guarded(command: Command) -> Callable[..., int]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 128 + signal.SIGPIPE
         except KeyboardInterrupt as error:
-            return 128 + getattr(error, "signum", signal.SIGINT)
+            return exit_status(error)
         except Exception as error:
             text = message(error)
             if text is None or os.environ.get("DIFFALIGN_DEBUG"):
@@ -78,9 +84,8 @@ _REMEDIES = {
 
 def message(error: Exception) -> str | None:
     """What to tell a user of an exception; None of one that no user can cause."""
-    base = sys.modules.get("rewards.base")  # not imported, not raised
-    trainer = sys.modules.get("diffalign.trainer")
-    own = getattr(base, "RewardError", ()), getattr(trainer, "TrainingStopped", ())
+    rewards = sys.modules.get("rewards.base")  # not imported, not raised
+    own = TrainingStopped, getattr(rewards, "RewardError", ())
     if isinstance(error, OSError) and error.strerror and error.filename:
         remedy = _REMEDIES.get(error.errno or 0)
         return f"{error.filename}: {error.strerror}" + (f"; {remedy}" if remedy else "")
@@ -94,16 +99,20 @@ def message(error: Exception) -> str | None:
 
 @guarded
 def train(arguments: Sequence[str]) -> int:
-    """`train.py`: returns the exit status. 0 done, 1 bad input or a failed reward, 130 Ctrl-C."""
-    flags = {f: f in arguments for f in ("--dry-run", "--resume")}
-    arguments = [a for a in arguments if a not in flags]
+    """`train.py`: returns the exit status, as `TRAIN_USAGE` has it."""
+    flags = {f: f in arguments for f in ("--dry-run", "--resume", "--force", "--overwrite")}
+    settings = [a for a in arguments if a not in flags]
     if "--version" in arguments:
         print(f"diffalign {__version__}")
         return 0
     if not arguments or "--help" in arguments or "-h" in arguments:
         print(TRAIN_USAGE + "\n" + help_text())
         return 0 if arguments else 1
-    config = TrainConfig.from_file(arguments[0], arguments[1:])
+    if not settings or settings[0].startswith("-"):
+        raise ConfigError(
+            "there is no config file; give one first, such as configs/emoji_ddpo_jpeg.yaml"
+        )
+    config = TrainConfig.from_file(settings[0], settings[1:])
     from .plan import Plan
 
     # before the trainer, whose imports take seconds that a refusal need not wait for
@@ -114,13 +123,19 @@ def train(arguments: Sequence[str]) -> int:
     from .trainer import Trainer
 
     try:
-        trainer = Trainer(config, resume=flags["--resume"])
+        trainer = Trainer(
+            config,
+            resume=flags["--resume"],
+            overwrite=flags["--overwrite"],
+            force=flags["--force"],
+        )
         result = trainer.train()
-    except KeyboardInterrupt:
-        print(f"\nstopped; what was trained is in {config.log.dir} (--resume goes on)")
+    except KeyboardInterrupt as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"\nstopped by {error or 'Ctrl-C'}")
         raise
     if trainer.main:
-        print(summary(result, Path(config.log.dir)))
+        print(summary(result, trainer.dir))
     return 0
 
 
@@ -276,7 +291,7 @@ def main() -> None:
     """The `diffalign` command."""
     name, *arguments = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
-        raise SystemExit(COMMANDS[name][0](arguments))
+        leave(COMMANDS[name][0](arguments))
     if name == "--version":
         print(f"diffalign {__version__}")
     elif name in ("-h", "--help"):

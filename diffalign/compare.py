@@ -22,7 +22,7 @@ from .sampling import (
     BATCH,
     Sampler,
     check_drawing,
-    check_lora,
+    check_loras,
     check_scale,
     parse_seeds,
     settings,
@@ -173,11 +173,12 @@ def _scores(
 def main(arguments: Sequence[str] | None = None) -> int:
     """`diffalign grid`; returns the exit status."""
     args = arguments_of.grid().parse_args(arguments)
-    columns = _columns(args.runs, args.lora_scales, args.interpolate, args.points)
     texts = collect(args.prompts, "--prompts")
     how = settings([*[*args.runs, *(args.interpolate or ())][:1], args.model], vars(args))
     size = how["resolution"]
     check_drawing(how["model"], how["steps"], how["guidance"], size, args.out, "--out")
+    check_loras(how["model"], how["merge_lora"])
+    columns = _columns(args.runs, args.lora_scales, args.interpolate, args.points, how["model"])
     if args.cell is not None and args.cell < 1:
         raise ValueError(f"--cell {args.cell} shows nothing; use pixels, such as 256")
     how |= {"columns": columns, "seeds": parse_seeds(args.seeds), "reno": args.reno}
@@ -189,11 +190,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _columns(
-    runs: Sequence[str], factors: Sequence[float] | None, ends: Sequence[str] | None, points: int
+    runs: Sequence[str],
+    factors: Sequence[float] | None,
+    ends: Sequence[str] | None,
+    points: int,
+    model: str,
 ) -> dict[str, dict]:
     for option, paths in (("--runs", runs), ("--interpolate", ends or ())):
         for path in paths:
-            check_lora(path, option)
+            policies.check_lora(path, option, model)
             if (factors or ends) and trained_denoiser(path) is not None:
                 raise ValueError(
                     f"{option} {path!r} holds a whole denoiser, and only a LoRA can be scaled or "

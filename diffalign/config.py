@@ -48,6 +48,9 @@ CHOICES = {
 """What settings with a fixed set of values may be."""
 
 
+LARGEST_LR = 1e3  # far beyond use, and far below what AdamW cannot compute with
+
+
 @dataclass
 class ModelConfig(Section):
     name: str = "assets/emoji-sd"
@@ -89,7 +92,7 @@ class SamplerConfig(Section):
     eta: float = 1.0
     """stochasticity of the kernel; 0 = deterministic"""
     batch: int = 16
-    """images per denoiser call while sampling"""
+    """images per denoiser call while sampling; the last call of an epoch may have fewer"""
     window: int | None = None
     """stochastic, trained steps of a policy gradient, the others being the ODE's; null = all"""
     window_schedule: str = "random"
@@ -303,6 +306,11 @@ class TrainConfig(Section):
             "merge it with diffusers' fuse_lora and save_pretrained, and give that folder",
         )
         self._check_window(require)
+        require(
+            "train.lr",
+            not self.train.lr > LARGEST_LR,
+            "is far too large: AdamW moves every weight by about as much a step; use e.g. 3e-4",
+        )
         require("train.ema", self.train.ema < 1, "is a decay; use less than 1, such as 0.9")
         advantage = self.advantage
         if advantages and advantage.baseline == "group":
@@ -320,16 +328,14 @@ class TrainConfig(Section):
                 f"{advantage.buffer_size}; use at most that",
             )
         images = self.data.groups * self.data.group_size
-        for name in ("sampler.batch", "train.updates_per_epoch"):
-            value = get(name)
-            if images > 0 and value > 0:
-                require(
-                    name,
-                    images % value == 0,
-                    f"does not divide the {images} images of an epoch (data.groups="
-                    f"{self.data.groups} x data.group_size={self.data.group_size}); "
-                    f"use {near_divisors(images, value)}",
-                )
+        updates = self.train.updates_per_epoch
+        if images > 0 and updates > 0:
+            require(
+                "train.updates_per_epoch",
+                images % updates == 0,
+                f"does not divide the {images} images of an epoch (data.groups={self.data.groups} "
+                f"x data.group_size={self.data.group_size}); use {near_divisors(images, updates)}",
+            )
         if problems:
             raise ConfigError("\n".join(problems))
 

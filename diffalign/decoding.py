@@ -66,7 +66,7 @@ def near_divisors(total: int, value: int) -> str:
     return " or ".join(filter(None, [", ".join(near[:-1]), near[-1]]))
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
 
     Missing parent folders are made. Raises `OSError` of the kind that it met, with `path` in it.
@@ -181,7 +181,7 @@ def decode(
         if isinstance(hint, type) and is_dataclass(hint):
             values[key] = decode(hint, value, prefix + key, source, known)
         else:
-            values[key] = _decode_value(hint, value, prefix + key, source)
+            values[key] = decode_value(hint, value, prefix + key, source)
     for f in fields(cls):  # pyright: ignore[reportArgumentType]
         if f.init and f.default is f.default_factory is MISSING and f.name not in values:
             raise ConfigError(f"missing key '{prefix}{f.name}'{source}")
@@ -207,7 +207,8 @@ def section_keys(cls: Any) -> list[str]:
     ]
 
 
-def _decode_value(hint: Any, value: Any, name: str, source: str) -> Any:
+def decode_value(hint: Any, value: Any, name: str, source: str = "") -> Any:
+    """A value of the type `hint` for the setting `name`, as `decode` does it."""
     if get_origin(hint) is dict:
         value = _numbers(value)
     if isinstance(value, os.PathLike):
@@ -316,6 +317,15 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {tree!r}, not a mapping; write 'section: {{key: value}}'")
+    return tree
+
+
+def read_sections(path: str | os.PathLike[str]) -> dict[str, Mapping[str, Any]]:
+    """The sections of a run's config.yaml, without empty ones. Raises `ConfigError`."""
+    tree = {name: values for name, values in read_yaml(path).items() if values is not None}
+    for name, values in tree.items():
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{path}: {name} is {values!r}, no section of settings; mend it")
     return tree
 
 

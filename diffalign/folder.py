@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from . import checkpoint, report
+from . import checkpoint
 from .decoding import ConfigError
 from .policies.lora import WEIGHTS
 
@@ -26,7 +26,7 @@ _WEIGHTS = (
 WRITTEN = (
     *(checkpoint.NAME, "config.yaml", "metrics.csv", "metrics.jsonl", "metrics.previous.*"),
     *("curve.png", "grid.png", "grids/eval_*.png", "pictures/epoch_*", "failed_reward.png"),
-    *(report.NAME, *_WEIGHTS, *(f"best/{name}" for name in _WEIGHTS)),
+    *("report.html", *_WEIGHTS, *(f"best/{name}" for name in _WEIGHTS)),
     "diffalign/**/events.out.tfevents.*",  # TensorBoard's
 )
 """Patterns of what a run writes, and `clear` removes."""
@@ -44,13 +44,12 @@ def lock(run_dir: Path) -> None:
     """Make the folder, and keep every other process from training in it until `release`.
 
     The kernel lets go of the lock with the process, however it ends. Raises ConfigError where
-    another process has it, or where the folder cannot be written.
+    another process has it, OSError where the folder cannot be written.
     """
     if _key(run_dir) in _held:
         return
-    with writing(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = (run_dir / LOCK).open("a+", encoding="utf-8")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = (run_dir / LOCK).open("a+", encoding="utf-8")
     if not _locked(file):
         file.seek(0)
         owner = file.read().strip() or "another process"
@@ -59,10 +58,9 @@ def lock(run_dir: Path) -> None:
             f"log.dir={str(run_dir)!r} is in use by {owner}, and two runs would write over each "
             "other; stop that one, or choose another --log.dir"
         )
-    with writing(run_dir):
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
     _held[_key(run_dir)] = file
 
 

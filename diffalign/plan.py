@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import rewards as reward_library
 
@@ -13,9 +13,6 @@ from . import algorithms, prompts
 from .config import SamplerConfig, TrainConfig
 from .decoding import ConfigError
 from .prompts import Prompt, PromptSampler, for_judges, for_rewards
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ class Plan:
         held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
 
         # from here on torch is imported, a second that what is refused above need not wait for
-        config, algorithm = _with_algorithm(config, algorithm)
+        config, method = _with_algorithm(config, algorithm)
         import torch
 
         from . import policies, windows
@@ -68,9 +65,9 @@ class Plan:
         from .rollout import Sampling
         from .tracking import check_trackers
 
-        gradient = algorithm.needs is Needs.GRADIENT
+        gradient = method.needs is Needs.GRADIENT
         config.check(advantages=not gradient)
-        if algorithm.single_update:
+        if method.single_update:
             for name in ("updates_per_epoch", "inner_epochs"):
                 if getattr(config.train, name) != 1:
                     raise ConfigError(
@@ -81,6 +78,8 @@ class Plan:
         check_trackers(config.log.trackers)
         check_optimizer(config.train.optimizer)
         policies.check(config.model.name)
+        if config.model.merge_lora is not None:
+            policies.check_lora(config.model.merge_lora, "model.merge_lora", config.model.name)
         reward_library.check(rewards, *for_rewards(data + held_out))
         if gradient:
             reward_library.check_gradient(rewards)
@@ -92,9 +91,9 @@ class Plan:
         if model.tiny_vae is not None:
             policies.check_tiny_vae(model.tiny_vae, model.name)
         sampling = Sampling(levels, config.sampler.kernel, config.sampler.eta, 1.0)
-        stochastic, trajectory = sampling.stochastic, algorithm.needs is Needs.TRAJECTORY
+        stochastic, trajectory = sampling.stochastic, method.needs is Needs.TRAJECTORY
         if gradient:
-            algorithm.surrogate(config.sampler.steps, torch.Generator())
+            method.surrogate(config.sampler.steps, torch.Generator())
         if not trajectory:
             for name in ("window", "window_range", "tail"):
                 value = getattr(config.sampler, name)
@@ -103,8 +102,8 @@ class Plan:
                         f"sampler.{name}={value} is for policy gradients, and "
                         f"{config.algorithm['type']} trains no transitions; leave it out"
                     )
-        if algorithm.needs is Needs.FINAL:
-            algorithm.check_levels(config.sampler.steps)
+        if method.needs is Needs.FINAL:
+            method.check_levels(config.sampler.steps)
             if config.sampler.same_noise and not any(stochastic):
                 reason, remedy = _without_chance(config.sampler)
                 raise ConfigError(
@@ -124,9 +123,7 @@ class Plan:
                     "branch the same number of images, 2 or more to compare; use "
                     f"{each * places} or {(each + 1) * places}, or a shorter sampler.window_range"
                 )
-        return cls(
-            config, algorithm, rewards, data, held_out, stochastic, shape, uses_cfg, processes
-        )
+        return cls(config, method, rewards, data, held_out, stochastic, shape, uses_cfg, processes)
 
     @property
     def samples(self) -> int:
@@ -152,7 +149,8 @@ class Plan:
         if self.algorithm.needs is Needs.TRAJECTORY:
             low, high = windows.bounds(c.sampler, self.stochastic)
             trained = c.sampler.window or high - low
-            sampled = windows.calls_per_sample(c.sampler, self.stochastic, c.data.group_size)
+            share = self.samples // self.processes
+            sampled = windows.calls_per_sample(c.sampler, self.stochastic, c.data.group_size, share)
             return sampled, trained * (1 + frozen), f"{trained} of {steps} steps"
         generator = torch.Generator()
         draws = [self.algorithm.surrogate(steps, generator) for _ in range(2000)]
@@ -262,6 +260,8 @@ def _with_algorithm(config: TrainConfig, given: Any) -> tuple[TrainConfig, Any]:
 
 def _with_options(rewards: Mapping[Any, Any], configured: Mapping[str, Any]) -> dict[Any, Any]:
     """`rewards` as passed in Python; a bare weight keeps the options the config gives that name."""
+    if not isinstance(rewards, Mapping):
+        return rewards  # refused by those who read it
     merged = dict(rewards)
     for name, weight in rewards.items():
         options = configured.get(name) if isinstance(name, str) else None

@@ -22,8 +22,7 @@ from .sampling import (
     Sampler,
     Settings,
     check_drawing,
-    check_lora,
-    check_scale,
+    check_loras,
     family_of,
     pictures,
 )
@@ -91,9 +90,7 @@ def _fitting(
         found[i] = replace(one, how=one.how | {k: given[k] for k in HOW if k in given}, **new)
     for how in {repr(one.how): one.how for one in found}.values():
         check_drawing(how["model"], how["steps"], how["guidance"], how["resolution"], grid)
-        check_scale(how["lora_scale"])
-        if how["lora"] is not None:
-            check_lora(how["lora"], "--lora")
+        check_loras(how["model"], how["merge_lora"], how["lora"], how["lora_scale"])
     for one in found:
         _check_noise(path, one)
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from rewards.device import default_device
+
 from . import drawn, grids, policies
 from .config import CHOICES
-from .decoding import ConfigError, check_file, decode, field_types, read_yaml, suggest
+from .decoding import ConfigError, check_file, decode, field_types, read_sections, suggest
 from .drawn import Drawn
 from .dynamics import Levels
+from .policies import lora_files
+from .policies.run_folder import config_of, trained_denoiser
 from .prompts import Prompt, collect
 
 BATCH = 16  # pictures at a time
@@ -58,27 +61,14 @@ def settings(runs: Sequence[str | None], given: Mapping[str, Any]) -> dict[str, 
     return vars(found)
 
 
-def config_of(run: str) -> Path | None:
-    """The config.yaml of a run, given by its folder, its best/, or a file in either."""
-    if not run or not Path(run).exists():
-        return None
-    folder = Path(run) if Path(run).is_dir() else Path(run).parent
-    places = [folder, folder.parent] if folder.resolve().name == "best" else [folder]
-    found = [place / "config.yaml" for place in places if (place / "config.yaml").exists()]
-    return found[0] if found else None
-
-
 def _evaluated(path: Path) -> dict[str, Any]:
-    tree, found = read_yaml(path), {}
+    tree, found = read_sections(path), {}
     names = {"name": "model", "merge_lora": "merge_lora", "resolution": "resolution"}
     drawn = {"steps": "steps", "guidance": "guidance"}
     # what the evaluation does not say is the sampler's
     sections = {"model": {**names, "dtype": "dtype"}, "sampler": drawn, "eval": drawn}
     for section, keys in sections.items():
-        values = tree.get(section, {})
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{path}: {section} is {values!r}, no section of settings")
-        said = {name: values.get(key) for key, name in keys.items()}
+        said = {name: tree.get(section, {}).get(key) for key, name in keys.items()}
         found |= {name: value for name, value in said.items() if value is not None}
     return found
 
@@ -107,18 +97,12 @@ def parse_seeds(text: str) -> list[int]:
     return list(seeds)
 
 
-def trained_denoiser(run: str) -> str | None:
-    """The name of the denoiser in a run folder that trained all its weights."""
-    names = ("unet", "transformer")
-    return next((n for n in names if (Path(run) / n / "config.json").exists()), None)
-
-
 def check_drawing(
     model: str,
     steps: int,
     guidance: float,
     resolution: int | None,
-    grid: str,
+    grid: str | None = None,
     option: str = "--grid",
 ) -> tuple[Levels, tuple[int, ...]]:
     """The levels of a sampler, and the shape of a latent. Refuses, before a model is loaded, what
@@ -130,9 +114,10 @@ def check_drawing(
         raise ValueError(f"--guidance {guidance:g} is no guidance scale; use 0 or more")
     if resolution is not None and resolution < 1:
         raise ValueError(f"--resolution {resolution} is no size; use the side in pixels")
-    if not grid.lower().endswith(".png"):
+    if grid is not None and not grid.lower().endswith(".png"):
         raise ValueError(f"{option} {grid!r} does not end in .png, and that is what is written")
-    check_file(grid, option)
+    if grid is not None:
+        check_file(grid, option)
     return policies.peek(model, steps, resolution)
 
 
@@ -146,21 +131,33 @@ def check_scale(scale: float, option: str = "--lora-scale") -> None:
         raise ValueError(f"{option} {scale} is no factor; use a number such as 0.5")
 
 
-def check_lora(lora: str, option: str) -> None:
-    """Refuse what is no trained weights: a local path without any; a hub id passes."""
-    local = lora.startswith((".", "/", "runs/")) or lora.endswith(".safetensors")
-    if local and not Path(lora).exists():
-        raise ValueError(f"{option} {lora!r} does not exist; give a run folder or a hub id")
-    empty = Path(lora).is_dir() and not list(Path(lora).glob("*.safetensors"))
-    if empty and trained_denoiser(lora) is None:
-        raise ValueError(f"{option} {lora!r} holds no .safetensors file; has the run been saved?")
+def check_loras(
+    model: str,
+    merge_lora: str | None = None,
+    lora: str | None = None,
+    scale: float = 1.0,
+    **others: str | None,
+) -> None:
+    """Refuse, before the model is loaded, trained weights that cannot be read or do not fit it, as
+    far as their headers tell. others: of further options, by name."""
+    given = {"merge_lora": merge_lora, "lora": lora, **others}
+    for name, path in given.items():
+        if path is not None:
+            policies.check_lora(path, f"--{name.replace('_', '-')}", model)
+    check_scale(scale)
+    denoiser = trained_denoiser(lora) if lora is not None else None
+    if denoiser is not None and scale != 1:
+        raise ValueError(
+            f"--lora-scale {scale:g} is for a LoRA, and {lora!r} holds a whole {denoiser}; leave "
+            "it out"
+        )
 
 
 class Sampler:
     """A diffusers pipeline, and on it any mixture of LoRAs."""
 
     def __init__(self, model: str, merge_lora: str | None = None, dtype: str = "float32"):
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = default_device()
         self.model, self.dtype = model, getattr(torch, dtype)
         self.pipe = policies.pipeline(model, merge_lora, torch_dtype=self.dtype).to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
@@ -182,16 +179,16 @@ class Sampler:
                     "alone, with the factor 1"
                 )
             network = getattr(self.pipe, denoiser)
-            trained = type(network).from_pretrained(*weights, subfolder=denoiser)
+            from .policies import loading
+
+            trained = loading.trained(next(iter(weights)), network)
             self.base = denoiser, network
-            setattr(self.pipe, denoiser, trained.to(self.device, network.dtype))
+            setattr(self.pipe, denoiser, trained.to(self.device))
         elif weights:
             for path in weights:
                 if path not in self.adapters:
                     self.adapters[path] = f"lora{len(self.adapters)}"
-                    with warnings.catch_warnings():  # that there is an adapter already is meant so
-                        warnings.filterwarnings("ignore", "Already found a `peft_config`")
-                        self.pipe.load_lora_weights(path, adapter_name=self.adapters[path])
+                    lora_files.load(self.pipe, path, self.adapters[path])
             self.pipe.enable_lora()
             self.pipe.set_adapters([self.adapters[p] for p in weights], list(weights.values()))
         elif self.adapters:
@@ -293,15 +290,7 @@ def draw(
     """
     numbers, texts = parse_seeds(seeds), collect(prompts, "--prompts")
     check_drawing(model, steps, guidance, resolution, grid)
-    check_scale(lora_scale)
-    if lora is not None:
-        check_lora(lora, "--lora")
-        denoiser = trained_denoiser(lora)
-        if denoiser is not None and lora_scale != 1:
-            raise ValueError(
-                f"--lora-scale {lora_scale:g} is for a LoRA, and {lora!r} holds a whole "
-                f"{denoiser}; leave it out"
-            )
+    check_loras(model, merge_lora, lora, lora_scale)
     if compare and lora is None:
         raise ValueError("--compare sets the LoRA beside the base model; give --lora as well")
     variants = [None, lora] if compare else [lora]

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from rewards import RewardError
 
 from . import checkpoint, folder, grids, identity, stopping
@@ -36,9 +38,10 @@ def open_run(
         raise ConfigError("overwrite starts anew and resume goes on; give one of them")
     if force and not resume:
         raise ConfigError("force is for going on with other settings; give resume as well")
-    folder.check(trainer.dir, resume, overwrite)
-    if trainer.main:
-        folder.lock(trainer.dir)
+    with folder.writing(trainer.dir):
+        folder.check(trainer.dir, resume, overwrite)
+        if trainer.main:
+            folder.lock(trainer.dir)
     # a run that was killed before its first checkpoint has none: resuming is starting anew
     if not resume or not (trainer.dir / checkpoint.NAME).exists():
         return None, {}
@@ -95,7 +98,7 @@ def state(trainer: Trainer) -> dict[str, Any]:
         "copies": {name: trainer.policy.state_dict(name) for name in _copies(trainer)},
         "run": {"digest": identity.digest(settings), "settings": settings},
     }
-    bad = stopping.infinite(found)
+    bad = _infinite(found)
     if bad:
         raise NotFinite(
             f"{' and '.join(bad)} are not finite after epoch {trainer.epoch} with train.lr="
@@ -194,3 +197,19 @@ def _keep(trainer: Trainer, ruined: bool) -> str:
 
 def _copies(trainer: Trainer) -> list[str]:
     return [*trainer.copies, *(["ema"] if trainer.config.train.ema else [])]
+
+
+def _infinite(state: Mapping[str, Any]) -> list[str]:
+    """The parts of a run's state whose tensors hold NaN or inf: weights, copies, optimizer."""
+
+    def finite(value: Any) -> bool:
+        if isinstance(value, Mapping):
+            return all(map(finite, value.values()))
+        if isinstance(value, (list, tuple)):
+            return all(map(finite, value))
+        # 8-bit states are integers
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return not floating or bool(value.isfinite().all())
+
+    parts = {"weights": "adapter", "averages": "copies", "optimizer": "optimisation"}
+    return [name for name, key in parts.items() if not finite(state[key])]

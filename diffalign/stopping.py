@@ -7,10 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any, NoReturn
-
-from torch import Tensor
 
 from .config import TrainConfig
 
@@ -126,19 +123,3 @@ def no_pictures(config: TrainConfig, updates: int) -> str:
     return f"{config.model.name} draws NaN or inf in {dtype} before any update" + (
         half.replace(", or", ":") or ": its weights, or the LoRA in it, are damaged"
     )
-
-
-def infinite(state: Mapping[str, Any]) -> list[str]:
-    """The parts of a run's state whose tensors hold NaN or inf: weights, copies, optimizer."""
-
-    def finite(value: Any) -> bool:
-        if isinstance(value, Mapping):
-            return all(map(finite, value.values()))
-        if isinstance(value, (list, tuple)):
-            return all(map(finite, value))
-        # 8-bit states are integers
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return not floating or bool(value.isfinite().all())
-
-    parts = {"weights": "adapter", "averages": "copies", "optimizer": "optimisation"}
-    return [name for name, key in parts.items() if not finite(state[key])]

@@ -21,6 +21,8 @@ from PIL import Image
 
 from diffalign.decoding import suggest, write_atomic
 from diffalign.grids import save_png
+from diffalign.text import read_text
+from rewards.files import open_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,17 +63,21 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"no metrics.jsonl in {run_dir}; is it the folder of a run?")
-    rows, lines = [], path.read_text("utf-8").split("\n")
+    rows, lines = [], read_text(path).split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=lambda name: None)
             row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
+            if not all(x is None or isinstance(x, (int, float)) for x in row.values()):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             if number == len(lines):  # without its newline: cut off
                 break
-            raise ValueError(f"{path}:{number} is not a row of metrics: {line[:60]}") from error
+            raise ValueError(
+                f"{path}:{number} is not a row of metrics: {line[:60]}; remove that line"
+            ) from error
         rows.append(row)
     return rows
 
@@ -219,7 +225,7 @@ class Tracker:
             save_png(image, path)
         else:
             path = Path(image)
-            image = Image.open(path)
+            image = open_image(path)
         picture = image.convert("RGB")
         for tracker in self.accelerator.trackers if self.accelerator is not None else ():
             if tracker.name == "tensorboard":

@@ -195,7 +195,7 @@ class Trainer:
                 self.tracker.log(self.epoch, metrics)
                 self.complete = self._state()
                 done = done or bool(wrong and c.eval.guard == "stop")
-                done = done or self._told_to_stop(metrics)
+                done = self._told_to_stop(metrics) or done
                 every = c.train.checkpoint_every
                 if self.main and (done or (every and self.epoch % every == 0)):
                     self.save()
@@ -259,7 +259,7 @@ class Trainer:
             self.optimisation.follow(name, decay(self.optimisation.updates))
         metrics["skipped_steps"] = float(self.optimisation.skipped - skipped)
         for worry in worries(metrics):
-            self.say(f"epoch {epoch}: {worry}")
+            self.say(f"epoch {epoch + 1}: {worry}")
         return metrics | {
             "lr": self.optimisation.lr,
             "denoiser_calls": float(self.policy.calls - calls) * self.world,

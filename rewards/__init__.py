@@ -246,7 +246,10 @@ def _load(part: _Part) -> Reward:
 
     target, options = part.target, part.options
     if _is_factory(target):
-        target, options = target(**options), {}
+        try:
+            target, options = target(**options), {}
+        except (ValueError, ImportError) as error:  # weights or a package that cannot be had
+            raise ValueError(f"rewards.{part.label}: {error}") from error
     reward = target if isinstance(target, Reward) else FunctionReward(target, **options)
     if part.augment:
         reward = Augmented(reward, part.augment)
@@ -260,11 +263,18 @@ def _is_factory(target: Any) -> bool:
 
 
 def _parse(spec: Spec) -> list[_Part]:
+    if not isinstance(spec, Mapping) and spec is not None:
+        raise ValueError(
+            f"rewards={spec!r} is not a mapping of rewards to weights; write {{NAME: 1.0}}, with "
+            "the name of a reward, or a function of your own, as the key"
+        )
     if not spec:
         raise ValueError("no reward: give at least one, for instance rewards: {jpeg: 1.0}")
+    from .files import expand_user
+
     parts = []
     for key, value in spec.items():
-        options = dict(value) if isinstance(value, Mapping) else {"weight": value}
+        options = expand_user(dict(value)) if isinstance(value, Mapping) else {"weight": value}
         kind = options.pop("type", key)
         label = key if isinstance(key, str) else _label(key)
         if any(label == part.label for part in parts):

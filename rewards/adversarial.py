@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .base import Reward
-from .files import image_files, load_image
+from .files import check_images, image_files, load_image
 from .similarity import Dino
 
 
@@ -68,7 +68,7 @@ class Adversarial(Reward):
 
     @classmethod
     def check_options(cls, references=(), patches=0.3, steps=10, batch=16, lr=1e-4, **options):
-        image_files(references)
+        check_images(references)
         if not 0 <= patches <= 1:
             raise ValueError(f"patches={patches!r} is not a share from 0 to 1")
         for name, value in (("steps", steps), ("batch", batch)):

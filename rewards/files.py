@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from .loading import reading
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MOST_PIXELS = 2**26  # of a picture; as a tensor it takes 12 bytes each
+_TOO_LARGE = f"is too large, the limit is {MOST_PIXELS:,} pixels; scale it down"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -23,22 +32,103 @@ def check_file(option: str, source: str) -> None:
         )
 
 
-def fetch(source: str) -> str:
+def expand_user(value: Any) -> Any:
+    """Nested mappings and lists with ~ at the start of a text spelt out: the home directory."""
+    if isinstance(value, str):
+        return os.path.expanduser(value)
+    if type(value) in (list, tuple):
+        return type(value)(map(expand_user, value))
+    if type(value) is dict:
+        return {k: expand_user(v) for k, v in value.items()}
+    return value
+
+
+def fetch(source: str, option: str = "checkpoint") -> str:
     """The path of a local file or folder, or of the hub file ORG/REPO:NAME, downloaded once."""
     if Path(source).exists():
         return str(source)
     from huggingface_hub import hf_hub_download
 
     repository, _, name = str(source).partition(":")
-    return hf_hub_download(repository, name)
+    with reading(f"{option}={source!r}", repository):
+        return hf_hub_download(repository, name)
+
+
+def read_tensors(path: str, option: str) -> Any:
+    """What a .safetensors file, or a pickle of tensors, holds; on the CPU."""
+    with reading(option, path):
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        import torch
+
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """A picture file as 8-bit RGB: upright, transparency on white, 16 bits a channel rounded to 8,
+    of an animation the first frame. Raises ValueError, naming the file, for what cannot be read,
+    and for more than ``MOST_PIXELS``."""
+    with _named(path), _opened(path) as image:
+        return flat(ImageOps.exif_transpose(image))
+
+
+class _Unfit(ValueError):
+    """A message that is complete."""
+
+
+@contextmanager
+def _named(path: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except _Unfit:
+        raise
+    except Exception as error:  # PIL raises half a dozen kinds for a damaged file
+        raise ValueError(f"{path} cannot be read as a picture ({error}); remove it") from error
+
+
+def _opened(path: str | Path) -> Image.Image:
+    if not os.path.isfile(path):  # a pipe would be waited for
+        kind = "is not a file" if os.path.lexists(path) else "does not exist"
+        raise _Unfit(f"picture {path} {kind}")
+    with warnings.catch_warnings():  # PIL's own limits: a warning, and twice that an error
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            image = Image.open(path)
+        except Image.DecompressionBombError as error:
+            raise _Unfit(f"{path} {_TOO_LARGE}") from error
+        except UnidentifiedImageError as error:
+            raise ValueError("no known format") from error
+    if image.width * image.height > MOST_PIXELS:
+        image.close()
+        raise _Unfit(f"{path} {_TOO_LARGE}")
+    return image
+
+
+def flat(image: Image.Image) -> Image.Image:
+    """A picture of any mode as 8-bit RGB, transparency on white. Integers are taken to reach to
+    65535, floats to 1. Raises ValueError for values beyond."""
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image.copy()
+    if image.mode[0] in "IF":
+        values, top = np.asarray(image, dtype=np.float64), 1.0 if image.mode == "F" else 65535.0
+        if not (values.min() >= 0 and values.max() <= top):
+            raise ValueError(f"values from {values.min():g} to {values.max():g}, not 0 to {top:g}")
+        clear = image.info.get("transparency")  # of a grey PNG the value that is
+        if isinstance(clear, int):
+            values = np.where(values == clear, top, values)
+        return Image.fromarray(np.rint(values / top * 255).astype(np.uint8)).convert("RGB")
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, "white")
+    return Image.alpha_composite(white, rgba).convert("RGB")
 
 
 def load_image(path: str | Path) -> Tensor:
-    """(1, 3, H, W) float32 in [0, 1], upright, transparency on white."""
-    with Image.open(path) as image:
-        rgba = ImageOps.exif_transpose(image).convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    rgb = np.array(Image.alpha_composite(white, rgba).convert("RGB"))
+    """(1, 3, H, W) float32 in [0, 1] of ``open_image``."""
+    import torch
+
+    rgb = np.array(open_image(path))
     return torch.from_numpy(rgb).permute(2, 0, 1)[None] / 255
 
 
@@ -48,7 +138,7 @@ def image_files(references: str | Sequence[str]) -> list[str]:
         files = [file for reference in references for file in image_files(reference)]
     elif Path(references).is_dir():
         inside = sorted(Path(references).iterdir())
-        files = [str(f) for f in inside if f.suffix.lower() in IMAGE_SUFFIXES]
+        files = [str(f) for f in inside if f.suffix.lower() in IMAGE_SUFFIXES and not f.is_dir()]
     elif Path(references).is_file():
         files = [str(references)]
     else:
@@ -56,3 +146,10 @@ def image_files(references: str | Sequence[str]) -> list[str]:
     if not files:
         raise ValueError(f"references={references!r} holds no image ({', '.join(IMAGE_SUFFIXES)})")
     return files
+
+
+def check_images(references: str | Sequence[str]) -> None:
+    """Raise ValueError as ``image_files`` and ``open_image`` do, as far as the headers tell."""
+    for file in image_files(references):
+        with _named(file):
+            _opened(file).close()

@@ -31,7 +31,7 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         "--token", default=os.environ.get(TOKEN_VARIABLE),
         help=f"default: ${TOKEN_VARIABLE}, which no list of processes shows",
     )  # fmt: skip
-    parser.add_argument("--device", help="default: cuda where there is one")
+    parser.add_argument("--device", help="default: cuda, else mps, else cpu")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds to receive, to score")
     args = parser.parse_args(arguments)
     if not args.token and args.host not in ("127.0.0.1", "localhost", "::1"):
@@ -45,11 +45,10 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         import uvicorn
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}; serving needs: pip install fastapi uvicorn") from error
-    import torch
-
+    from .device import default_device
     from .server import app
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or default_device()
     uvicorn.run(
         app(spec, args.token, device, timeout=args.timeout),
         host=args.host, port=args.port, access_log=False,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import re
@@ -253,6 +255,101 @@ def test_odd_runs(tmp_path, rows, said):
     assert said in page.text
     for missing in ("None", "nan", "inf "):
         assert missing not in page.text
+
+
+SHEET, TABLE = "pictures/epoch_0004.webp", "pictures/epoch_0004.json"
+ONE = b'{"epoch": 4, "size": [16, 16], "prompts": ["a"], "scores": %s}'
+SMALL = io.BytesIO()
+Image.new("RGB", (8, 8)).save(SMALL, "WEBP")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics.jsonl", b'{"step": 0}\n{"step": 1, "x": "y"}\n{}\n', ":2 is not a row"),
+        ("metrics.jsonl", b'{"step": 0}\n{"ste\n{"step": 2}\n', ":2 is not a row of metrics"),
+        ("metrics.jsonl", b'{"step": 0}\n\xff\n', ":2: byte 0xff at offset 12 is not UTF-8"),
+        ("config.yaml", b"train: {lr: 1", ":1: "),
+        ("config.yaml", b"train: 3", ": train is 3, no section of settings"),
+        (SHEET, b"RIFF", " cannot be read as a picture ("),
+        (SHEET, SMALL.getvalue(), " is too small for its pictures; remove it"),
+        (TABLE, b'{"epoch": 4, "pro', " cannot be read ("),
+        (TABLE, b"[1]", " cannot be read ("),
+        (TABLE, ONE[:-15], " cannot be read ("),
+        (TABLE, ONE % b'{"reward": [[1.0], [2.0]]}', "the scores 'reward' are not those of 1"),
+        (TABLE, ONE % b'{"reward": [["high"]]}', "the scores 'reward' are not those of 1"),
+        (TABLE, ONE.replace(b"16, 16", b"0, 16") % b"{}", "it has no pictures"),
+    ],
+)  # fmt: skip
+def test_a_damaged_run_is_said_to_be(tmp_path, file, content, message, capsys):
+    run = fake_run(tmp_path / "run")
+    (run / file).write_bytes(content)
+    for command in ("report", "film") if file in (SHEET, TABLE) else ("report",):
+        assert cli._command(command)([str(run)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {run / file}")
+        assert message in error
+
+
+def test_a_sheet_cut_short_is_said_to_be(tmp_path):
+    run = fake_run(tmp_path / "run")
+    whole = (run / SHEET).read_bytes()
+    for length in (0, 20, len(whole) // 2, len(whole) - 1):
+        (run / SHEET).write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"epoch_0004\.webp cannot be read"):
+            report.write([run])
+
+
+def test_settings_of_another_version_are_shown_and_not_understood(tmp_path):
+    run = fake_run(tmp_path / "run")
+    other = "rewards: {jpeg: 1}\neval: {rewards: [clip]}\ntrain: {epochs: many, lr: 0.1}\n"
+    (run / "config.yaml").write_text(f"{other}model: {{name: [1]}}\ndata: null\nnew: {{key: 7}}\n")
+    text = Page(report.write([run])).text
+    assert "Learning rate 0.1" in text
+    assert "epochs: many" in text
+    assert "key: 7" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "out", "message"),
+    [
+        ("report", "folder", "--out '.*folder' is a folder; give the name of a file in it"),
+        ("report", "file/report.html", "file is a file, and no folder to write to"),
+        ("film", "file", "file is a file, and no folder to write to"),
+    ],
+)
+def test_places_that_cannot_be_written_to(tmp_path, command, out, message, capsys):
+    run = fake_run(tmp_path / "run")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    assert cli._command(command)([str(run), "--out", str(tmp_path / out)]) == 1
+    assert re.search(f"error: .*{message}", capsys.readouterr().err)
+
+
+def test_a_full_disk_is_said_to_be(tmp_path, monkeypatch, capsys):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    run = fake_run(tmp_path / "run")
+    monkeypatch.setattr("os.replace", full)
+    assert cli.report([str(run)]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {run / 'report.html'}: cannot be written: No space left on device\n"
+    )
+
+
+def test_a_run_of_one_evaluation_and_none(tmp_path, capsys):
+    run = fake_run(tmp_path / "run", epochs=0)
+    assert len(list((run / "pictures").glob("*.json"))) == 1
+    assert cli._command("film")([str(run)]) == 0
+    assert Image.open(run / "film.webp").n_frames == 1
+    shutil.rmtree(run / "pictures")
+    capsys.readouterr()
+    for folder in (run, tmp_path, tmp_path / "nothing"):
+        assert cli._command("film")([str(folder)]) == 1
+        assert "holds no pictures/epoch_*.json" in capsys.readouterr().err
+    assert cli._command("film")([str(run), "--cell", "0"]) == 1
+    assert "--cell 0 is too few; use 1 or more" in capsys.readouterr().err
 
 
 def test_runs_without_kl_or_single_pictures(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -99,10 +100,71 @@ def test_refusals(pictures, tmp_path):
     (pictures / "a.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=r"a\.png cannot be read as a picture"):
         score(str(pictures), SPEC, None, str(tmp_path / "t.csv"))
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no pictures"):
-        score(str(tmp_path / "deep"), SPEC, None, str(out))
+        score(str(tmp_path / "empty"), SPEC, None, str(out))
     with pytest.raises(ValueError, match="did you mean 'jpeg'"):
         score(str(pictures), {"jpge": {}}, None, str(tmp_path / "t.csv"))
+
+
+TEXTS = ["a dog\r\nand a cat", 'x, "y"', "z\ra\n\nb", "пёс 🐶", " two  words"]
+
+
+def test_line_breaks_in_prompts_are_kept_and_gone_on_with(pictures, tmp_path):
+    file, out = tmp_path / "p.jsonl", tmp_path / "s.csv"
+    file.write_text("\n".join(json.dumps({"prompt": t}) for t in TEXTS))
+    score(str(pictures), SPEC, str(file), str(out))
+    assert [row["prompt"] for row in read(out)] == [t.strip() for t in TEXTS]
+    whole = out.read_bytes()
+    for end in range(0, len(whole), 3):  # a crash may cut it anywhere
+        out.write_bytes(whole[:end])
+        score(str(pictures), SPEC, str(file), str(out))
+        assert out.read_bytes() == whole
+
+
+def test_what_is_no_table_of_scores_is_not_overwritten(pictures, tmp_path):
+    out = tmp_path / "s.csv"
+    for data in (b"a note", b"a,b\n", b"image,prompt,jpeg,letters\n\xff\n", b'a\n"b\0c\n'):
+        out.write_bytes(data)
+        with pytest.raises(ValueError, match=r"s\.csv .*choose another --out"):
+            score(str(pictures), SPEC, None, str(out))
+        assert out.read_bytes() == data
+    out.write_text("image,prompt,clip\n")  # as a call leaves it whose reward could not be loaded
+    score(str(pictures), SPEC, None, str(out))
+    assert len(read(out)) == 5
+    with pytest.raises(ValueError, match="no table of scores"):
+        score(str(pictures), SPEC, None, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([{"image": "a.png"}, {"image": "./a.png"}], "two prompts for ./a.png"),
+        ([{"image": ["a.png"]}], "is ['a.png'], not the path"),
+        ([{"image": "a.png"}, {}], '1 of 2 lines have an "image"'),
+    ],
+)
+def test_pictures_named_wrongly(pictures, tmp_path, entries, words):
+    file = tmp_path / "p.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": "a"} | e) for e in entries))
+    with pytest.raises(ValueError, match=re.escape(words)):
+        score(str(pictures), SPEC, str(file), str(tmp_path / "s.csv"))
+
+
+def test_folders_and_batches_are_checked(pictures, tmp_path):
+    out = str(tmp_path / "s.csv")
+    for folder, words in (("none", "does not exist"), ("pictures/a.png", "is a file, give its")):
+        with pytest.raises(ValueError, match=words):
+            score(str(tmp_path / folder), SPEC, None, out)
+    with pytest.raises(ValueError, match="--batch 0 scores nothing"):
+        score(str(pictures), SPEC, None, out, batch=0)
+    (pictures / "folder.png").mkdir()
+    (pictures / "a.png").rename(pictures / "a.PNG")
+    score(str(pictures), SPEC, None, out)
+    assert read(out)[0]["image"] == "a.PNG"
+    Image.new("RGB", (8, 8)).save(pictures / "caf\udce9.png")
+    with pytest.raises(ValueError, match="bytes that are not UTF-8"):
+        score(str(pictures), SPEC, None, str(tmp_path / "t.csv"))
 
 
 def test_the_command(pictures, tmp_path, capsys):

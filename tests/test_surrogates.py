@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import helpers_algorithms
 import pytest
 import torch
@@ -20,6 +22,7 @@ from diffalign.algorithms.refl import ReFL
 from diffalign.dynamics import (
     noised,
 )
+from diffalign.learning import Rollout
 from diffalign.policies import Cond
 from diffalign.rollout import (
     Noise,
@@ -287,6 +290,31 @@ def test_every_update_differentiates_a_chain_of_its_own_weights(
         assert expected.norm() > 1e-5
         assert (got - expected).norm() < 1e-4 * expected.norm()
     assert (found[2] - found[0]).norm() > 0.01 * found[0].norm()
+
+
+def test_shares_of_two_processes_add_up(make, monkeypatch):
+    """Four updates of one sample each: every one finds a process that has nothing to draw."""
+    options = {"train.updates_per_epoch": 4, "sampler.kernel": "ddim", "algorithm.last": 2}
+    trainer = make("draft", **options | {"algorithm.kl_weight": 5.0})
+    perturb(trainer.policy)
+    taken, parameters = [], trainer.optimisation.trained
+
+    def recorded():
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        taken.append(flat(grads))
+        trainer.optimisation.optimiser.zero_grad()
+        return 0.0
+
+    monkeypatch.setattr(trainer.optimisation, "step", recorded)
+    data, plans = trainer._sample(0), trainer.learner.surrogates(0)
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        own = slice(0, 4) if world == 1 else slice(2 * rank, 2 * rank + 2)
+        part = Rollout(data.prompts[own], data.keys[own], data.cond[own])
+        replace(trainer.learner, rank=rank, world=world).from_gradients(0, part, plans)
+    whole, first, second = (torch.stack(taken[i : i + 4]) for i in (0, 4, 8))
+    assert (whole.norm(dim=1) > 1e-4).all()
+    assert (first.norm(dim=1) == 0).sum() == (second.norm(dim=1) == 0).sum() == 2
+    assert (first + second - whole).norm() < 1e-5 * whole.norm()
 
 
 @pytest.mark.parametrize("algorithm", ["draft", "alignprop", "refl", "drtune"])

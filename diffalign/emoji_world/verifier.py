@@ -21,6 +21,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rewards.loading import reading
+
 from .claims import Thing, judge, parse
 from .scenes import ASSETS, BACKGROUNDS, COLOURS, KINDS, OBJECTS, SIZE, Scene, sample_scene
 from .training import fit, pixels
@@ -90,9 +92,9 @@ class Reading:
 
 @lru_cache
 def load(path: str = str(ASSETS / "emoji-verifier")) -> Verifier:
-    model = Verifier()
-    state = load_file(Path(path) / "model.safetensors")
-    model.load_state_dict({k: v.float() for k, v in state.items()})
+    model, file = Verifier(), str(Path(path) / "model.safetensors")
+    with reading(f"the verifier {file}", file):
+        model.load_state_dict({k: v.float() for k, v in load_file(file).items()})
     return model.eval().requires_grad_(False)
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 import rewards as reward_library
+from rewards.device import default_device
 
 from .. import drawn, grids, policies
 from ..decoding import to_json, write_atomic
@@ -18,8 +17,7 @@ from ..drawn import Drawn
 from ..prompts import Prompt, collect, for_rewards
 from ..sampling import (
     check_drawing,
-    check_lora,
-    check_scale,
+    check_loras,
     family_of,
     parse_seeds,
 )
@@ -64,14 +62,11 @@ def run(
         raise ValueError(
             "--compare is for a LoRA; a search sets its pictures beside the plain ones"
         )
-    for option, path in (("--lora", lora), ("--flow-map.look-ahead", ahead)):
-        if path is not None:
-            check_lora(path, option)
-    check_scale(lora_scale)
+    check_loras(model, merge_lora, lora, lora_scale, **{"flow_map.look_ahead": ahead})
     names = [f"{i:03d}_seed{seed}.png" for i, (_, seed) in enumerate(jobs)]
     if out is not None:
         drawn.check_out(out, grid, names, trace=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     reward = reward_library.build(wanted.rewards).to(device)
     prompt, seed = jobs[0]
     batch = wanted.sampler.batch
@@ -118,10 +113,8 @@ def run(
 
 def loaded(how: Mapping[str, Any]) -> policies.Policy:
     """The policy of a model, LoRA and settings as `drawn.Drawn` has them."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = policies.load(
-        how["model"], device, how["dtype"], how["resolution"], merge_lora=how["merge_lora"]
-    )
+    options = default_device(), how["dtype"], how["resolution"]
+    policy = policies.load(how["model"], *options, merge_lora=how["merge_lora"])
     if how["lora"] is not None:
         policies.merge(policy.pipe, how["lora"], how["lora_scale"])
     return policy

@@ -7,11 +7,8 @@ here: classifier-free guidance, prompt cache, decoding, trained weights and thei
 from __future__ import annotations
 
 import copy
-import inspect
-import json
-import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +20,7 @@ from torch import Tensor, nn
 
 from ..dynamics import PREDICTIONS, Levels, Prediction, native_target
 from . import lora
+from .configs import read_config
 
 
 @dataclass(frozen=True)
@@ -44,63 +42,6 @@ class Cond:
 
     def __len__(self) -> int:
         return len(next(iter(self.positive.values())))
-
-
-def latent_side(resolution: int, factor: int, patch: int = 1) -> int:
-    """Side of the latents of a picture of `resolution` pixels.
-
-    factor: pixels per latent. patch: latents per token of a transformer. Raises ValueError where
-    the resolution is no multiple of both.
-    """
-    step = factor * patch
-    if resolution % step:
-        valid = max(step, round(resolution / step) * step)
-        raise ValueError(
-            f"model.resolution={resolution} is not a multiple of {step}, the pixels of a "
-            f"{'latent' if patch == 1 else 'token'} of this model; the nearest is {valid}"
-        )
-    return resolution // factor
-
-
-def pixels_per_latent(vae: Mapping[str, Any]) -> int:
-    """The factor between the sides of picture and latents, from the config of a VAE."""
-    return 2 ** (len(vae["block_out_channels"]) - 1)
-
-
-def read_config(name: str, file: str) -> dict[str, Any]:
-    """A JSON file of a local folder or hub id; nothing else of it is read.
-
-    Raises OSError where there is none, ValueError where it is damaged.
-    """
-    path = os.path.join(os.path.expanduser(name), file)
-    if not os.path.isdir(os.path.expanduser(name)):
-        from huggingface_hub import hf_hub_download
-
-        folder, _, last = file.rpartition("/")
-        try:
-            path = hf_hub_download(name, last, subfolder=folder or None)
-        except (OSError, ValueError) as error:  # ValueError: of a name that no hub id can have
-            raise OSError(str(error)) from error
-    try:
-        config = json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged, it is no JSON ({error}); copy it again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds no settings; copy it again")
-    return config
-
-
-def text_options(pipe: Any) -> dict[str, int]:
-    """What `pipe(...)` must be told to encode prompts as a policy does: its number of T5 tokens.
-
-    It is the pipeline's default, or less where its T5 tokenizer has a smaller maximum.
-    """
-    default = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
-    if default is None:
-        return {}
-    t5 = pipe.tokenizer_3 if "tokenizer_3" in pipe.components else pipe.tokenizer_2
-    most = default.default if t5 is None else t5.model_max_length
-    return {"max_sequence_length": min(default.default, most)}
 
 
 class Policy(ABC):
@@ -143,6 +84,7 @@ class Policy(ABC):
         self.decode_batch = 16
         self.calls = 0  # samples through the denoiser so far, both branches of CFG counted
         self._prompts: dict[str, dict[str, Tensor]] = {}
+        self.read_base: Callable[[], Any] = self._read_base  # the denoiser before any training
         self._copies: dict[str, Any] = {}  # of a wholly trained network: "base", "old", ...
 
     @classmethod
@@ -204,11 +146,16 @@ class Policy(ABC):
         network = read_config(name, f"{cls.denoiser}/config.json")
         vae = read_config(name, "vae/config.json")
         scheduler = read_config(name, "scheduler/scheduler_config.json")
-        cls.check(index, network, vae)
-        shape = cls.shape(network, vae, resolution)
-        config = {"_class_name": index["scheduler"][1], **scheduler}
-        config = cls.scheduler_config(index["_class_name"], config)
-        return cls.schedule(config, steps, shape), shape
+        try:
+            cls.check(index, network, vae)
+            shape = cls.shape(network, vae, resolution)
+            config = {"_class_name": index["scheduler"][1], **scheduler}
+            config = cls.scheduler_config(index["_class_name"], config)
+            return cls.schedule(config, steps, shape), shape
+        except KeyError as error:
+            raise ValueError(
+                f"model.name={name!r} is incomplete: its configs do not say {error}"
+            ) from error
 
     def levels(self, steps: int) -> Levels:
         """The (steps + 1,) levels of a sampling run, from noise to data."""
@@ -329,9 +276,9 @@ class Policy(ABC):
 
     def add_tiny_vae(self, name: str) -> None:
         """Have `decode(tiny=True)` use the AutoencoderTiny of a local folder or hub id."""
-        from diffusers import AutoencoderTiny
+        from .loading import tiny_vae
 
-        vae: Any = AutoencoderTiny.from_pretrained(name)
+        vae = tiny_vae(name)
         self.tiny_vae = vae.to(self.device).requires_grad_(False).eval()
 
     def add_lora(
@@ -399,12 +346,15 @@ class Policy(ABC):
                 yield
             return
         if "base" not in self._copies:
-            base = type(self.network).from_pretrained(
-                self.pipe.config._name_or_path, subfolder=self.denoiser
-            )
+            base = self.read_base()
             self._copies["base"] = base.to(self.network.device).requires_grad_(False).eval()
         with self._instead(self._copies["base"]):
             yield
+
+    def _read_base(self) -> Any:
+        return type(self.network).from_pretrained(
+            self.pipe.config._name_or_path, subfolder=self.denoiser
+        )
 
     @contextmanager
     def adapter(self, name: str) -> Iterator[None]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
+from .run_folder import WEIGHTS as WEIGHTS
 
 
 def add(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..dynamics import Levels
-from .base import latent_side, pixels_per_latent
+from .configs import latent_side, pixels_per_latent
 from .flow import PATCH, FlowPolicy, flow_levels
 
 

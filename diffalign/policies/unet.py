@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ..dynamics import Levels
 from . import schedulers
-from .base import Policy, latent_side, pixels_per_latent
+from .base import Policy
+from .configs import latent_side, pixels_per_latent
 
 XL = "StableDiffusionXLPipeline"
 
@@ -78,8 +79,8 @@ class UNetPolicy(Policy):
                 "on from another model's picture; use the base model"
             )
         kind = network.get("addition_embed_type")
-        # "text" adds a pooling of the same embeddings, which the UNet makes itself
-        if kind not in (("text_time",) if index["_class_name"] == XL else (None, "text")):
+        given = ("text_time",) if index["_class_name"] == XL else (None, "text")
+        if kind not in given:
             raise ValueError(
                 f"addition_embed_type={kind!r} of this UNet is not what a {index['_class_name']} "
                 "gives its UNet; use a model whose pipeline and UNet belong together"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from PIL import Image
+from rewards.files import open_image
 
 from . import graphs, tables
 from .charts import number
@@ -163,7 +163,7 @@ def _pictures(runs: Sequence[Run]) -> tuple[str, str]:
         )
     found = [(run, run.dir / "grid.png") for run in runs if (run.dir / "grid.png").exists()]
     grids = "".join(
-        f'<figure><img src="{data_uri(Image.open(path).convert("RGB"), 2400)}" '
+        f'<figure><img src="{data_uri(open_image(path), 2400)}" '
         f'alt="Held-out prompts of {escape(run.name)}, before and after">'
         f"<figcaption>{escape(run.name)}</figcaption></figure>"
         for run, path in found[:GRIDS]
