@@ -38,8 +38,6 @@ def open_run(
         raise ConfigError("overwrite starts anew and resume goes on; give one of them")
     if force and not resume:
         raise ConfigError("force is for going on with other settings; give resume as well")
-    # now, since an algorithm may adapt its options
-    trainer.settings = identity.settings(trainer.plan)
     with folder.writing(trainer.dir):
         folder.check(trainer.dir, resume, overwrite)
         if trainer.main:

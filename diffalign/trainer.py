@@ -85,6 +85,7 @@ class Trainer:
             )
         self.plan = Plan.make(config, rewards, prompts, self.world, algorithm)
         self.config = config = self.plan.config
+        self.settings = identity.settings(self.plan)  # now: an algorithm may adapt its options
         self.algorithm, self.on_epoch_end = self.plan.algorithm, on_epoch_end
         state, changed = saving.open_run(self, resume, overwrite, force)
         device = self.accelerator.device

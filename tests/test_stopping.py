@@ -231,7 +231,7 @@ def test_a_signal_that_was_swallowed_or_held_is_raised():
                 os.kill(os.getpid(), signal.SIGTERM)  # soon after another it is the same request
                 time.sleep(0.1)
             reached = []
-            with pytest.raises(Interrupted, match="SIGTERM"), signals.held():
+            with pytest.raises(Interrupted, match="SIGTERM"), signals.held():  # noqa: PT012
                 os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(0.1)
                 reached.append(True)
