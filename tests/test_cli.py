@@ -83,7 +83,10 @@ def test_help_is_grouped_and_names_everything(capsys):
             ["--algorithm", "{type: draft}", "--rewards.jpeg", "1"],
             r"rewards\.jpeg is not differentiable.*surrogate",
         ),
-        (["--algorithm", "{type: draft, last: 9}"], r"last=9 exceeds sampler\.steps=4"),
+        (
+            ["--algorithm", "{type: draft, last: 9}", "--rewards", "{jpeg: {surrogate: true}}"],
+            r"last=9 exceeds sampler\.steps=4",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(
