@@ -38,6 +38,8 @@ def open_run(
         raise ConfigError("overwrite starts anew and resume goes on; give one of them")
     if force and not resume:
         raise ConfigError("force is for going on with other settings; give resume as well")
+    # now, since an algorithm may adapt its options
+    trainer.settings = identity.settings(trainer.plan)
     with folder.writing(trainer.dir):
         folder.check(trainer.dir, resume, overwrite)
         if trainer.main:
@@ -90,13 +92,12 @@ def state(trainer: Trainer) -> dict[str, Any]:
     """All that a run needs to go on, and what it is. Raises NotFinite rather than give one whose
     weights or optimizer state are not finite."""
     known = {name: part.state_dict() for name, part in parts(trainer).items()}
-    settings = identity.settings(trainer.plan)
     found = copy.deepcopy(known) | {
         "epoch": trainer.epoch,
         "calls": trainer.calls,
         "adapter": trainer.policy.state_dict(),
         "copies": {name: trainer.policy.state_dict(name) for name in _copies(trainer)},
-        "run": {"digest": identity.digest(settings), "settings": settings},
+        "run": {"digest": identity.digest(trainer.settings), "settings": trainer.settings},
     }
     bad = _infinite(found)
     if bad:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import math
@@ -17,6 +16,7 @@ import rewards
 from rewards.device import default_device
 from rewards.files import IMAGE_SUFFIXES, MOST_PIXELS, load_image
 
+from . import arguments as arguments_of
 from . import prompts
 from .decoding import write_atomic
 from .prompts import Prompt, for_rewards
@@ -163,19 +163,7 @@ def _done(path: Path, header: list[str], rows: list[list[str]]) -> list[list[str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`diffalign score`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="diffalign score", description="Score finished pictures with rewards."
-    )
-    parser.add_argument("images", help="folder of pictures, searched at any depth")
-    parser.add_argument(
-        "--reward", action="append", required=True, metavar="NAME[=JSON]",
-        help='a reward and its options: clip=\'{"model": "openai/clip-vit-base-patch32"}\'',
-    )  # fmt: skip
-    parser.add_argument("--prompts", help=".txt or .jsonl: one a picture, in the order of names")
-    parser.add_argument("--out", default="scores.csv", help="CSV to write, or to go on with")
-    parser.add_argument("--batch", type=int, default=16, help="pictures at a time")
-    parser.add_argument("--device", help="default: cuda, else mps, else cpu")
-    args = parser.parse_args(arguments)
+    args = arguments_of.scoring().parse_args(arguments)
     spec = rewards.from_arguments(args.reward)
     means = score(args.images, spec, args.prompts, args.out, args.batch, args.device)
     for name, mean in means.items():

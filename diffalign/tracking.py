@@ -14,18 +14,18 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from diffalign.curves import draw_curves
 from diffalign.decoding import suggest, write_atomic
 from diffalign.grids import save_png
 from diffalign.text import read_text
 from rewards.files import open_image
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXTRA = ("tensorboard", "wandb", "trackio")
 """The trackers that `pip install diffalign[track]` brings."""
@@ -108,6 +108,8 @@ class Meter:
     def add(self, values: Mapping[str, Tensor | float], rows: int = 1) -> None:
         """A mean over `rows` rows each: a tensor (rows,) or a scalar that is their mean."""
         for name, value in values.items():
+            import torch
+
             value = torch.as_tensor(value).detach().double()
             self.sums[name] = self.sums.get(name, 0.0) + value.mean().item() * rows
             self.counts[name] = self.counts.get(name, 0) + rows
@@ -236,6 +238,8 @@ class Tracker:
     def curve(self, path: str | os.PathLike[str]) -> None:
         """Draws reward_mean and every eval/ column over the steps, one panel each, as PNG."""
         if self.main:
+            from diffalign.curves import draw_curves  # brings matplotlib along
+
             save_png(draw_curves(self.rows), path)
 
     def close(self) -> None:

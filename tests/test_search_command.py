@@ -12,7 +12,7 @@ from PIL import Image
 import rewards
 from diffalign import cli, grids, policies
 from diffalign.optimize_noise import METHODS, command
-from diffalign.optimize_noise.command import split
+from diffalign.optimize_noise.options import split
 
 SIDE = 16
 
