@@ -21,6 +21,7 @@ import torch
 from diffalign import policies
 from diffalign.emoji_world.evaluate import load_prompts
 from diffalign.rollout import Sampling, Surrogate, adjoint_sweep, rollout
+from rewards.device import default_device
 
 
 def held(device: str) -> int:
@@ -32,7 +33,7 @@ def held(device: str) -> int:
 
 def gradient(model: str, batch: int, steps: int, active: int, how: str) -> dict[str, float]:
     """Peak bytes and norm of the gradient of Σ x_K through the last `active` of `steps` steps."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     policy = policies.load(model, device)
     policy.add_lora(rank=8)
     cond = policy.encode(load_prompts("train")[:batch])

@@ -148,6 +148,7 @@ def run(
         hits = [all(found.values()) for found in findings(images, list(texts))]
         each["overall"] = [weights[k] * hit for k, hit in zip(kinds, hits, strict=True)]
         means = {k: statistics.fmean(v) for k, v in each.items()}
+        each = {k: [round(x, 4) for x in v] for k, v in each.items()}
         out[side] = table(images, texts) | means | {"each": each}
     for cost in ("denoiser_calls", "reward_calls", "seconds"):
         out[cost] = statistics.fmean(r.trace[-1][cost] for r in sides["best"])
@@ -170,7 +171,8 @@ def tune(models: Sequence[str], methods: Sequence[str]) -> None:
 
 def report(runs: Path, out: Path) -> None:
     """The table of all finished runs, a row for each model and method, means over seeds; in
-    brackets the change from the method's own plain pictures and its standard error."""
+    brackets the change from the method's own plain pictures and its standard error. The
+    runs themselves are kept beside it."""
     found = [json.loads(p.read_text("utf-8")) for p in sorted(runs.glob("*.json"))]
     heads = ["", "reward", "gain", "judge", "EmojiEval", "denoiser calls", "reward calls", "s"]
     lines = []
@@ -206,6 +208,7 @@ def report(runs: Path, out: Path) -> None:
             lines += [f"| {' | '.join(row + [''] * (len(heads) - len(row)))} |" for row in rows]
             lines.append("")
     write_atomic(out, ("\n".join(lines).rstrip() + "\n").encode())
+    write_atomic(out.with_suffix(".json"), (json.dumps(found) + "\n").encode())
     print("\n".join(lines))
 
 

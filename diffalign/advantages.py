@@ -82,19 +82,23 @@ def combined_advantages(
 
     config.combine: "sum" compares the weighted sum `total`, so that rewards of larger spread count
     more; "normalised" is the weighted mean of each part's own advantages (MixGRPO, 2507.21802);
-    "gdpo" divides that by its standard deviation over all n (GDPO, 2601.05242). Clipped to
+    "gdpo" divides that by its standard deviation over the epoch (GDPO, 2601.05242), and always has
+    the group's std in it, which config.std chooses for the other two. The weights of a mean are
+    those of the rewards that score the sample: a missing one does not dilute the others. Clipped to
     config.clip last. Parts of weight 0 are monitors. Raises as `group_advantages`.
     """
-    std: Any = config.std
+    std: Any = "group" if config.combine == "gdpo" else config.std
     used = {k: w for k, w in weights.items() if w}
     if config.combine == "sum" or len(used) < 2:
         return group_advantages(total, group_ids, std, clip=config.clip)
-    scale = sum(abs(w) for w in used.values())
-    advantages = torch.zeros(len(total), dtype=torch.float64)
+    scale, advantages = torch.zeros(2, len(total), dtype=torch.float64)
     for name, weight in used.items():
-        advantages += weight / scale * group_advantages(parts[name], group_ids, std).double()
-    if config.combine == "gdpo":
-        advantages /= advantages.std(correction=0) + 1e-4
+        advantages += weight * group_advantages(parts[name], group_ids, std).double()
+        scale += abs(weight) * ~parts[name].cpu().isnan()
+    advantages /= scale  # NaN where no reward scores the sample
+    scored = scale > 0
+    if config.combine == "gdpo" and scored.any():
+        advantages /= advantages[scored].std(correction=0) + 1e-4
     return _finish(advantages, config.clip)
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
@@ -14,19 +11,27 @@ from torchvision.transforms.functional import to_tensor
 
 import rewards as reward_library
 
+from . import arguments as arguments_of
 from . import grids, optimize_noise, policies
-from .decoding import read_yaml
 from .optimize_noise import Budget, Result, Task
 from .policies import Policy
 from .prompts import Prompt, collect, for_rewards
 from .report.run import short_names
 from .rollout import Sampling
-from .sampling import Sampler, check_drawing, check_lora, parse_seeds, trained_denoiser
+from .sampling import (
+    BATCH,
+    Sampler,
+    check_drawing,
+    check_loras,
+    check_scale,
+    parse_seeds,
+    settings,
+    trained_denoiser,
+)
 
 Columns = Mapping[str, Mapping[str, float]]  # {header: {LoRA: factor of its ΔW}}
 
 BASE = "base"
-BATCH = 16  # pictures at a time
 
 
 def scales(lora: str, factors: Sequence[float], name: str = "scale") -> dict[str, dict]:
@@ -167,49 +172,15 @@ def _scores(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`diffalign grid`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="diffalign grid",
-        description="Set models side by side: a row a prompt, the base model and what is asked for "
-        "in columns, the same noise along a row. Several seeds are several rows of a prompt, or, "
-        "with nothing to compare, the columns.",
-    )
-    parser.add_argument("--prompts", nargs="+", required=True, help="texts, or prompt files")
-    parser.add_argument(
-        "--runs", nargs="+", default=[], help="run folders, or any LoRA that diffusers loads"
-    )
-    parser.add_argument(
-        "--lora-scales", nargs="+", type=float, metavar="S",
-        help="a column for each: 0 = the base model, 1 = as trained; of every run",
-    )  # fmt: skip
-    parser.add_argument(
-        "--interpolate", nargs=2, metavar=("A", "B"), help="from one LoRA to another"
-    )
-    parser.add_argument("--points", type=int, default=5, help="columns of --interpolate")
-    parser.add_argument("--seeds", default="0", help='"0-7", "3" or "1,5,9"')
-    parser.add_argument(
-        "--reward", action="append", metavar="NAME[=JSON]",
-        help="written under the pictures: clip='{\"model\": \"assets/emoji-clip\"}'",
-    )  # fmt: skip
-    parser.add_argument(
-        "--reno", nargs="+", type=int, default=[], metavar="N",
-        help="a column for each: the best of N iterations of ReNO on the model, for --reward",
-    )  # fmt: skip
-    own = "; default: that of the first run's evaluations"
-    parser.add_argument("--model", help=f"pipeline folder or hub id{own}")
-    parser.add_argument("--merge-lora", help=f"LoRA merged into the model first{own}")
-    parser.add_argument("--steps", type=int, help=f"denoising steps{own}, or 20")
-    parser.add_argument("--guidance", type=float, help=f"guidance scale{own}, or 3")
-    parser.add_argument("--resolution", type=int, help=f"side in pixels{own}")
-    parser.add_argument("--dtype", help=f"float32, bfloat16 or float16{own}")
-    parser.add_argument("--cell", type=int, help="side of a picture in the grid; default: 192-512")
-    parser.add_argument("--out", default="grid.png", help="PNG to write")
-    args = parser.parse_args(arguments)
-    columns = _columns(args.runs, args.lora_scales, args.interpolate, args.points)
+    args = arguments_of.grid().parse_args(arguments)
     texts = collect(args.prompts, "--prompts")
-    how = _as_evaluated([*args.runs, *(args.interpolate or ())][:1])
-    given = {k: getattr(args, k) for k in how}
-    how |= {k: v for k, v in given.items() if v is not None}
-    check_drawing(how["model"], how["steps"], args.out, "--out")
+    how = settings([*[*args.runs, *(args.interpolate or ())][:1], args.model], vars(args))
+    size = how["resolution"]
+    check_drawing(how["model"], how["steps"], how["guidance"], size, args.out, "--out")
+    check_loras(how["model"], how["merge_lora"])
+    columns = _columns(args.runs, args.lora_scales, args.interpolate, args.points, how["model"])
+    if args.cell is not None and args.cell < 1:
+        raise ValueError(f"--cell {args.cell} shows nothing; use pixels, such as 256")
     how |= {"columns": columns, "seeds": parse_seeds(args.seeds), "reno": args.reno}
     how["rewards"] = reward_library.from_arguments(args.reward) if args.reward else None
     image = compare(prompts=texts, cell=args.cell, **how)
@@ -219,16 +190,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _columns(
-    runs: Sequence[str], factors: Sequence[float] | None, ends: Sequence[str] | None, points: int
+    runs: Sequence[str],
+    factors: Sequence[float] | None,
+    ends: Sequence[str] | None,
+    points: int,
+    model: str,
 ) -> dict[str, dict]:
     for option, paths in (("--runs", runs), ("--interpolate", ends or ())):
         for path in paths:
-            check_lora(path, option)
+            policies.check_lora(path, option, model)
             if (factors or ends) and trained_denoiser(path) is not None:
                 raise ValueError(
                     f"{option} {path!r} holds a whole denoiser, and only a LoRA can be scaled or "
                     "mixed; leave out --lora-scales and --interpolate"
                 )
+    for factor in factors or ():
+        check_scale(factor, "--lora-scales")
     if factors and not runs:
         raise ValueError(f"--lora-scales {factors} needs a LoRA to scale; give --runs as well")
     columns = {}
@@ -236,20 +213,3 @@ def _columns(
         own = "scale" if len(runs) == 1 else name
         columns |= scales(path, factors, own) if factors else {name: {path: 1.0}}
     return columns | (interpolation(ends[0], ends[1], points) if ends else {})
-
-
-def _as_evaluated(run: Sequence[str]) -> dict[str, Any]:
-    """The settings that a run's pictures were evaluated with, where there is a run."""
-    path = Path(run[0]) / "config.yaml" if run else None
-    config = read_yaml(path) if path is not None and path.exists() else {}
-    model, evaluation = config.get("model", {}), config.get("eval", {})
-    sampler = config.get("sampler", {})  # what the evaluation does not say is the sampler's
-    guidance = evaluation.get("guidance")
-    return {
-        "model": model.get("name", "assets/emoji-sd"),
-        "merge_lora": model.get("merge_lora"),
-        "resolution": model.get("resolution"),
-        "dtype": model.get("dtype", "float32"),
-        "steps": evaluation.get("steps") or sampler.get("steps", 20),
-        "guidance": sampler.get("guidance", 3.0) if guidance is None else guidance,
-    }

@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 import draccus
 import yaml
 
+from rewards.redaction import redact
+
 from . import decoding
 from .decoding import (
     ConfigError,
-    Section,
     near_divisors,
     pairs,
     read_yaml,
@@ -30,6 +31,7 @@ from .decoding import (
     suggest,
     write_atomic,
 )
+from .section import Section
 
 T = TypeVar("T")
 
@@ -46,6 +48,9 @@ CHOICES = {
     "eval.guard": ("off", "warn", "stop"),
 }
 """What settings with a fixed set of values may be."""
+
+
+LARGEST_LR = 1e3  # far beyond use, and far below what AdamW cannot compute with
 
 
 @dataclass
@@ -89,7 +94,7 @@ class SamplerConfig(Section):
     eta: float = 1.0
     """stochasticity of the kernel; 0 = deterministic"""
     batch: int = 16
-    """images per denoiser call while sampling"""
+    """images per denoiser call while sampling; the last call of an epoch may have fewer"""
     window: int | None = None
     """stochastic, trained steps of a policy gradient, the others being the ODE's; null = all"""
     window_schedule: str = "random"
@@ -120,7 +125,8 @@ class AdvantageConfig(Section):
     baseline: str = "group"
     """group | tracker (DDPO's per-prompt buffer)"""
     std: str = "global"
-    """what a group's rewards are divided by: group | global (only for baseline=group)"""
+    """what a group's rewards are divided by: group | global (only for baseline=group; combine=gdpo
+    always has the group's)"""
     combine: str = "sum"
     """several rewards: sum (advantages of their weighted sum) | normalised (weighted mean of the
     advantages of each) | gdpo (that, divided by its standard deviation over the epoch)"""
@@ -141,7 +147,7 @@ class OptimConfig(Section):
     lr_schedule: str = "constant"
     """constant, or linear | cosine from train.lr to 0 over the run"""
     warmup: int = 0
-    """optimiser steps over which the learning rate rises from 0"""
+    """optimiser steps over which the learning rate rises: the first has 1/warmup of it"""
     optimizer: str = "adamw"
     """adamw | adamw8bit (bitsandbytes, CUDA)"""
     ema: float = 0.0
@@ -155,10 +161,11 @@ class OptimConfig(Section):
     updates_per_epoch: int = 1
     """optimiser steps per rollout; must divide the groups*group_size samples"""
     inner_epochs: int = 1
-    """passes over a rollout"""
+    """passes over a rollout; reward gradients draw its samples again, from the same noise"""
     gradients: str = "sum"
     """several rewards, reward gradients: sum | normalised (each of equal length) | pcgrad (without
-    what conflicts) | min_norm (no reward falls), picture by picture; see rewards.gradients"""
+    what conflicts) | min_norm (none falls, to first order), picture by picture; rewards.gradients
+    says more"""
     seed: int = 0
     """of prompts, noise and LoRA initialisation"""
     checkpoint_every: int = 10
@@ -182,9 +189,9 @@ class EvalConfig(Section):
     rewards: dict[str, Any] = field(default_factory=dict)
     """held-out judges, never trained on; written as rewards"""
     guard: str = "warn"
-    """off | warn | stop when the reward rises while a judge or the diversity falls"""
+    """off | warn | stop when a run is over-optimised, has collapsed or failed"""
     guard_drop: float = 2.0
-    """fall of a judge from its best that counts, in standard errors of the difference"""
+    """evidence that counts, in standard errors: Φ(-x) of unchanged runs are flagged, 2.3 % for 2"""
     guard_diversity: float = 0.7
     """diversity that is too low, as a share of the base model's"""
     grid_prompts: int = 8
@@ -257,8 +264,6 @@ class TrainConfig(Section):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the complete configuration as YAML, atomically, without secrets."""
-        from rewards.redaction import redact  # late: with it come torch and the models
-
         text = yaml.safe_dump(redact(self.to_dict()), sort_keys=False, allow_unicode=True)
         write_atomic(path, text.encode())
 
@@ -301,6 +306,11 @@ class TrainConfig(Section):
             "merge it with diffusers' fuse_lora and save_pretrained, and give that folder",
         )
         self._check_window(require)
+        require(
+            "train.lr",
+            not LARGEST_LR < self.train.lr < math.inf,
+            "is far too large: AdamW moves every weight by about as much a step; use e.g. 3e-4",
+        )
         require("train.ema", self.train.ema < 1, "is a decay; use less than 1, such as 0.9")
         advantage = self.advantage
         if advantages and advantage.baseline == "group":
@@ -318,16 +328,14 @@ class TrainConfig(Section):
                 f"{advantage.buffer_size}; use at most that",
             )
         images = self.data.groups * self.data.group_size
-        for name in ("sampler.batch", "train.updates_per_epoch"):
-            value = get(name)
-            if images > 0 and value > 0:
-                require(
-                    name,
-                    images % value == 0,
-                    f"does not divide the {images} images of an epoch (data.groups="
-                    f"{self.data.groups} x data.group_size={self.data.group_size}); "
-                    f"use {near_divisors(images, value)}",
-                )
+        updates = self.train.updates_per_epoch
+        if images > 0 and updates > 0:
+            require(
+                "train.updates_per_epoch",
+                images % updates == 0,
+                f"does not divide the {images} images of an epoch (data.groups={self.data.groups} "
+                f"x data.group_size={self.data.group_size}); use {near_divisors(images, updates)}",
+            )
         if problems:
             raise ConfigError("\n".join(problems))
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from .fonts import legible
 from .grids import GREY, INK
+from .verdict import WARNINGS, warning
 
 TRAINED, JUDGED, WARNED = "#2563eb", "#d97706", "#dc2626"
 PANEL = (640, 400)  # px
@@ -23,11 +24,11 @@ DPI = 100
 
 def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     """One panel per curve: what is trained on (reward_mean) in blue, judges (eval/...) in orange,
-    and a red line from where the run was first found over-optimised.
+    and a red line from where the guard first found the run over-optimised, collapsed or failed.
 
     `rows` are as `tracking.read_metrics` gives them; a panel is 640 x 400 px.
     """
-    flagged = next((row["step"] for row in rows if row.get("over_optimised")), None)
+    flagged = next(((row["step"], found) for row in rows if (found := warning(row))), None)
     names = list(dict.fromkeys(k for row in rows for k in row))
     shown = [n for n in names if n == "reward_mean"] + [n for n in names if n.startswith("eval/")]
     shown = shown or ["reward_mean"]
@@ -49,9 +50,10 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
         ax.set_title(" to ".join(f"{v:.4g}" for v in ends), loc="right", color=color, size=11)
         ax.set_xlabel("epoch")
         if flagged is not None:
-            ax.axvline(flagged, color=WARNED, lw=1.5)
+            epoch, found = flagged
+            ax.axvline(epoch, color=WARNED, lw=1.5)
             ax.annotate(
-                "over-optimised", (flagged, 1), (4, -6), ("data", "axes fraction"),
+                WARNINGS[found], (epoch, 1), (4, -6), ("data", "axes fraction"),
                 "offset points", color=WARNED, va="top",
             )  # fmt: skip
     return picture(figure)

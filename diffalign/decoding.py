@@ -3,25 +3,52 @@
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import numbers
 import os
 import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from math import inf
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import draccus
 import yaml
 
-from .text import read_text, unusable
+from rewards.redaction import redact
+
+from .text import read_text
 
 T = TypeVar("T")
 
 
 class ConfigError(ValueError):
     """A configuration that cannot be used; the message is meant for the user as it stands."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The values an option may have: low <= value < high, or low < value with `above`."""
+
+    low: float
+    high: float = inf
+    above: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value < self.high and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        low = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
+        return low + (f" and below {self.high:g}" if self.high < inf else "")
+
+
+Count = Annotated[int, Bounds(1)]
+Weight = Annotated[float, Bounds(0)]
+Positive = Annotated[float, Bounds(0, above=True)]
+Share = Annotated[float, Bounds(0, 1)]
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
@@ -41,7 +68,7 @@ def near_divisors(total: int, value: int) -> str:
     return " or ".join(filter(None, [", ".join(near[:-1]), near[-1]]))
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
 
     Missing parent folders are made. Raises `OSError` of the kind that it met, with `path` in it.
@@ -59,35 +86,34 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
 
 
-class Section:
-    """A dataclass of settings, held to its types however it is made: what Python passes is checked
-    as what a file says is. A text that begins with ~ is a path in the home directory. Raises
-    `ConfigError`."""
-
-    def __post_init__(self) -> None:
-        for name, hint in field_types(type(self)).items():
-            value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                value = os.fspath(value)
-            if isinstance(value, str):
-                value = os.path.expanduser(value)
-            setattr(self, name, value)
-            where = f"{type(self).__name__}.{name}"
-            if not _fits(hint, value, typed=True):
-                raise _wrong_type(hint, value, where)
-            check_text(value, where)
+def check_file(path: str | os.PathLike[str], option: str) -> None:
+    """Refuse, before the work, a file that cannot be written. Raises `ConfigError`."""
+    if Path(path).is_dir():
+        raise ConfigError(f"{option} {str(path)!r} is a folder; give the name of a file in it")
+    check_folder(Path(path).parent, option)
 
 
-def check_text(value: Any, where: str) -> None:
-    """Raises `ConfigError` for a text, at any depth of mappings and lists, that no file can hold in
-    UTF-8, or that holds a NUL."""
+def check_folder(path: str | os.PathLike[str], option: str) -> None:
+    """Refuse a folder that cannot be made, or not be written to. Raises `ConfigError`."""
+    there = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise ConfigError(f"{option}: {there} is a file, and no folder to write to; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(f"{option}: the folder {there} cannot be written to; choose another")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON, without secrets. It has no NaN and no infinity: they are null. What it does not know is
+    a string."""
+    return json.dumps(_finite(redact(value)), indent=indent, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
-        value = [*value, *value.values()]
+        return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        for item in value:
-            check_text(item, where)
-    if isinstance(value, str) and (problem := unusable(value)):
-        raise ConfigError(f"{where}={value!r} {problem}")
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def decode(
@@ -127,7 +153,7 @@ def decode(
         if isinstance(hint, type) and is_dataclass(hint):
             values[key] = decode(hint, value, prefix + key, source, known)
         else:
-            values[key] = _decode_value(hint, value, prefix + key, source)
+            values[key] = decode_value(hint, value, prefix + key, source)
     for f in fields(cls):  # pyright: ignore[reportArgumentType]
         if f.init and f.default is f.default_factory is MISSING and f.name not in values:
             raise ConfigError(f"missing key '{prefix}{f.name}'{source}")
@@ -153,20 +179,21 @@ def section_keys(cls: Any) -> list[str]:
     ]
 
 
-def _decode_value(hint: Any, value: Any, name: str, source: str) -> Any:
+def decode_value(hint: Any, value: Any, name: str, source: str = "") -> Any:
+    """A value of the type `hint` for the setting `name`, as `decode` does it."""
     if get_origin(hint) is dict:
         value = _numbers(value)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     try:
-        if not _fits(hint, value):
+        if not fits(hint, value):
             raise TypeError
         return draccus.decode(hint, value)
     except Exception as error:
-        raise _wrong_type(hint, value, name, source) from error
+        raise wrong_type(hint, value, name, source) from error
 
 
-def _wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigError:
+def wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigError:
     kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
     single = isinstance(value, str)
     if single and kinds & {list, tuple}:
@@ -183,14 +210,14 @@ def _wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigErr
     return ConfigError(f"{name}={value!r}{source} is not {article}{what}{remedy}")
 
 
-def _fits(hint: Any, value: Any, typed: bool = False) -> bool:
+def fits(hint: Any, value: Any, typed: bool = False) -> bool:
     """Whether a value is of a type; a text may stand for a number unless it should be `typed`."""
     # draccus takes None and bools for numbers, and anything at all for a string.
     origin, args = get_origin(hint) or hint, get_args(hint)
     if origin is Any:
         return True
     if origin in (Union, types.UnionType):
-        return any(_fits(a, value, typed) for a in args)
+        return any(fits(a, value, typed) for a in args)
     if origin is type(None) or value is None:
         return origin is type(None) and value is None
     if origin in (int, float):
@@ -201,7 +228,7 @@ def _fits(hint: Any, value: Any, typed: bool = False) -> bool:
         return isinstance(value, str)
     if origin in (list, tuple, set):
         item = args[0] if args else Any
-        return isinstance(value, (list, tuple)) and all(_fits(item, v, typed) for v in value)
+        return isinstance(value, (list, tuple)) and all(fits(item, v, typed) for v in value)
     if origin is dict:
         return isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
     return not is_dataclass(origin) or isinstance(value, origin)  # pyright: ignore
@@ -221,6 +248,8 @@ def _numbers(value: Any) -> Any:
 def type_name(hint: Any) -> str:
     """A type in words: "float", "int or null", "one of is, sf"."""
     origin, args = get_origin(hint) or hint, get_args(hint)
+    if origin is Annotated:
+        return type_name(args[0])
     if origin is Literal:
         return "one of " + ", ".join(map(str, args))
     if is_dataclass(origin):
@@ -260,6 +289,15 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds {tree!r}, not a mapping; write 'section: {{key: value}}'")
+    return tree
+
+
+def read_sections(path: str | os.PathLike[str]) -> dict[str, Mapping[str, Any]]:
+    """The sections of a run's config.yaml, without empty ones. Raises `ConfigError`."""
+    tree = {name: values for name, values in read_yaml(path).items() if values is not None}
+    for name, values in tree.items():
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{path}: {name} is {values!r}, no section of settings; mend it")
     return tree
 
 

@@ -1,14 +1,18 @@
-"""What a run says about itself: diversity, and whether its reward is being over-optimised."""
+"""What a run says about itself: diversity, and whether it is over-optimised or went wrong."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from .verdict import level, paired_change
 
 SIDE = 32  # pixels a side at which pictures are compared
 
@@ -34,54 +38,106 @@ def diversity(small: Tensor, groups: Sequence[int] | Tensor) -> float | None:
 
 @dataclass
 class Guard:
-    """Notices that the training reward rises while what it stands for falls.
+    """Says after every evaluation whether a run is over-optimised, has collapsed or failed.
 
-    After every evaluation the scores of the same prompts and noise are compared with the base
-    model's and with the best seen so far: over-optimised means that the mean reward is above the
-    base's, and that a judge fell from its best by more than `drop` standard errors of the paired
-    difference, or that the diversity fell below `least` of the base's.
+    The scores are compared with earlier ones of the same prompts and noise (`paired_change`). A
+    judge fell if it is lower than at its own best, or than on the base model, by more than chance
+    explains; the diversity fell if it is below `least` of the base model's. The verdict is
+
+    - over_optimised: a judge or the diversity fell, and the mean reward is above the base model's;
+    - collapsed: a judge or the diversity fell, and the reward is not, or cannot be compared;
+    - failed: neither fell, but the reward is lower than the base model's beyond chance;
+    - improved: neither fell, and the reward is higher than the base model's beyond chance;
+    - "": no significant change.
+
+    drop: what one look would have to show, in standard errors of a normal distribution. All judges,
+    all evaluations and the choice of the best are allowed for (`level`), so that a run in which the
+    expected scores change nowhere is flagged with probability Φ(-drop) at most: 0.023 for 2. The
+    diversity is not tested: its share is a plain threshold.
     """
 
     drop: float
     least: float
     judges: Sequence[str]
     base: dict[str, Any] = field(default_factory=dict)
-    best: dict[str, Any] = field(default_factory=dict)
+    peaks: dict[str, list[float]] = field(default_factory=dict)  # of every judge, at its own best
+    height: float = -math.inf  # of the evaluation that the judges together liked best
+    looks: int = 0  # evaluations after the base model's
+    verdict: str = ""
+    is_best: bool = False
 
-    def see(self, scores: Mapping[str, Sequence[float]], spread: float | None) -> list[str]:
-        """Scores of every held-out picture, "reward" and the judges, and their diversity.
+    def see(
+        self,
+        scores: Mapping[str, Sequence[float]],
+        spread: float | None,
+        prompts: Sequence[Hashable] | None = None,
+    ) -> list[str]:
+        """Scores of every held-out picture, "reward" and the judges, and their diversity; the first
+        are the base model's. NaN: not scored; compared is what has a score in both evaluations.
 
-        Returns what is wrong, in words; empty where nothing is. `is_best` afterwards says whether
-        the judges' mean, each over its spread on the base model, is the highest yet; judges without
-        spread there do not count.
+        prompts: which prompt every picture is of. Without them up to eight neighbours are taken for
+        one prompt's pictures, which is right for 1, 2, 4 and 8 a prompt, and finds less.
+
+        Returns what is wrong, in words; empty where nothing is. `verdict` holds it in a word.
+        `is_best` says whether the judges' mean change from the base model, each over its standard
+        deviation there, has the highest sum yet; judges without any there do not count.
         """
-        # one picture has no spread to compare with
-        judges = self.judges if len(scores["reward"]) > 1 else []
-        now = {k: torch.tensor(scores[k], dtype=torch.float64) for k in ("reward", *self.judges)}
-        first = not self.base
+        now = {k: [float(x) for x in scores[k]] for k in ("reward", *self.judges)}
+        n, first, self.verdict = len(now["reward"]), not self.base, ""
+        if prompts is None:
+            size = max(1, min(8, n // 8))  # eight groups are the least to find anything by
+            prompts = [i // size for i in range(n)]
         if first:
             self.base = {"scores": now, "diversity": spread}
-        spreads = {j: float(self.base["scores"][j].std()) for j in judges}
-        height = sum(float(now[j].mean()) / s for j, s in spreads.items() if s > 0)
-        self.is_best = bool(judges) and (first or height > self.best["height"])
+            self.peaks = {j: now[j] for j in self.judges}
+        base = self.base["scores"]
+        changes = {k: paired_change(base[k], now[k], prompts) for k in now}
+        spreads = {j: _deviation(base[j]) for j in self.judges}
+        heights = [changes[j].mean / s for j, s in spreads.items() if s > 0]
+        self.is_best = bool(heights) and sum(heights) > self.height
         if self.is_best:
-            self.best = {"scores": now, "height": height}
-        # NaN, where no reward can be compared over a run, has not risen either
-        if first or not now["reward"].mean() > self.base["scores"]["reward"].mean():
+            self.height = sum(heights)
+        if first:
             return []
+        self.looks += 1
+        # a judge is compared with the best of as many evaluations as there are looks
+        enough = level(self.drop, self.looks, 1 + len(self.judges))
         wrong = []
-        for judge in judges:
-            change = now[judge] - self.best["scores"][judge]
-            error = change.std() / len(change) ** 0.5
-            if change.mean() < -self.drop * error and change.mean() < 0:
-                wrong.append(f"{judge} fell by {-change.mean():.3g} ± {error:.2g} from its best")
+        for judge in self.judges:
+            from_best = paired_change(self.peaks[judge], now[judge], prompts)
+            found = {"its best": from_best, "the base model's": changes[judge]}
+            where = min(found, key=lambda k: found[k].by_chance())
+            if found[where].by_chance() < enough / self.looks:
+                wrong.append(f"{judge} fell by {found[where].fall} from {where}")
+            if from_best.mean > 0:
+                self.peaks[judge] = now[judge]
         before = self.base["diversity"]
         if spread is not None and before and spread < self.least * before:
             wrong.append(f"diversity fell to {spread / before:.0%} of the base model's")
+        reward = changes["reward"]
+        failed = reward.by_chance() < enough
+        if wrong:
+            self.verdict = "over_optimised" if reward.mean > 0 else "collapsed"
+        elif failed:
+            self.verdict = "failed"
+        elif (-reward).by_chance() < enough:
+            self.verdict = "improved"
+        if failed:
+            wrong.append(f"the reward fell by {reward.fall} from the base model's")
+        elif self.verdict == "collapsed":
+            same = "did not rise" if reward.prompts else "cannot be compared over the run"
+            wrong.append(f"the reward {same}")
         return wrong
 
     def state_dict(self) -> dict[str, Any]:
-        return {"base": self.base, "best": self.best}
+        return {k: getattr(self, k) for k in ("base", "peaks", "height", "looks")}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.base, self.best = dict(state["base"]), dict(state["best"])
+        for name in self.state_dict():
+            setattr(self, name, state[name])
+
+
+def _deviation(values: Sequence[float]) -> float:
+    """Standard deviation of the finite values; 0 of fewer than two."""
+    known = np.asarray(values)[np.isfinite(values)]
+    return float(known.std(ddof=1)) if len(known) > 1 else 0.0

@@ -308,6 +308,10 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
+SDES = ("flow_sde", "dance_sde")
+"""The kernels that discretise an SDE, whose std is g sqrt(|dt|); the others noise again."""
+
+
 def step_std(kernel: str, eta: float, levels: Levels) -> Tensor:
     """The std of each of the K transitions of a schedule `levels` (K+1,): (K,), the levels' dtype.
 
@@ -319,7 +323,7 @@ def step_std(kernel: str, eta: float, levels: Levels) -> Tensor:
     """
     if kernel not in KERNELS:
         raise ValueError(f"unknown kernel {kernel!r}, expected one of {', '.join(KERNELS)}")
-    if kernel in ("flow_sde", "dance_sde") and not torch.allclose(
+    if kernel in SDES and not torch.allclose(
         levels.alpha + levels.sigma, torch.ones_like(levels.sigma), atol=1e-4
     ):
         raise ValueError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +18,8 @@ from . import grids
 from .config import TrainConfig
 from .diagnostics import Guard, diversity, thumbnails
 from .pictures import fitted
-from .policies import Cond, Policy
+from .pictures import save as save_pictures
+from .policies import Cond, Policy, read_text_encoders
 from .prompts import Prompt, for_judges, for_rewards
 from .rollout import Sampling, rollout, sample_seed
 
@@ -47,6 +50,7 @@ class Evaluation:
         self.sampling = Sampling(policy.levels(config.eval_steps), "ode", 0.0, config.eval_guidance)
         self.guard = Guard(e.guard_drop, e.guard_diversity, list(e.rewards))
         self.scores: dict[str, list[float]] = {}  # of every picture of the last evaluation
+        self.drawn: list[str] = []  # and its prompt
         self.spread: float | None = None
         self.grid: Image.Image | None = None  # on the main process, from the second evaluation on
         self.first: list[tuple[Tensor, dict[str, float]]] = []
@@ -57,8 +61,8 @@ class Evaluation:
         return [self.prompts[i].text for i, _ in self.mine]
 
     def wrong(self) -> list[str]:
-        """What the last evaluation shows to be over-optimised (`Guard.see`)."""
-        return self.guard.see(self.scores, self.spread)
+        """What the guard finds wrong at the last evaluation (`Guard.see`)."""
+        return self.guard.see(self.scores, self.spread, self.drawn)
 
     @torch.no_grad()
     def run(self, label: str) -> dict[str, float]:
@@ -98,12 +102,50 @@ class Evaluation:
         if not rows:
             return {}
         self.scores = {k: [row[2][k] for row in rows] for k in rows[0][2]}
+        self.drawn = [self.prompts[row[0]].text for row in rows]
         scored = {k: [x for x in v if x == x] for k, v in self.scores.items()}  # NaN: not scored
         means = {f"eval/{k}": sum(v) / len(v) for k, v in scored.items() if v}
         self.spread = diversity(torch.stack([row[3] for row in rows]), [row[0] for row in rows])
         if not self.guard.base:
-            self.guard.see(self.scores, self.spread)
+            self.wrong()
         return means | ({} if self.spread is None else {"eval/diversity": self.spread})
+
+    @torch.no_grad()
+    def draw(
+        self,
+        texts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> list[Image.Image]:
+        """A picture of every text from the initial noise of every seed, all of a text's together:
+        the noise that diffusers draws with `torch.Generator().manual_seed(seed)`. Text encoders
+        that were freed are read again where a text is new."""
+        policy, how, size = self.policy, self.sampling, self.config.sampler.batch
+        if steps is not None:
+            how = replace(how, levels=policy.levels(steps))
+        if guidance is not None:
+            how = replace(how, guidance=guidance)
+        read = not (policy.has_text_encoders or policy.knows(texts))
+        if read:
+            read_text_encoders(policy, self.config.model)
+        rows, drawn = [(text, seed) for text in texts for seed in seeds], []
+        for start in range(0, len(rows), size):
+            chunk = rows[start : start + size]
+            cond = policy.encode([text for text, _ in chunk])
+            paths = rollout(policy, cond, how, [seed for _, seed in chunk], size, store=False)
+            drawn += [grids.to_pil(picture) for picture in policy.decode(paths.final)]
+        if read:
+            policy.free_text_encoders()
+        return drawn
+
+    def write(self, run_dir: Path, epoch: int) -> None:
+        """Keep what the last evaluation drew, as that of `epoch`, and the grid beside the first."""
+        if self.main and self.pictures:
+            texts = [p.text for p in self.prompts]
+            save_pictures(run_dir, epoch, texts, self.pictures, self.scores)
+        if self.grid is not None:
+            grids.save_png(self.grid, run_dir / "grid.png", self.config.to_dict())
 
     def _distance(self, x: Tensor, step: int, cond: Cond) -> Tensor:
         """mean_D (f_θ - f_ref)² of the network's outputs at x (n, *latent), (n,)."""

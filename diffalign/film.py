@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from . import pictures
-from .decoding import write_atomic
+from .decoding import check_folder, write_atomic
 from .fonts import Font
 from .grids import GREY, GUTTER, INK, comparison_grid, fit, image_grid, save_png
 from .pictures import Evaluated
@@ -40,6 +40,7 @@ def film(
         raise ValueError(
             f"{run_dir} holds no pictures/epoch_*.json; give the folder of a run that was evaluated"
         )
+    check_folder(folder, "--out")
     # a run may have been resumed with other prompts
     shots = [s for s in shots if s.prompts == shots[-1].prompts]
     strip = strip_of(pictures.spread(shots, strip_epochs), prompts, cell)
@@ -98,7 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cell", type=int, default=256, help="side of a picture in pixels")
     parser.add_argument("--out", help="folder to write to; default: the run's")
     args = parser.parse_args(arguments)
-    for name, least in (("prompts", 1), ("epochs", 2)):
+    for name, least in (("prompts", 1), ("epochs", 2), ("cell", 1)):
         if getattr(args, name) < least:
             raise ValueError(f"--{name} {getattr(args, name)} is too few; use {least} or more")
     for path in film(args.run, args.prompts, args.epochs, args.cell, args.out):

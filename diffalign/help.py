@@ -1,42 +1,22 @@
-"""The text of `--help`, made from the configuration's own types, defaults and docstrings."""
+"""The text of `--help`, and of the commands that list what there is, made from the code itself."""
 
 from __future__ import annotations
 
-import ast
-import inspect
 import json
+import re
 import shutil
 import textwrap
-from collections.abc import Mapping
-from dataclasses import MISSING, fields, is_dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any
 
+import rewards
+
+from . import algorithms, optimize_noise
 from .config import TrainConfig
-from .decoding import field_types, type_name
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The string (or else the comment) that documents each field of a dataclass, by field name."""
-    docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        if not is_dataclass(base):
-            continue
-        try:
-            source = textwrap.dedent(inspect.getsource(base))
-        except (OSError, TypeError):  # a class made in an interpreter has no source
-            continue
-        lines = source.splitlines()
-        tree = ast.parse(source).body[0]
-        body = tree.body if isinstance(tree, ast.ClassDef) else []
-        for node, after in zip(body, [*body[1:], None], strict=True):
-            if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-                continue
-            tail = lines[(node.end_lineno or 1) - 1].encode()[node.end_col_offset or 0 :].decode()
-            docs[node.target.id] = tail.strip().lstrip("# ")
-            if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
-                docs[node.target.id] = " ".join(str(after.value.value).split())
-    return docs
-
+from .decoding import ConfigError, field_types, suggest, type_name
+from .source import REQUIRED, Option, Subject
 
 _REWARDS_HELP = [
     ("--rewards.jpeg 1.0", "a built-in reward and its weight"),
@@ -45,45 +25,155 @@ _REWARDS_HELP = [
 ]
 
 
-def help_text(algorithms: Mapping[str, type] | None = None) -> str:
+def help_text(places: Mapping[str, str] = algorithms.ALGORITHMS.places) -> str:
     """Every setting with its type, default and meaning, wrapped to the terminal's width.
 
-    `algorithms` maps the values of `algorithm.type` to their dataclasses.
+    `places` maps the values of `algorithm.type` to "module:Class", which is not imported.
     """
-    width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))
-    blocks: list[str] = []
+    width, blocks = _width(), []
     for section, hint in field_types(TrainConfig).items():
         if section == "rewards":
             head = "rewards: what is optimised, a weighted sum; --rewards.NAME null removes one"
             blocks.append(_rows(head, _REWARDS_HELP, width))
         elif section == "algorithm":
-            names = " | ".join(algorithms or ["NAME"])
+            names = " | ".join(places)
             head = "algorithm: the method and its own options; --algorithm '{type: NAME}' resets"
             blocks.append(_rows(head, [("--algorithm.type NAME", f"(ddpo)  {names}")], width))
-            for name, cls in (algorithms or {}).items():
-                title = (inspect.getdoc(cls) or "").partition("\n")[0]
-                if title.startswith(f"{cls.__name__}("):  # dataclass's own, for want of a docstring
-                    title = ""
-                rows = _field_rows(cls, "algorithm")
-                blocks.append(_rows(f"algorithm {name}: {title}".rstrip(": "), rows, width))
+            for name, place in places.items():
+                subject = Subject(place)
+                rows = _option_rows(subject.options, "--algorithm.")
+                blocks.append(_rows(f"algorithm {name}: {subject.title}", rows, width))
         else:
-            blocks.append(_rows(section, _field_rows(hint, section), width))
+            options = Subject(f"{hint.__module__}:{hint.__name__}").options
+            blocks.append(_rows(section, _option_rows(options, f"--{section}."), width))
     return "\n".join(blocks)
 
 
-def _field_rows(cls: Any, section: str) -> list[tuple[str, str]]:
-    docs, rows = field_docs(cls), []
-    for f in fields(cls):
-        if f.init:
-            kind = type_name(field_types(cls)[f.name]).removesuffix(" or null")
-            default = f.default if f.default_factory is MISSING else f.default_factory()
-            shown = "required" if default is MISSING else _show(default)
-            metavar = "VALUE" if " or " in kind else kind.split()[0].upper()
-            if kind.startswith("one of "):
-                metavar = kind.removeprefix("one of ").replace(", ", "|")
-            rows.append(
-                (f"--{section}.{f.name} {metavar}", f"({shown})  {docs.get(f.name, '')}".rstrip())
-            )
+def listing(kind: str, name: str | None = None) -> str:
+    """A line for each of `KINDS[kind]`, or all about the one `name`. Nothing is imported.
+
+    Raises ConfigError for a name that there is not.
+    """
+    of, places = KINDS[kind], KINDS[kind].places()
+    if name is not None:
+        key = name.removeprefix("--").replace("-", "_")
+        if key not in places:
+            raise ConfigError(f"there is no {of.one} {name!r}{suggest(key, places)}")
+        return _details(key, Subject(places[key]), of)
+    rows = [("name", of.column, "source", "")]
+    for known, place in places.items():
+        try:
+            subject = Subject(place)
+        except (KeyError, OSError, ImportError):  # installed, and without source
+            rows.append((known, "", "", place))
+            continue
+        title = re.sub(r" \(arXiv [\d.]+\)", "", subject.title).rstrip(".")
+        rows.append((known, of.gives(subject)[0], subject.source, title))
+    wide = [max(len(row[i]) for row in rows) for i in range(3)]
+    lines = ["  ".join([*map(str.ljust, row, wide), row[3]]).rstrip() for row in rows]
+    return "\n".join([*lines, "", f"diffalign {kind} NAME: all about one"])
+
+
+def _details(name: str, subject: Subject, of: _Kind) -> str:
+    width, options = _width(), subject.options
+    prefix = of.prefix.format(name=name.replace("_", "-") if of.one == "search" else name)
+    lines = [f"{name}: {subject.doc}", "", f"{of.column:<10}{of.gives(subject)[1]}"]
+    lines += [f"{'source':<10}{subject.source}"] if subject.source else []
+    lines += ["", _rows("options", _option_rows(options, prefix), width)] if options else [""]
+    if of.one == "reward":
+        common = Subject("rewards:build").doc.partition("that all have:\n\n")[2]
+        lines += ["options of every reward", textwrap.indent(textwrap.dedent(common), "  "), ""]
+    return "\n".join([*lines, "example", f"  {of.example(name, options)}"])
+
+
+def _algorithm_needs(subject: Subject) -> tuple[str, str]:
+    name = (subject.attribute("needs") or "").rpartition(".")[2]
+    words = Subject("diffalign.algorithms.base:Needs").attribute(name) or ""
+    return name.lower(), words.strip("'\"")
+
+
+def _reward_gradient(subject: Subject) -> tuple[str, str]:
+    where = subject.assigned("differentiable")
+    if where is not None:
+        return f"if `{where}`", f"a gradient to the pixels if `{where}`"
+    if subject.attribute("differentiable") == "True":
+        return "yes", "a gradient to the pixels"
+    return "no", "no gradient to the pixels"
+
+
+def _search_needs(subject: Subject) -> tuple[str, str]:
+    where = subject.condition("require_differentiable")
+    if where is None:
+        return "any reward", "any reward"
+    where = f" if `{where}`" if where else ""
+    return f"gradient{where}", f"rewards with a gradient to the pixels{where}"
+
+
+def _train_example(name: str, options: Sequence[Option]) -> str:
+    first = f" --algorithm.{options[0].name} {_show(options[0].default)}" if options else ""
+    return f"diffalign train CONFIG.yaml --algorithm '{{type: {name}}}'{first}"
+
+
+def _reward_example(name: str, options: Sequence[Option]) -> str:
+    required = [o.name for o in options if o.default is REQUIRED]
+    given = "".join(f" --rewards.{name}.{o} {o.upper()}" for o in required)
+    return f"diffalign train CONFIG.yaml{given or f' --rewards.{name} 1.0'}"
+
+
+def _search_example(name: str, options: Sequence[Option]) -> str:
+    flag = "--" + name.replace("_", "-")
+    first = f" {flag}.{options[0].name} {_show(options[0].default)}" if options else ""
+    return f'diffalign sample {flag}{first} --rewards.clip 1.0 --prompts "a red apple"'
+
+
+def _installed() -> dict[str, str]:
+    own = {e.name: e.value for e in entry_points(group="diffalign.rewards")}
+    return own | rewards.REGISTRY.places
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What `listing` lists: {name: "module:attribute"}, what each needs or gives (in a word, and in
+    a few), the prefix of its options, and a command that uses it."""
+
+    one: str
+    places: Callable[[], Mapping[str, str]]
+    column: str
+    gives: Callable[[Subject], tuple[str, str]]
+    prefix: str
+    example: Callable[[str, Sequence[Option]], str]
+
+
+KINDS = {
+    "algorithms": _Kind(
+        "algorithm", lambda: algorithms.ALGORITHMS.places, "needs", _algorithm_needs,
+        "--algorithm.", _train_example,
+    ),
+    "rewards": _Kind(
+        "reward", _installed, "gradient", _reward_gradient, "--rewards.{name}.", _reward_example
+    ),
+    "searches": _Kind(
+        "search", lambda: optimize_noise.METHODS.places, "needs", _search_needs,
+        "--{name}.", _search_example,
+    ),
+}  # fmt: skip
+
+
+def _width() -> int:
+    return max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))
+
+
+def _option_rows(options: Iterable[Option], prefix: str) -> list[tuple[str, str]]:
+    rows = []
+    for o in options:
+        kind = o.type if isinstance(o.type, str) else type_name(o.type)
+        kind = kind.replace(" | ", " or ").replace("None", "null").removesuffix(" or null")
+        metavar = "VALUE" if " or " in kind else kind.split()[0].upper()
+        if kind.startswith("one of "):
+            metavar = kind.removeprefix("one of ").replace(", ", "|")
+        shown = "required" if o.default is REQUIRED else _show(o.default)
+        shown += f"; {o.range}" if o.range else ""
+        rows.append((f"{prefix}{o.name} {metavar}", f"({shown})  {o.doc}".rstrip()))
     return rows
 
 

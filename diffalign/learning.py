@@ -21,10 +21,10 @@ from .rollout import (
     Noise,
     Sampling,
     Surrogate,
-    Trajectories,
     adjoint_sweep,
     renoise_last,
     reward_input,
+    rollout,
     sample_seed,
 )
 from .tracking import Meter
@@ -32,14 +32,15 @@ from .tracking import Meter
 
 @dataclass(frozen=True)
 class Rollout:
-    """This process's n samples of an epoch. keys: what noise drawn for a sample later depends on,
-    beside the run's seed. scores, advantage (n,) and reward (n,), whitened over the epoch: None for
-    GRADIENT."""
+    """This process's n samples of an epoch. keys: (epoch, prompt, number in its group) of each,
+    what its noise depends on beside the run's seed. scores, advantage (n,) and reward (n,),
+    whitened over the epoch: None for GRADIENT, and so are paths, since its updates draw their own.
+    """
 
     prompts: Sequence[Prompt]
     keys: Sequence[tuple[int, ...]]
     cond: Cond
-    paths: Trajectories
+    paths: Any = None
     scores: Any = None
     advantage: Any = None
     reward: Any = None
@@ -137,15 +138,20 @@ class Learner:
     def from_gradients(
         self, epoch: int, data: Rollout, plans: Sequence[Surrogate]
     ) -> tuple[Meter, dict[str, Tensor], list[tuple[Tensor, Prompt]]]:
-        """GRADIENT: reward gradient at the clean latents, then the adjoint sweep. Returns the total
-        reward "" and its parts as well, (rows,) each, and the pictures for rewards that learn."""
+        """GRADIENT: reward gradient at the clean latents, then the adjoint sweep.
+
+        Every update draws its own samples with the weights that it then moves, since the gradient
+        is that of the chain it is taken along. Returns the total reward "" and its parts as well,
+        (rows,) each, and the pictures for rewards that learn.
+        """
         meter, rewards, pictures = Meter(), {}, []
         c, policy = self.config.train, self.policy
         for (mine, everyone), plan in zip(self._updates(epoch), plans, strict=True):
             share = 1 / (everyone * (1 + plan.renoised))
+            drawn = self._draw(data, mine, plan)
             for pick in chunks(len(mine), c.micro_batch):
                 rows = mine[pick]
-                cond, states = data.cond[rows], data.paths.states[rows]
+                cond, states = data.cond[rows], drawn[pick]
                 seeds = [sample_seed(c.seed, *data.keys[j], "renoise") for j in rows.tolist()]
                 noise, paths = Noise(seeds, policy.latent_shape, policy.device), [states]
                 for _ in range(plan.renoised):
@@ -159,6 +165,7 @@ class Learner:
                     if self.reward.learns:
                         pictures += zip(images.detach().cpu(), batch, strict=True)
                     pixels, total, parts = self._pixel_gradient(images, batch)
+                    self._look_for_blame(pixels, batch)
                     (grad,) = torch.autograd.grad(images, x0, pixels * share)
                     grad = self.optimisation.scaler.scale(grad)  # the sweep is linear in it
                     penalty = self._penalty(cond, share / len(plan.active), meter)
@@ -169,6 +176,17 @@ class Learner:
                         rewards.setdefault(name, []).append(values.detach())
             meter.add({"grad_norm": self.optimisation.step()})
         return meter, {name: torch.cat(values) for name, values in rewards.items()}, pictures
+
+    def _draw(self, data: Rollout, rows: Tensor, plan: Surrogate) -> Any:
+        """The states (len(rows), steps + 1, *latent) of samples, as far as `plan` looks."""
+        if not len(rows):  # all of an update's are with other processes
+            return None
+        s, seed = self.config.sampler, self.config.train.seed
+        keys = [data.keys[j] for j in rows.tolist()]
+        seeds = [sample_seed(seed, *key) for key in keys]
+        start = [sample_seed(seed, *key[:-1], "start") for key in keys] if s.same_noise else None
+        how = self.policy, data.cond[rows], self.sampling, seeds, s.batch
+        return rollout(*how, initial=start, until=plan.at).states
 
     def _pixel_gradient(
         self, images: Tensor, batch: Sequence[Prompt]
@@ -192,18 +210,42 @@ class Learner:
         merged = merge(torch.stack(each, 1), total.new_tensor(list(weights.values())), how)
         return merged * slope.view(-1, 1, 1, 1), total, parts
 
+    def _look_for_blame(self, pixels: Tensor, batch: Sequence[Prompt]) -> None:
+        """Note a reward's gradient (n, 3, H, W) that is not finite, for the message of the step
+        that it spoils."""
+        bad = (~pixels.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
+        if bad:
+            names = " or ".join(repr(k) for k, w in self.reward.weights.items() if w != 0)
+            self.optimisation.blame = (
+                f"the gradient of the reward {names} to the pixels is NaN or infinite for the "
+                f"prompt {batch[bad[0]].text!r}"
+            )
+
     def _penalty(self, cond: Cond, share: float, meter: Meter) -> Any:
-        """kl_weight times the mean square between the outputs of policy and base (DRaFT+)."""
+        """kl_weight times the mean square between the outputs of policy and base (DRaFT+), both at
+        the state that the policy saw: where that depends on the weights, through earlier steps, the
+        base's output does too."""
         if not self.algorithm.kl_weight:
             return None
+        weight = self.algorithm.kl_weight * share
 
         def penalty(x: Tensor, seen: Prediction, i: int) -> Tensor:
-            with torch.no_grad(), self.policy.reference():
-                base = self.policy.predict(x, self.sampling.levels[i], cond, self.sampling.guidance)
-            distance = (seen.native - base.native).square().flatten(1).mean(1)
+            level, moves = self.sampling.levels[i], x.requires_grad
+            state = x.detach().requires_grad_(moves)
+
+            def scaled(distance: Tensor) -> Tensor:
+                return self.optimisation.scaler.scale(weight * distance.sum())
+
+            with torch.set_grad_enabled(moves), self.policy.reference():
+                base = self.policy.predict(state, level, cond, self.sampling.guidance).native
+                pull = None
+                if moves:  # here, since checkpointing calls the network again to differentiate it
+                    apart = (base - seen.native.detach()).square().flatten(1).mean(1)
+                    (pull,) = torch.autograd.grad(scaled(apart), state)
+            distance = (seen.native - base.detach()).square().flatten(1).mean(1)
             meter.add({"kl": distance.detach()}, len(x))
-            total = self.algorithm.kl_weight * distance.sum() * share
-            return self.optimisation.scaler.scale(total)
+            total = scaled(distance)
+            return total if pull is None else total + (pull * (x - state.detach())).sum()
 
         return penalty
 

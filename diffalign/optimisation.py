@@ -5,15 +5,18 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .config import OptimConfig
 from .decoding import ConfigError
 from .policies import Policy
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+from .stopping import IN_A_ROW, NotFinite, unusable_gradient
 
 
 def check_optimizer(name: str) -> None:
@@ -55,12 +58,9 @@ class Optimisation:
         self.extra = list(extra)
         self.parameters = self.trained + self.extra
         self.optimiser = make_optimizer(config, self.parameters)
-        name = config.lr_schedule
-        if name == "constant" and config.warmup:
-            name = "constant_with_warmup"
         # only the factor over the steps is taken: a rate is then a function of `updates` alone
         schedule: Any = get_scheduler(
-            name,
+            config.lr_schedule,
             self.optimiser,
             num_warmup_steps=config.warmup,
             num_training_steps=steps,
@@ -69,7 +69,11 @@ class Optimisation:
         # the smallest gradients vanish in float16 unless they are scaled up
         on = dtype == "float16"
         self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=on)
-        self.updates, self.lr = 0, config.lr  # the rate of the last step
+        self.updates, self.lr = 0, config.lr  # steps made, and the rate of the last one
+        self.skipped = self.made = 0  # steps of this session
+        self.dtype = dtype
+        self.blame: str | None = None  # what is known to have made the gradient infinite
+        self._hopeless = 0  # skipped steps in a row that no smaller loss scale could have saved
         if config.ema:
             policy.add_copy("ema")
 
@@ -78,6 +82,11 @@ class Optimisation:
 
     def step(self) -> float:
         """One step from the accumulated gradients; returns their norm before clipping.
+
+        Where the norm is NaN or infinite no weight, average or optimizer state changes, on any
+        process: it is taken after the sum over all of them. Raises NotFinite after five such steps
+        in a row (in float16 once the loss scale is down to 1), and for weights that are no longer
+        finite.
 
         Gradients are summed over processes here rather than by wrapping the network: processes may
         run different numbers of backward passes, and the adjoint sweep runs several per sample.
@@ -92,21 +101,49 @@ class Optimisation:
                 self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True
             ):
                 p.grad = g.view_as(p)
-        self.lr = self.config.lr * self.factor(self.updates)
+        n, warmup = self.updates, self.config.warmup
+        # diffusers' warm-up would waste the first step on a rate of 0
+        self.lr = self.config.lr * ((n + 1) / warmup if n < warmup else self.factor(n))
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr
             group["weight_decay"] = self.config.weight_decay
         self.scaler.unscale_(self.optimiser)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
-        torch.nn.utils.clip_grad_norm_(self.extra, self.config.max_grad_norm)
-        self.scaler.step(self.optimiser)  # in float16 not if a gradient has overflown
-        self.scaler.update()
+        extra = torch.nn.utils.clip_grad_norm_(self.extra, self.config.max_grad_norm)
+        finite = bool(norm.isfinite() and extra.isfinite())
+        if finite:
+            self.scaler.step(self.optimiser)
+        self.scaler.update()  # in float16 a smaller scale, where a gradient has overflown
         self.optimiser.zero_grad()
+        self._made() if finite else self._skip()
+        return norm.item()
+
+    def _made(self) -> None:
         self.updates += 1
+        self.made, self._hopeless, self.blame = self.made + 1, 0, None
+        if not torch.nn.utils.get_total_norm(self.parameters).isfinite():
+            raise NotFinite(
+                f"the weights are not finite after an update with train.lr={self.lr:g} "
+                f"({self.dtype}): lower train.lr"
+            )
         if self.config.ema:
             n = self.updates
             self.follow("ema", min(self.config.ema, (1 + n) / (10 + n)))
-        return norm.item()
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        self._hopeless += self.scaler.get_scale() <= 1  # 1 where there is none
+        if self._hopeless >= IN_A_ROW:
+            raise self._stuck(f"{self._hopeless} updates in a row were")
+
+    def check_made(self) -> None:
+        """Raises NotFinite where steps were tried and every one was skipped."""
+        if self.skipped and not self.made:
+            raise self._stuck(f"all {self.skipped} update(s) were")
+
+    def _stuck(self, skipped: str) -> NotFinite:
+        scale = self.scaler.get_scale()
+        return unusable_gradient(skipped, self.blame, self.config.lr, self.dtype, scale)
 
     @torch.no_grad()
     def follow(self, name: str, decay: float) -> None:

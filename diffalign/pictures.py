@@ -10,15 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
-from torch import Tensor
 
 from rewards.files import open_image
 
 from .decoding import write_atomic
 from .grids import to_pil
+from .text import read_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -45,6 +48,10 @@ class Evaluated:
         """One a prompt. Raises ValueError for a file that cannot be read."""
         (width, height), columns = self.size, _columns(len(self.prompts))
         sheet = open_image(self.sheet)
+        if sheet.width < columns * width or sheet.height < height * math.ceil(
+            len(self.prompts) / columns
+        ):
+            raise ValueError(f"{self.sheet} is too small for its pictures; remove it")
         corners = [divmod(i, columns) for i in range(len(self.prompts))]
         return [
             sheet.crop((x * width, y * height, (x + 1) * width, (y + 1) * height))
@@ -105,12 +112,23 @@ def load(run_dir: str | os.PathLike[str]) -> list[Evaluated]:
         if not sheet.exists():
             continue
         try:
-            table = json.loads(path.read_text("utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be read ({error}); remove it") from error
-        table["size"] = tuple(table["size"])
-        found.append(Evaluated(**table, sheet=sheet))
+            found.append(_evaluated(json.loads(read_text(path)), sheet))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} cannot be read ({error!r}); remove it") from error
     return sorted(found, key=lambda e: e.epoch)
+
+
+def _evaluated(table: dict[str, Any], sheet: Path) -> Evaluated:
+    prompts, scores = list(map(str, table["prompts"])), dict(table["scores"])
+    width, height = map(int, table["size"])
+    for name, rows in scores.items():
+        values = [x for row in rows for x in row]
+        known = all(x is None or isinstance(x, (int, float)) for x in values)
+        if len(rows) != len(prompts) or not all(rows) or not known:
+            raise ValueError(f"the scores {name!r} are not those of {len(prompts)} prompts")
+    if not prompts or min(width, height) < 1:
+        raise ValueError("it has no pictures")
+    return Evaluated(int(table["epoch"]), prompts, scores, (width, height), sheet)
 
 
 def drop(run_dir: str | os.PathLike[str], after: int) -> None:

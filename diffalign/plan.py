@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-import torch
 
 import rewards as reward_library
 
-from . import algorithms, policies, prompts, windows
-from .algorithms import Needs
-from .config import TrainConfig
+from . import algorithms, prompts
+from .config import SamplerConfig, TrainConfig
 from .decoding import ConfigError
-from .optimisation import check_optimizer
 from .prompts import Prompt, PromptSampler, for_judges, for_rewards
-from .rollout import Sampling
-from .tracking import check_trackers
 
 
 @dataclass(frozen=True)
@@ -42,17 +36,38 @@ class Plan:
         rewards: Mapping[Any, Any] | None = None,
         train_prompts: prompts.Given | Sequence[prompts.Given] | None = None,
         processes: int = 1,
+        algorithm: Any = None,
     ) -> Plan:
-        """Check `config` as a whole. Raises ConfigError or ValueError, one clear message."""
-        algorithm: Any = algorithms.build(config.algorithm)
-        gradient = algorithm.needs is Needs.GRADIENT
-        config.check(advantages=not gradient)
+        """Check `config` as a whole. Raises ConfigError or ValueError, one clear message.
+
+        `rewards`, `train_prompts` and `algorithm` stand in place of the config's, see `Trainer`."""
+        config.check(advantages=False)
         if config.data.groups % processes:
             raise ConfigError(
                 f"data.groups={config.data.groups} is not a multiple of the {processes} processes, "
                 "and a group stays on one process; make it one"
             )
-        if algorithm.single_update:
+        data = (
+            prompts.load(config.data.prompts)
+            if train_prompts is None
+            else prompts.collect(train_prompts)
+        )
+        PromptSampler(len(data), config.data.groups)
+        held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
+
+        # from here on torch is imported, a second that what is refused above need not wait for
+        config, method = _with_algorithm(config, algorithm)
+        import torch
+
+        from . import policies, windows
+        from .algorithms import Needs
+        from .optimisation import check_optimizer
+        from .rollout import Sampling
+        from .tracking import check_trackers
+
+        gradient = method.needs is Needs.GRADIENT
+        config.check(advantages=not gradient)
+        if method.single_update:
             for name in ("updates_per_epoch", "inner_epochs"):
                 if getattr(config.train, name) != 1:
                     raise ConfigError(
@@ -63,13 +78,8 @@ class Plan:
         check_trackers(config.log.trackers)
         check_optimizer(config.train.optimizer)
         policies.check(config.model.name)
-        data = (
-            prompts.load(config.data.prompts)
-            if train_prompts is None
-            else prompts.collect(train_prompts)
-        )
-        PromptSampler(len(data), config.data.groups)
-        held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
+        if config.model.merge_lora is not None:
+            policies.check_lora(config.model.merge_lora, "model.merge_lora", config.model.name)
         reward_library.check(rewards, *for_rewards(data + held_out))
         if config.eval.rewards:
             reward_library.check(config.eval.rewards, *for_judges(held_out))
@@ -79,9 +89,10 @@ class Plan:
         if model.tiny_vae is not None:
             policies.check_tiny_vae(model.tiny_vae, model.name)
         sampling = Sampling(levels, config.sampler.kernel, config.sampler.eta, 1.0)
-        stochastic, trajectory = sampling.stochastic, algorithm.needs is Needs.TRAJECTORY
+        stochastic, trajectory = sampling.stochastic, method.needs is Needs.TRAJECTORY
         if gradient:
-            algorithm.surrogate(config.sampler.steps, torch.Generator())
+            method.surrogate(config.sampler.steps, torch.Generator())
+            reward_library.check_gradient(rewards)
         if not trajectory:
             for name in ("window", "window_range", "tail"):
                 value = getattr(config.sampler, name)
@@ -90,30 +101,28 @@ class Plan:
                         f"sampler.{name}={value} is for policy gradients, and "
                         f"{config.algorithm['type']} trains no transitions; leave it out"
                     )
-        if algorithm.needs is Needs.FINAL:
-            algorithm.check_levels(config.sampler.steps)
+        if method.needs is Needs.FINAL:
+            method.check_levels(config.sampler.steps)
             if config.sampler.same_noise and not any(stochastic):
+                reason, remedy = _without_chance(config.sampler)
                 raise ConfigError(
-                    "sampler.same_noise=true makes all images of a prompt alike where sampling is "
-                    "deterministic; raise sampler.eta with a stochastic sampler.kernel"
+                    "sampler.same_noise=true makes all images of a prompt alike, since "
+                    f"{reason}; {remedy}, or same_noise=false"
                 )
         if trajectory and not any(stochastic):
-            raise ConfigError(
-                f"sampler.kernel={config.sampler.kernel} with sampler.eta={config.sampler.eta:g} "
-                "is deterministic, and a policy gradient needs chance; raise sampler.eta"
-            )
+            reason, remedy = _without_chance(config.sampler)
+            raise ConfigError(f"{reason}, and a policy gradient needs chance; {remedy}")
         if trajectory:
             low, high = windows.bounds(config.sampler, stochastic)
             size, places = config.data.group_size, high - low
-            around = size // places, size // places + 1
-            if config.sampler.window_schedule == "branch" and size % places:
+            each = max(2, size // places)  # one image of a step has none to be compared with
+            if config.sampler.window_schedule == "branch" and size != each * places:
                 raise ConfigError(
-                    f"data.group_size={size} is not a multiple of the {places} steps that branch; "
-                    f"use {' or '.join(str(k * places) for k in around if k)}"
+                    f"data.group_size={size} does not give every one of the {places} steps that "
+                    "branch the same number of images, 2 or more to compare; use "
+                    f"{each * places} or {(each + 1) * places}, or a shorter sampler.window_range"
                 )
-        return cls(
-            config, algorithm, rewards, data, held_out, stochastic, shape, uses_cfg, processes
-        )
+        return cls(config, method, rewards, data, held_out, stochastic, shape, uses_cfg, processes)
 
     @property
     def samples(self) -> int:
@@ -123,6 +132,11 @@ class Plan:
     def _calls(self) -> tuple[float, float, str]:
         """Denoiser calls for a sample: of its rollout and of each time it is learnt from, the
         gradient-free ones included; and what is learnt, in words. Means where that is random."""
+        import torch
+
+        from . import windows
+        from .algorithms import Needs
+
         steps, c = self.config.sampler.steps, self.config
         frozen = self.algorithm.frozen_calls(c.train.updates_per_epoch * c.train.inner_epochs)
         if self.algorithm.needs is Needs.FINAL:
@@ -134,12 +148,14 @@ class Plan:
         if self.algorithm.needs is Needs.TRAJECTORY:
             low, high = windows.bounds(c.sampler, self.stochastic)
             trained = c.sampler.window or high - low
-            sampled = windows.calls_per_sample(c.sampler, self.stochastic, c.data.group_size)
+            share = self.samples // self.processes
+            sampled = windows.calls_per_sample(c.sampler, self.stochastic, c.data.group_size, share)
             return sampled, trained * (1 + frozen), f"{trained} of {steps} steps"
         generator = torch.Generator()
         draws = [self.algorithm.surrogate(steps, generator) for _ in range(2000)]
         active = sum(len(d.active) for d in draws) / len(draws)
         sampled = sum(steps if d.at is None else d.at for d in draws) / len(draws)
+        sampled *= c.train.inner_epochs  # every update draws its own
         learned = sum(
             (1 + d.renoised) * len(d.active) * (1 + frozen) + d.renoised + (d.at is not None)
             for d in draws
@@ -155,6 +171,8 @@ class Plan:
 
     def describe(self) -> str:
         """The geometry and the cost of the run, for --dry-run."""
+        from .algorithms import Needs
+
         c, n = self.config, self.samples
         updates = c.train.updates_per_epoch * c.train.inner_epochs
         branches = 2 if self.uses_cfg and c.sampler.guidance > 1 else 1
@@ -181,7 +199,8 @@ class Plan:
         )
         latent = math.prod(self.latent_shape)
         trained_weights = f"LoRA rank {rank}" if rank else "all weights of the denoiser"
-        stored = n * (c.sampler.steps + 1) * latent * 4 / 2**20
+        kept = share if needs is Needs.GRADIENT else n  # those of one update
+        stored = kept * (c.sampler.steps + 1) * latent * 4 / 2**20
         most, epochs = c.train.max_denoiser_calls, c.train.epochs
         if most is not None:
             epochs = min(epochs, math.ceil(most / self.calls_per_epoch))
@@ -206,6 +225,36 @@ class Plan:
             f"memory     {stored:.1f} MiB of stored trajectories, beside model and activations",
         ]
         return "\n".join(lines)
+
+
+def _without_chance(sampler: SamplerConfig) -> tuple[str, str]:
+    """Why no step of a sampler is stochastic, and what to do."""
+    kernel = sampler.kernel
+    if kernel == "ode":
+        remedy = "use ddim or cps, or for a flow model flow_sde"
+        return "sampler.kernel=ode is deterministic", remedy
+    if sampler.eta == 0:
+        return f"sampler.eta=0 makes sampler.kernel={kernel} deterministic", "raise sampler.eta"
+    reason = f"sampler.steps={sampler.steps} is the last step alone, which sampler.kernel={kernel}"
+    return f"{reason} takes without noise", "use 2 steps or more"
+
+
+def _with_algorithm(config: TrainConfig, given: Any) -> tuple[TrainConfig, Any]:
+    """The algorithm, and the config that names it."""
+    if given is None:
+        return config, algorithms.build(config.algorithm)
+    if isinstance(given, str):
+        given = {"type": given}
+    if isinstance(given, Mapping):
+        config = replace(config, algorithm=dict(given))
+        return config, algorithms.build(config.algorithm)
+    if isinstance(given, type):
+        raise ConfigError(
+            f"algorithm={given.__name__} is a class; give {given.__name__}(...), or its name"
+        )
+    algorithms.check(given)
+    named = {"type": algorithms.name_of(given), **asdict(given)}
+    return replace(config, algorithm=named), given
 
 
 def _with_options(rewards: Mapping[Any, Any], configured: Mapping[str, Any]) -> dict[Any, Any]:

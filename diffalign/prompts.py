@@ -198,6 +198,21 @@ class PromptSampler:
             ids += self._order(turn + 1)[: self.groups - len(ids)]
         return ids
 
+    def share(self, k: int, rank: int, world: int) -> list[int]:
+        """The ids of epoch k that process `rank` of `world` has, the same number on each."""
+        ids = self.epoch(k)
+        size = len(ids) // world
+        return ids[rank * size : (rank + 1) * size]
+
+    def seen(self, epochs: Iterable[int], rank: int, world: int) -> set[int]:
+        """The ids that a process has in any of the epochs."""
+        ids: set[int] = set()
+        for k in epochs:
+            ids |= set(self.share(k, rank, world))
+            if len(ids) == self.n:
+                break
+        return ids
+
     def _order(self, turn: int) -> list[int]:
         """The permutation of pass `turn`.
 

@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dynamics import KERNELS, Gaussian, Levels, Prediction, dpm_solver_2m, noised, ode, step_std
+from .dynamics import (
+    KERNELS,
+    SDES,
+    Gaussian,
+    Levels,
+    Prediction,
+    dpm_solver_2m,
+    noised,
+    ode,
+    step_std,
+)
 from .policies.base import Cond, Policy
 
 
@@ -43,7 +53,7 @@ class Sampling:
         it ends, and the ratios of a transition that narrow would rule all others.
         """
         stds = step_std(self.kernel, self.eta, self.levels)
-        if self.kernel in ("flow_sde", "dance_sde"):
+        if self.kernel in SDES:
             stds[-1] = 0
         return stds.where(stds >= stds.max() / 100, 0)
 
@@ -299,8 +309,9 @@ def adjoint_sweep(
     of step e in place of μ_e. The result equals autograd through the whole surrogate, at the memory
     of one denoiser step however long the chain.
 
-    states: (n, K + 1, *latent) of a rollout; grad: (n, *latent). penalty: (x, prediction, step) to
-    a scalar added to L at every active step. Adds to the `.grad` of the policy's weights.
+    states: (n, K + 1, *latent) of a rollout; grad: (n, *latent). penalty: (what the denoiser was
+    shown, its prediction, step) to a scalar added to L at every active step. Adds to the `.grad` of
+    the policy's weights.
     """
     first = min(plan.active)
     top = sampling.steps - 1 if plan.at is None else plan.at
@@ -309,15 +320,15 @@ def adjoint_sweep(
         x = states[:, i].detach().requires_grad_(i > first)
         level = sampling.levels[i]
         with torch.enable_grad():
+            inner = x.detach() if plan.detach else x
             if i in plan.active:
-                inner = x.detach() if plan.detach else x
                 seen = policy.predict(inner, level, cond, sampling.guidance)
                 if plan.detach:
                     seen = policy.parametrise(x, seen.native, level)
             else:  # x̂0 and noise are affine in x, whatever the constant output
                 seen = policy.parametrise(x, torch.zeros_like(x), level)
             out = seen.x0 if i == plan.at else sampling.step(x, seen, i).mean
-            extra = penalty(x, seen, i) if penalty is not None and i in plan.active else None
+            extra = penalty(inner, seen, i) if penalty is not None and i in plan.active else None
         outputs = [out] if extra is None else [out, extra]
         torch.autograd.backward(outputs, [grad, None][: len(outputs)])
         if i > first:

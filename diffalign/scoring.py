@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rewards import WeightedSum
+from rewards.threads import Worker
 
 from .diagnostics import thumbnails
 from .policies import Policy
@@ -43,17 +44,14 @@ class Scorer:
         self._small: list[Tensor] = []
         self._kept: list[Tensor] = []
         self._futures: list[Future] = []
-        self._thread = ThreadPoolExecutor(1, "scorer", initializer=self._use_device)
+        self._worker = Worker()
 
     def __enter__(self) -> Scorer:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._thread.shutdown(wait=False, cancel_futures=True)
-
-    def _use_device(self) -> None:
-        if self.policy.device.type == "cuda":  # a thread starts on the first GPU
-            torch.cuda.set_device(self.policy.device)
+        for future in self._futures:
+            future.cancel()
 
     @torch.no_grad()
     def add(self, latents: Tensor) -> None:
@@ -71,11 +69,13 @@ class Scorer:
         self._waiting = [ready[whole:]] if whole < len(ready) else []
         if whole:
             batch = self.prompts[self._done : self._done + whole]
-            self._futures.append(self._thread.submit(self._score, ready[:whole], batch))
+            self._futures.append(self._worker.submit(self._score, ready[:whole], batch))
             self._done += whole
 
     @torch.no_grad()  # of its own: threads do not inherit it
     def _score(self, images: Tensor, batch: Sequence[Prompt]) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.policy.device.type == "cuda":  # a thread starts on the first GPU
+            torch.cuda.set_device(self.policy.device)
         return self.reward.score(images, *for_rewards(batch))
 
     def finish(self) -> Scores:
@@ -87,3 +87,33 @@ class Scorer:
             torch.cat(self._small),
             self._kept,
         )
+
+
+def summary(values: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean, std, best and worst of the total reward "" and of its raw parts, from those of all
+    processes, (n,) each; NaN is of prompts that a reward does not score."""
+    metrics = {}
+    for name, found in values.items():
+        found = found[~found.isnan()]
+        if not len(found):
+            continue
+        prefix = f"reward/{name}" if name else "reward"
+        metrics[f"{prefix}_mean"] = found.mean().item()
+        metrics[f"{prefix}_std"] = found.std(correction=0).item()
+        metrics[f"{prefix}_best"] = found.max().item()
+        metrics[f"{prefix}_worst"] = found.min().item()
+    return metrics
+
+
+def teach(reward: WeightedSum, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
+    """Let rewards that learn do so from the pictures of an epoch, those of all processes, so that
+    they remain alike on them."""
+    learned = reward.learn(images, *for_rewards(prompts))
+    return {f"reward/{name}/{k}": v for name, part in learned.items() for k, v in part.items()}
+
+
+def constrain(reward: WeightedSum, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Move the multipliers of rewards with a bound by their means over the epoch."""
+    names = [k for k in reward.floors if f"reward/{k}_mean" in metrics]
+    reward.adapt({k: metrics[f"reward/{k}_mean"] for k in names})
+    return {f"multiplier/{k}": reward.weights[k] for k in reward.floors}

@@ -14,20 +14,26 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from diffalign.curves import draw_curves
 from diffalign.decoding import suggest, write_atomic
 from diffalign.grids import save_png
+from diffalign.text import read_text
 from rewards.files import open_image
+from rewards.redaction import redact
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXTRA = ("tensorboard", "wandb", "trackio")
 """The trackers that `pip install diffalign[track]` brings."""
+
+MISMATCH = 1e-3
+"""|ratio - 1| of a stored log-probability before any update; above it, rollout and training
+disagree."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -58,19 +64,38 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     path = Path(run_dir) / "metrics.jsonl"
     if not path.exists():
         raise FileNotFoundError(f"no metrics.jsonl in {run_dir}; is it the folder of a run?")
-    rows, lines = [], path.read_text("utf-8").split("\n")
+    rows, lines = [], read_text(path).split("\n")
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=lambda name: None)
             row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
+            if not all(x is None or isinstance(x, (int, float)) for x in row.values()):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             if number == len(lines):  # without its newline: cut off
                 break
-            raise ValueError(f"{path}:{number} is not a row of metrics: {line[:60]}") from error
+            raise ValueError(
+                f"{path}:{number} is not a row of metrics: {line[:60]}; remove that line"
+            ) from error
         rows.append(row)
     return rows
+
+
+def worries(metrics: Mapping[str, float]) -> list[str]:
+    """What the metrics of an epoch say that a user should hear of."""
+    found = []
+    if metrics.get("mismatch_max", 0) > MISMATCH:
+        found.append(
+            "the stored log-probabilities differ from those of training by a ratio of "
+            f"{metrics['mismatch_max']:.2g}; is the dtype or the batch to blame?"
+        )
+    if metrics["skipped_steps"]:
+        found.append(
+            f"{metrics['skipped_steps']:g} update(s) skipped, as the gradient was not finite"
+        )
+    return found
 
 
 class Meter:
@@ -84,6 +109,8 @@ class Meter:
     def add(self, values: Mapping[str, Tensor | float], rows: int = 1) -> None:
         """A mean over `rows` rows each: a tensor (rows,) or a scalar that is their mean."""
         for name, value in values.items():
+            import torch
+
             value = torch.as_tensor(value).detach().double()
             self.sums[name] = self.sums.get(name, 0.0) + value.mean().item() * rows
             self.counts[name] = self.counts.get(name, 0) + rows
@@ -138,8 +165,6 @@ class Tracker:
         self.rows: list[dict[str, Any]] = []
         self.columns = ["step"]
         if self.accelerator is not None:
-            from rewards.redaction import redact  # late: with it come torch and the models
-
             self.accelerator.init_trackers("diffalign", config=_flat(redact(config or {})))
         if not self.main:
             return
@@ -212,6 +237,8 @@ class Tracker:
     def curve(self, path: str | os.PathLike[str]) -> None:
         """Draws reward_mean and every eval/ column over the steps, one panel each, as PNG."""
         if self.main:
+            from diffalign.curves import draw_curves  # brings matplotlib along
+
             save_png(draw_curves(self.rows), path)
 
     def close(self) -> None:

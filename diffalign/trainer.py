@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -14,34 +14,30 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import rewards as reward_library
-from rewards import RewardError
 
-from . import checkpoint, grids, pictures, policies, report
+from . import checkpoint, folder, identity, pictures, policies, report, saving
 from .advantages import PromptTracker, combined_advantages, zero_variance_share
-from .algorithms import Needs
+from .algorithms import Algorithm, Needs
 from .config import TrainConfig
-from .decoding import ConfigError
 from .diagnostics import diversity
 from .evaluation import Evaluation
 from .learning import Learner, Rollout
 from .optimisation import Optimisation
 from .plan import Plan
-from .prompts import Given, Prompt, PromptSampler, for_rewards
-from .rollout import Sampling, Surrogate, rollout, sample_seed
-from .scoring import Scorer
-from .tracking import Meter, Tracker
+from .prompts import Given, Prompt, PromptSampler, collect
+from .rollout import Sampling, rollout, sample_seed
+from .scoring import Scorer, constrain, summary, teach
+from .stopping import TrainingStopped
+from .tracking import Meter, Tracker, worries
+from .verdict import VERDICTS, WARNINGS
 from .windows import window
 
-# |ratio - 1| of a stored log-probability before any update; above it, rollout and training disagree
-MISMATCH_WARNING = 1e-3
-
-
-class TrainingStopped(RuntimeError):
-    """A reward failed. The run was saved; the message says where, and where the picture is."""
+__all__ = ["Trainer", "TrainingStopped"]
 
 
 class Trainer:
@@ -49,11 +45,19 @@ class Trainer:
 
     config: a TrainConfig. rewards: {name or callable: weight or options}, in place of
     `config.rewards`; a bare weight keeps the options that the config has for that name. prompts:
-    texts or prompt files, in place of `config.data.prompts` (`prompts.collect`). resume: go on from
-    the checkpoint in the run folder.
+    texts, prompt files or `Prompt`s, in place of `config.data.prompts` (`prompts.collect`).
+    algorithm: in place of `config.algorithm`: an `Algorithm`, or its name, or a mapping of `type`
+    and options.
+
+    resume: go on from the checkpoint in the run folder; settings that must stay (all but
+    `identity.MAY_CHANGE`) are refused where they differ, unless `force`. overwrite: start anew in a
+    folder that holds a run, and remove what that wrote.
+
+    on_epoch_end: called with (trainer, epochs done, metrics of the epoch) on every process after
+    each epoch and its evaluation; the run is saved and ends where it returns True on any of them.
 
     Raises ConfigError or ValueError for anything wrong before a model is loaded; `train` raises
-    TrainingStopped when a reward fails.
+    TrainingStopped when it cannot go on.
     """
 
     def __init__(
@@ -62,17 +66,13 @@ class Trainer:
         rewards: Mapping[Any, Any] | None = None,
         prompts: Given | Sequence[Given] | None = None,
         resume: bool = False,
+        *,
+        algorithm: Algorithm | Mapping[str, Any] | str | None = None,
+        on_epoch_end: Callable[[Trainer, int, dict[str, float]], bool | None] | None = None,
+        overwrite: bool = False,
+        force: bool = False,
     ):
-        self.dir = Path(config.log.dir or "runs/run")
-        begun = (self.dir / "config.yaml").exists()
-        # killed before its first checkpoint: resuming is starting anew
-        fresh = begun and not (self.dir / checkpoint.NAME).exists()
-        state = checkpoint.load(self.dir) if resume and not fresh else None
-        if begun and not resume:
-            raise ConfigError(
-                f"log.dir={str(self.dir)!r} already holds a run; go on with --resume, or choose "
-                "another --log.dir"
-            )
+        self.dir = Path(os.path.expanduser(config.log.dir or "runs/run"))
         self.accelerator = Accelerator(
             log_with=[*config.log.trackers] or None, project_dir=str(self.dir)
         )
@@ -83,8 +83,11 @@ class Trainer:
                 f"{launched} processes were launched, and accelerate sees {self.world}; on CPUs "
                 "set ACCELERATE_USE_CPU=true"
             )
-        self.plan = Plan.make(config, rewards, prompts, self.world)
-        self.config, self.algorithm = config, self.plan.algorithm
+        self.plan = Plan.make(config, rewards, prompts, self.world, algorithm)
+        self.config = config = self.plan.config
+        self.settings = identity.settings(self.plan)  # now: an algorithm may adapt its options
+        self.algorithm, self.on_epoch_end = self.plan.algorithm, on_epoch_end
+        state, changed = saving.open_run(self, resume, overwrite, force)
         device = self.accelerator.device
 
         # rewards first: a reward without gradient is refused before the large model is read
@@ -93,21 +96,7 @@ class Trainer:
             self.reward.require_differentiable()
         judges = config.eval.rewards
         judge = reward_library.build(judges).to(device) if judges else None
-        m = config.model
-        self.policy = policies.load(
-            m.name, device, m.dtype, m.resolution, not m.lora_rank, m.merge_lora
-        )
-        if m.lora_rank:
-            self.policy.add_lora(m.lora_rank, m.lora_alpha, m.lora_targets, config.train.seed)
-        if m.tiny_vae is not None:
-            self.policy.add_tiny_vae(m.tiny_vae)
-        self.policy.decode_batch = m.decode_batch
-        self.policy.max_sequence_length = m.max_sequence_length
-        if m.gradient_checkpointing:
-            for part in (self.policy.network, self.policy.vae, self.policy.tiny_vae):
-                if part is not None:
-                    part.enable_gradient_checkpointing()
-
+        self.policy = policies.prepared(config.model, config.train.seed, device)
         s = config.sampler
         self.sampling = Sampling(self.policy.levels(s.steps), s.kernel, s.eta, s.guidance)
         self.sampler = PromptSampler(
@@ -120,7 +109,7 @@ class Trainer:
             self.policy.add_copy(name)
         t = config.train
         self.optimisation = Optimisation(
-            self.policy, self.algorithm.parameters(), t, self.accelerator, m.dtype,
+            self.policy, self.algorithm.parameters(), t, self.accelerator, config.model.dtype,
             t.epochs * t.updates_per_epoch * t.inner_epochs,
         )  # fmt: skip
         self.learner = Learner(
@@ -132,20 +121,24 @@ class Trainer:
         )
         self.epoch, self.calls = 0, 0.0  # epochs done, and what they took of the denoiser
         if state is not None:
-            self._restore(state)
+            for note in saving.restore(self, state, changed, force):
+                self.say(note)
         self.complete = self._state()  # as of the last epoch that was finished
-        self.tracker = Tracker(
-            self.dir,
-            config.log.trackers,
-            config.to_dict(),
-            self.accelerator,
-            resume_step=self.epoch if resume else None,
-        )
-        if self.main:
-            pictures.drop(self.dir, after=self.epoch)
-            resolved = copy.deepcopy(config)
-            resolved.rewards = _named(self.plan.rewards)
-            resolved.save(self.dir / "config.yaml")
+        with folder.writing(self.dir):
+            if overwrite and self.main:
+                folder.clear(self.dir)
+            self.tracker = Tracker(
+                self.dir,
+                config.log.trackers,
+                config.to_dict(),
+                self.accelerator,
+                resume_step=self.epoch if resume else None,
+            )
+            if self.main:
+                pictures.drop(self.dir, after=self.epoch)
+                resolved = copy.deepcopy(config)
+                resolved.rewards = identity.named(self.plan.rewards)
+                resolved.save(self.dir / "config.yaml")
 
     @property
     def main(self) -> bool:
@@ -161,20 +154,22 @@ class Trainer:
     def train(self) -> dict[str, dict[str, float]]:
         """Run to the last epoch. Returns {"before": ..., "after": ...}, the held-out evaluations.
 
-        Ctrl-C saves what was trained and re-raises KeyboardInterrupt; a failing reward saves it and
-        the picture, and raises TrainingStopped. An epoch that was cut short is run again on resume.
+        Whatever ends it early, the epochs done are saved, and one that was cut short is run again
+        on resume. Ctrl-C, SIGTERM and SIGHUP raise KeyboardInterrupt (`stopping.Signals`). What can
+        be said in words raises TrainingStopped: a reward that failed, gradients or weights that are
+        not finite, a folder that cannot be written.
         """
         c = self.config
         bar = tqdm(
             total=c.train.epochs, initial=self.epoch, desc="training", unit="epoch",
             disable=not self.main,
         )  # fmt: skip
-        try:
+        with saving.kept(self) as signals, bar:
             if c.model.free_text_encoders:
                 self._encode_all()
                 self.policy.free_text_encoders()
             # at the start the network is the base, and a reference may cost a second one
-            with self.policy.reference() if self.optimisation.updates else nullcontext():
+            with self.policy.reference() if self.epoch else nullcontext():
                 before = after = self.evaluate("base")
             self.policy.forget("base")
             if self.epoch == 0 and not self.tracker.rows:
@@ -195,10 +190,15 @@ class Trainer:
                     metrics |= after
                     if self.plan.eval_prompts and c.eval.guard != "off":
                         wrong = self._guarded()
-                        metrics["over_optimised"] = float(bool(wrong))
-                self.tracker.log(self.epoch, metrics)
-                self.complete = self._state()
+                        verdict = self.evaluation.guard.verdict
+                        metrics |= {name: float(name == verdict) for name in VERDICTS}
+                with signals.held():  # the row and the state that it is of, or neither
+                    self.tracker.log(self.epoch, metrics)
+                    self.complete = self._state()
                 done = done or bool(wrong and c.eval.guard == "stop")
+                if self.on_epoch_end is not None:
+                    told = self.on_epoch_end(self, self.epoch, dict(metrics))
+                    done = done or True in gather_object([told])
                 every = c.train.checkpoint_every
                 if self.main and (done or (every and self.epoch % every == 0)):
                     self.save()
@@ -208,42 +208,29 @@ class Trainer:
                 bar.set_postfix(reward=f"{metrics['reward_mean']:.4g}")
                 if done:
                     break
-        except RewardError as error:
-            raise TrainingStopped(self._stopped(error)) from error
-        except KeyboardInterrupt:
-            self._restore(self.complete)
-            if self.main:
-                self.save()
-            raise
-        finally:
-            bar.close()
-            self.tracker.close()
+            self.optimisation.check_made()
         return {"before": before, "after": after}
+
+    def say(self, text: str) -> None:
+        """Print beside the progress bar, once for all processes."""
+        if self.main:
+            tqdm.write(text)
 
     def _encode_all(self) -> None:
         """Encode every text that this process will ask for, of training and evaluation."""
-        data = self.plan.train_prompts
-        ids: set[int] = set()
-        for epoch in range(self.epoch, self.config.train.epochs):
-            ids |= set(self._prompt_ids(epoch))
-            if len(ids) == len(data):
-                break
-        texts = {data[i].text for i in ids} | set(self.evaluation.texts())
+        epochs = range(self.epoch, self.config.train.epochs)
+        ids = self.sampler.seen(epochs, self.rank, self.world)
+        texts = {self.plan.train_prompts[i].text for i in ids} | set(self.evaluation.texts())
         if texts:
             self.policy.encode(sorted(texts))
-
-    def _prompt_ids(self, epoch: int) -> list[int]:
-        """The prompts of this process in an epoch, one a group."""
-        ids = self.sampler.epoch(epoch)
-        share = len(ids) // self.world
-        return ids[self.rank * share : (self.rank + 1) * share]
 
     def run_epoch(self, epoch: int) -> dict[str, float]:
         """Sample, score, update. Returns the metrics of the epoch, the same on every process."""
         start, calls = time.time(), self.policy.calls
         scored, scoring = self.reward.images, self.reward.seconds
+        skipped = self.optimisation.skipped
         plans = self.learner.surrogates(epoch)
-        data = self._sample(epoch, plans)
+        data = self._sample(epoch)
         if plans:
             meter, rewards, pictures = self.learner.from_gradients(epoch, data, plans)
             metrics = self._reward_metrics(rewards.pop(""), rewards)
@@ -261,12 +248,14 @@ class Trainer:
             data = replace(data, advantage=advantage, reward=whitened)
             meter = self.learner.from_advantages(epoch, data)
             pictures = list(zip(scores.images, data.prompts, strict=False))
-        metrics |= self._teach(pictures) | self._constrain(metrics)
+        metrics |= self._teach(pictures) | constrain(self.reward, metrics)
         metrics |= self._reduce(meter)
-        self._warn_of_mismatch(epoch, metrics)
         metrics |= self.algorithm.end_epoch(metrics)
         for name, decay in self.copies.items():
             self.optimisation.follow(name, decay(self.optimisation.updates))
+        metrics["skipped_steps"] = float(self.optimisation.skipped - skipped)
+        for worry in worries(metrics):
+            self.say(f"epoch {epoch + 1}: {worry}")
         return metrics | {
             "lr": self.optimisation.lr,
             "denoiser_calls": float(self.policy.calls - calls) * self.world,
@@ -275,11 +264,15 @@ class Trainer:
             "seconds": time.time() - start,
         }
 
-    def _sample(self, epoch: int, plans: Sequence[Surrogate]) -> Rollout:
-        """This process's trajectories of an epoch, as far as `plans` ask for them."""
+    def _sample(self, epoch: int) -> Rollout:
+        """This process's samples of an epoch; their trajectories too, but for GRADIENT."""
         c, needs, seed = self.config, self.algorithm.needs, self.config.train.seed
-        keys = [(epoch, i, j) for i in self._prompt_ids(epoch) for j in range(c.data.group_size)]
+        ids = self.sampler.share(epoch, self.rank, self.world)
+        keys = [(epoch, i, j) for i in ids for j in range(c.data.group_size)]
         batch = [self.plan.train_prompts[i] for _, i, _ in keys]
+        cond = self.policy.encode([p.text for p in batch])
+        if needs is Needs.GRADIENT:
+            return Rollout(batch, keys, cond)
         options: dict[str, Any] = {"means": self.algorithm.stores_means}
         if needs is Needs.TRAJECTORY:
             images = [j for *_, j in keys]
@@ -287,15 +280,9 @@ class Trainer:
         options["store"] = needs is not Needs.FINAL
         if c.sampler.same_noise:
             options["initial"] = [sample_seed(seed, epoch, i, "start") for _, i, _ in keys]
-        ends = [p.at for p in plans if p.at is not None]
-        if ends and len(ends) == len(plans):  # no update looks beyond
-            options["until"] = max(ends)
-        cond = self.policy.encode([p.text for p in batch])
         seeds = [sample_seed(seed, *key) for key in keys]
         drawn_by = self.algorithm.sampled_by
         how = self.policy, cond, self.sampling, seeds, c.sampler.batch
-        if needs is Needs.GRADIENT:
-            return Rollout(batch, keys, cond, rollout(*how, **options))
         with (
             Scorer(self.policy, self.reward, batch, c.data.group_size) as scorer,
             self.policy.adapter(drawn_by) if drawn_by else nullcontext(),
@@ -303,27 +290,13 @@ class Trainer:
             paths = rollout(*how, each=scorer.add, **options)
             return Rollout(batch, keys, cond, paths, scorer.finish())
 
-    def _warn_of_mismatch(self, epoch: int, metrics: Mapping[str, float]) -> None:
-        if metrics.get("mismatch_max", 0) > MISMATCH_WARNING and self.main:
-            tqdm.write(
-                f"epoch {epoch}: the stored log-probabilities differ from those of training by a "
-                f"ratio of {metrics['mismatch_max']:.2g}; is the dtype or the batch to blame?"
-            )
-
     def _teach(self, pictures: Sequence[tuple[Tensor, Prompt]]) -> dict[str, float]:
         """Rewards that learn do so from the pictures of all processes, and so remain alike."""
         if not self.reward.learns:
             return {}
         images = self._gather(torch.stack([image for image, _ in pictures]))
         everyone = [p for part in gather_object([[p for _, p in pictures]]) for p in part]
-        learned = self.reward.learn(images, *for_rewards(everyone))
-        return {f"reward/{name}/{k}": v for name, part in learned.items() for k, v in part.items()}
-
-    def _constrain(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Move the multipliers of rewards with a bound by their means over the epoch."""
-        names = [k for k in self.reward.floors if f"reward/{k}_mean" in metrics]
-        self.reward.adapt({k: metrics[f"reward/{k}_mean"] for k in names})
-        return {f"multiplier/{k}": self.reward.weights[k] for k in self.reward.floors}
+        return teach(self.reward, images, everyone)
 
     def _advantages(
         self, reward: Tensor, parts: Mapping[str, Tensor], groups: Tensor
@@ -342,6 +315,20 @@ class Trainer:
         figures = {"zero_variance_groups": zero_variance_share(everyone, groups)}
         return advantage[own].to(reward.device), whitened[own].to(reward.device), figures
 
+    def sample(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int] = (0,),
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> list[Image.Image]:
+        """Pictures by the weights as they are now (with train.ema their average): every prompt from
+        the noise of every seed, all seeds of a prompt together, drawn as the evaluations are but
+        for `steps` and `guidance`. Each process that calls this draws all of them."""
+        texts = [p.text for p in collect(prompts)]
+        with self._averaged():
+            return self.evaluation.draw(texts, seeds, steps, guidance)
+
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """The averaged weights in place of the trained ones, where there are any."""
@@ -351,27 +338,22 @@ class Trainer:
     def evaluate(self, label: str) -> dict[str, float]:
         """Means over the held-out prompts (`Evaluation`); writes the grid beside the first one."""
         means = self.evaluation.run(label)
-        if self.main and self.evaluation.pictures:
-            epoch, texts = 0 if label == "base" else self.epoch, self.evaluation.prompts
-            drawn = self.evaluation.pictures, self.evaluation.scores
-            pictures.save(self.dir, epoch, [p.text for p in texts], *drawn)
+        self.evaluation.write(self.dir, 0 if label == "base" else self.epoch)
         if self.evaluation.grid is not None:
-            path = self.dir / "grid.png"
-            grids.save_png(self.evaluation.grid, path, self.config.to_dict())
             self.tracker.log_images(self.epoch, "eval", self.evaluation.grid)
         return means
 
     def _report(self) -> None:
         """Write report.html. Whatever goes wrong in it, the run goes on."""
-        if self.main:
-            try:
+        try:
+            if self.main:
                 report.write([self.dir])
-            except Exception as error:
-                tqdm.write(f"epoch {self.epoch}: no {report.NAME}, {error!r}")
+        except Exception as error:
+            self.say(f"epoch {self.epoch}: no {report.NAME}, {error!r}")
 
     def _guarded(self) -> list[str]:
-        """What the last evaluation shows to be over-optimised; keeps the best weights by the
-        judges in best/."""
+        """What the guard finds wrong at the last evaluation; keeps the best weights by the judges
+        in best/."""
         wrong = self.evaluation.wrong()
         if self.evaluation.guard.is_best and self.main:
             self._save_weights(self.dir / "best")
@@ -387,35 +369,12 @@ class Trainer:
                 )
             )
             what = "stopped" if self.config.eval.guard == "stop" else "going on"
-            tqdm.write(f"epoch {self.epoch}: over-optimised, {'; '.join(wrong)}; {what}, {kept}")
+            verdict = WARNINGS[self.evaluation.guard.verdict]
+            tqdm.write(f"epoch {self.epoch}: {verdict}, {'; '.join(wrong)}; {what}, {kept}")
         return wrong
 
-    def _parts(self) -> dict[str, Any]:
-        """What keeps a state of its own between epochs."""
-        return {
-            "optimisation": self.optimisation,
-            "history": self.history,
-            "algorithm": self.algorithm,
-            "guard": self.evaluation.guard,
-            "reward": self.reward,
-        }
-
     def _state(self) -> dict[str, Any]:
-        names = [*self.copies, *(["ema"] if self.config.train.ema else [])]
-        return copy.deepcopy({name: part.state_dict() for name, part in self._parts().items()}) | {
-            "epoch": self.epoch,
-            "calls": self.calls,
-            "adapter": self.policy.state_dict(),
-            "copies": {name: self.policy.state_dict(name) for name in names},
-        }
-
-    def _restore(self, state: Mapping[str, Any]) -> None:
-        self.epoch, self.calls = state["epoch"], state.get("calls", 0.0)
-        self.policy.load_state_dict(state["adapter"])
-        for name, values in state["copies"].items():
-            self.policy.load_state_dict(values, name)
-        for name, part in self._parts().items():
-            part.load_state_dict(copy.deepcopy(state[name]))
+        return saving.state(self)
 
     def save(self) -> None:
         """Checkpoint, weights and curve of the epochs done, from the process that calls."""
@@ -426,35 +385,10 @@ class Trainer:
     def _save_weights(self, folder: Path) -> None:
         self.policy.save(folder, "ema" if self.config.train.ema else "default")
 
-    def _stopped(self, error: RewardError) -> str:
-        """Save what there is, and say where.
-
-        The reward may have failed on any process, and the launcher ends the others as soon as this
-        one exits; the finished epochs are the same on all, so this one writes them.
-        """
-        message = f"{error}\n"
-        if error.image is not None:
-            path = self.dir / "failed_reward.png"
-            grids.save_png(grids.to_pil(error.image), path, {"prompt": error.prompt})
-            message += f"picture: {path}\n"
-        self._restore(self.complete)
-        self.save()
-        return message + f"epochs done: {self.epoch}, saved in {self.dir}; mend it and use --resume"
-
     def _reward_metrics(self, total: Tensor, parts: Mapping[str, Tensor]) -> dict[str, float]:
         """Mean, std, best and worst of the reward and of its raw parts, over all processes."""
-        metrics = {}
-        for name, values in {"": total, **parts}.items():
-            values = self._gather(values.detach().float())
-            values = values[~values.isnan()]  # of prompts that this reward does not score
-            if not len(values):
-                continue
-            prefix = f"reward/{name}" if name else "reward"
-            metrics[f"{prefix}_mean"] = values.mean().item()
-            metrics[f"{prefix}_std"] = values.std(correction=0).item()
-            metrics[f"{prefix}_best"] = values.max().item()
-            metrics[f"{prefix}_worst"] = values.min().item()
-        return metrics
+        values = {"": total, **parts}
+        return summary({k: self._gather(v.detach().float()) for k, v in values.items()})
 
     def _gather(self, values: Tensor) -> Tensor:
         """Rows of all processes in the order of their ranks, on the CPU."""
@@ -462,13 +396,3 @@ class Trainer:
 
     def _reduce(self, meter: Meter) -> dict[str, float]:
         return Meter.combined(gather_object([meter])).means()
-
-
-def _named(spec: Any) -> Any:
-    """A spec of rewards as a config has it: module:function for what was passed in Python."""
-    if isinstance(spec, Mapping):
-        return {_named(k): _named(v) for k, v in spec.items()}
-    if callable(spec):
-        spec = spec if hasattr(spec, "__qualname__") else type(spec)
-        return f"{spec.__module__}:{spec.__qualname__}"
-    return spec

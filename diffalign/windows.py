@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import pairwise
 
 import torch
 
@@ -25,10 +26,13 @@ def bounds(config: SamplerConfig, stochastic: list[bool]) -> tuple[int, int]:
     return low, high
 
 
-def calls_per_sample(config: SamplerConfig, stochastic: list[bool], size: int) -> float:
-    """Denoiser calls of a rollout for a sample of a group of `size`, on average over the places.
+def calls_per_sample(
+    config: SamplerConfig, stochastic: list[bool], size: int, samples: int
+) -> float:
+    """Denoiser calls of a rollout for a sample, on average over the places of the window.
 
-    Holds for groups that the sampler does not split between batches.
+    samples: of a process in an epoch, in groups of `size`, drawn `config.batch` at a time; those of
+    a group share steps only within one of these calls.
     """
     low, high = bounds(config, stochastic)
     length, steps = config.window or high - low, len(stochastic)
@@ -36,15 +40,19 @@ def calls_per_sample(config: SamplerConfig, stochastic: list[bool], size: int) -
     cases = [[p] * size for p in places]
     if config.window_schedule == "branch":
         cases = [[low + j % len(places) for j in range(size)]]
+    # the parts of groups that are drawn together: (numbers in their group)
+    cuts = sorted({*range(0, samples, size), *range(0, samples, config.batch), samples})
+    together = [[r % size for r in range(a, b)] for a, b in pairwise(cuts)]
     calls = 0
     for starts in cases:
         last = max(starts) + length
         rest = steps - last
-        calls += size * (rest if config.tail is None else min(rest, config.tail))
-        for i in range(last):
-            alone = sum(s < i for s in starts)
-            calls += alone + (alone < size) if config.same_noise else size
-    return calls / (size * len(cases))
+        calls += samples * (rest if config.tail is None else min(rest, config.tail))
+        for part in together:
+            for i in range(last):
+                alone = sum(starts[j] < i for j in part)
+                calls += alone + (alone < len(part)) if config.same_noise else len(part)
+    return calls / (samples * len(cases))
 
 
 def window(

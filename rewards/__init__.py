@@ -18,28 +18,28 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import entry_points
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
-
-from .adversarial import Adversarial
-from .aesthetic import Aesthetic
-from .augment import Augmented
-from .base import FunctionReward, Reward, RewardError, call_parameters, callable_name, evaluate
-from .clip import Clip
-from .combine import Ensemble, Floor, WeightedSum, applies
-from .composition import Composition
-from .files import expand_user
-from .hps import HPS
-from .imagereward import ImageReward
-from .jpeg import Jpeg, jpeg_kilobytes
-from .ocr import OCR
-from .pickscore import PickScore
-from .preprocess import clip_pixels
 from .redaction import redact, refuse_secrets
-from .remote import Remote
-from .similarity import Similarity
-from .vlm import VLM
+from .registry import Registry
+
+if TYPE_CHECKING:
+    from .adversarial import Adversarial
+    from .aesthetic import Aesthetic
+    from .augment import Augmented
+    from .base import FunctionReward, Reward, RewardError, evaluate
+    from .clip import Clip
+    from .combine import Ensemble, Floor, WeightedSum
+    from .composition import Composition
+    from .hps import HPS
+    from .imagereward import ImageReward
+    from .jpeg import Jpeg, jpeg_kilobytes
+    from .ocr import OCR
+    from .pickscore import PickScore
+    from .preprocess import clip_pixels
+    from .remote import Remote
+    from .similarity import Similarity
+    from .vlm import VLM
 
 __all__ = [
     "HPS",
@@ -64,29 +64,69 @@ __all__ = [
     "WeightedSum",
     "build",
     "check",
+    "check_gradient",
     "clip_pixels",
     "evaluate",
     "from_arguments",
+    "gradients_of",
     "jpeg_kilobytes",
     "redact",
 ]
 
-REGISTRY: dict[str, Callable[..., Reward]] = {
-    "adversarial": Adversarial,
-    "aesthetic": Aesthetic,
-    "clip": Clip,
-    "composition": Composition,
-    "ensemble": Ensemble,
-    "hps": HPS,
-    "imagereward": ImageReward,
-    "jpeg": Jpeg,
-    "jpeg_incompressibility": functools.partial(Jpeg, incompressible=True),
-    "ocr": OCR,
-    "pickscore": PickScore,
-    "remote": Remote,
-    "similarity": Similarity,
-    "vlm": VLM,
+REGISTRY: Registry[Callable[..., Reward]] = Registry(
+    __name__,
+    {
+        "adversarial": "adversarial:Adversarial",
+        "aesthetic": "aesthetic:Aesthetic",
+        "clip": "clip:Clip",
+        "composition": "composition:Composition",
+        "ensemble": "combine:Ensemble",
+        "hps": "hps:HPS",
+        "imagereward": "imagereward:ImageReward",
+        "jpeg": "jpeg:Jpeg",
+        "jpeg_incompressibility": "jpeg:incompressibility",
+        "ocr": "ocr:OCR",
+        "pickscore": "pickscore:PickScore",
+        "remote": "remote:Remote",
+        "similarity": "similarity:Similarity",
+        "vlm": "vlm:VLM",
+    },
+)
+
+_MODULES = {
+    "Adversarial": "adversarial",
+    "Aesthetic": "aesthetic",
+    "Augmented": "augment",
+    "Clip": "clip",
+    "Composition": "composition",
+    "Ensemble": "combine",
+    "Floor": "combine",
+    "FunctionReward": "base",
+    "HPS": "hps",
+    "ImageReward": "imagereward",
+    "Jpeg": "jpeg",
+    "OCR": "ocr",
+    "PickScore": "pickscore",
+    "Remote": "remote",
+    "Reward": "base",
+    "RewardError": "base",
+    "Similarity": "similarity",
+    "VLM": "vlm",
+    "WeightedSum": "combine",
+    "clip_pixels": "preprocess",
+    "evaluate": "base",
+    "jpeg_kilobytes": "jpeg",
 }
+
+
+def __getattr__(name: str) -> Any:
+    # they bring torch along: a second that a listing and a misspelt name need not wait for
+    if name in _MODULES:
+        return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
+    if name in _MODULES.values():
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 COMMON = ("weight", "at_least", "rate", "augment")  # options of every reward
 
@@ -105,6 +145,8 @@ def build(spec: Spec) -> WeightedSum:
         at_least  makes it a constraint on its mean, see ``WeightedSum``; rate: of its multiplier
         augment   scores that many random views of each image in place of it, see ``Augmented``
     """
+    from .combine import WeightedSum
+
     parts = _parse(spec)
     return WeightedSum(
         {part.label: _load(part) for part in parts},
@@ -121,6 +163,8 @@ def check(
     parts = _parse(spec)
     if prompts is None:
         return
+    from .combine import applies
+
     rows = list(zip(prompts, metadata or [{}] * len(prompts), strict=True))
     labels = [part.label for part in parts]
     for prompt, known in rows:
@@ -138,6 +182,37 @@ def check(
                 judge.check_prompts([p for p, _ in own], [m for _, m in own])
             except ValueError as error:
                 raise ValueError(f"rewards.{part.label}: {error}") from error
+
+
+def check_gradient(spec: Spec) -> None:
+    """Raise ValueError for a reward that cannot have a gradient to the pixels, as
+    ``WeightedSum.require_differentiable`` does once it is loaded; one of weight 0 needs none."""
+    known = gradients_of(spec)
+    for part in _parse(spec):
+        if part.weight != 0 and known[part.label] is False:
+            from .combine import no_gradient
+
+            raise ValueError(no_gradient(part.label, getattr(part.target, "func", part.target)))
+
+
+def gradients_of(spec: Spec) -> dict[str, bool | None]:
+    """Whether each reward is differentiable, by its label; None where that shows only once it is
+    loaded. Nothing is loaded."""
+    return {part.label: _has_gradient(part) for part in _parse(spec)}
+
+
+def _has_gradient(part: _Part) -> bool | None:
+    from .base import Reward
+
+    target = part.target
+    if not _is_factory(target):
+        return bool(getattr(target, "differentiable", False))
+    factory = getattr(target, "func", target)  # the class inside a functools.partial
+    if not issubclass(factory, Reward):
+        return getattr(factory, "differentiable", None) or None
+    known = factory.has_gradient(**part.options)
+    # a class of one's own may set it when it is made
+    return known if known or factory.__module__.startswith(f"{__name__}.") else None
 
 
 def from_arguments(texts: Sequence[str]) -> dict[str, dict]:
@@ -166,9 +241,15 @@ class _Part(NamedTuple):
 
 
 def _load(part: _Part) -> Reward:
+    from .augment import Augmented
+    from .base import FunctionReward, Reward
+
     target, options = part.target, part.options
     if _is_factory(target):
-        target, options = target(**options), {}
+        try:
+            target, options = target(**options), {}
+        except (ValueError, ImportError) as error:  # weights or a package that cannot be had
+            raise ValueError(f"rewards.{part.label}: {error}") from error
     reward = target if isinstance(target, Reward) else FunctionReward(target, **options)
     if part.augment:
         reward = Augmented(reward, part.augment)
@@ -178,7 +259,7 @@ def _load(part: _Part) -> Reward:
 
 def _is_factory(target: Any) -> bool:
     """True when calling the target makes the reward, False when it is (or scores as) one."""
-    return inspect.isclass(target) or target in REGISTRY.values()
+    return inspect.isclass(target.func if isinstance(target, functools.partial) else target)
 
 
 def _parse(spec: Spec) -> list[_Part]:
@@ -189,11 +270,13 @@ def _parse(spec: Spec) -> list[_Part]:
         )
     if not spec:
         raise ValueError("no reward: give at least one, for instance rewards: {jpeg: 1.0}")
+    from .files import expand_user
+
     parts = []
     for key, value in spec.items():
         options = expand_user(dict(value)) if isinstance(value, Mapping) else {"weight": value}
         kind = options.pop("type", key)
-        label = key if isinstance(key, str) else getattr(key, "name", None) or callable_name(key)
+        label = key if isinstance(key, str) else _label(key)
         if any(label == part.label for part in parts):
             raise ValueError(f"two rewards are called {label!r}; give one a label and a `type`")
         try:
@@ -209,11 +292,19 @@ def _parse(spec: Spec) -> list[_Part]:
     return parts
 
 
+def _label(reward: Any) -> str:
+    from .base import callable_name
+
+    return getattr(reward, "name", None) or callable_name(reward)
+
+
 def _common(options: dict[str, Any]) -> tuple[float, Floor | None, int]:
     """Weight, constraint and number of views, taken out of the options of a reward."""
     weight = _number("weight", options.pop("weight", 1.0))
     floor, augment = None, options.pop("augment", 0)
     if "at_least" in options:
+        from .combine import Floor
+
         bound = _number("at_least", options.pop("at_least"))
         floor = Floor(bound, _number("rate", options.pop("rate", 1.0)))
         if floor.rate <= 0 or weight < 0:
@@ -261,6 +352,10 @@ def _resolve(name: str) -> Any:
 
 
 def _check_options(target: Any, options: dict[str, Any]) -> None:
+    from torch import nn
+
+    from .base import Reward, call_parameters
+
     if not callable(target):
         raise ValueError(f"{target!r} is neither a Reward nor callable")
     if _is_factory(target):

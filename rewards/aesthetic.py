@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .base import Reward
 from .clip import Clip
-from .files import check_file, fetch
+from .files import check_file, fetch, read_tensors
 
 # Prefixes of the linear layers in a state dict. The numbers skip dropouts and activations.
 AFFINE, RELU = (
@@ -49,7 +49,7 @@ class Aesthetic(Reward):
         self.check_options(model=model, head=head, target=target, dtype=dtype)
         super().__init__()
         self.target = target
-        self.head = load_head(fetch(head))
+        self.head = load_head(fetch(head, "head"))
         self.width = next(self.head.parameters()).shape[1]
         self.head.to(torch.promote_types(getattr(torch, dtype), torch.float32))
         self.clip = image_tower(model, dtype)
@@ -87,12 +87,8 @@ def load_head(path: str | Path) -> nn.Module:
     """
     path = Path(path)
     path = path / "model.safetensors" if path.is_dir() else path
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    state = read_tensors(str(path), f"head={str(path)!r}")
+    state = state if isinstance(state, dict) else {}
     for layers in (AFFINE, RELU, ["linear."], [""]):
         if set(state) == {layer + part for layer in layers for part in ("weight", "bias")}:
             break

@@ -34,6 +34,12 @@ class Reward(nn.Module):
         """Raise ValueError for options that cannot work. Loads nothing; unset ones are absent."""
 
     @classmethod
+    def has_gradient(cls, **options: Any) -> bool | None:
+        """Whether it will be differentiable with these options; None where that shows only once
+        it is loaded."""
+        return cls.differentiable
+
+    @classmethod
     def check_prompts(cls, prompts: list[str], metadata: list[dict]) -> None:
         """Raise ValueError for a prompt that this reward cannot judge. Loads nothing."""
 
@@ -154,8 +160,7 @@ def evaluate(
     finite = images.detach().isfinite().flatten(1).all(1)
     if not finite.all():
         raise fail(
-            "was given an image that contains NaN or inf; a VAE that decodes in float16 can "
-            "overflow, decode in bfloat16 or float32",
+            "was given an image that contains NaN or inf: what drew it has overflown",
             int((~finite).nonzero()[0]),
         )
     needs_grad = torch.is_grad_enabled() and reward.differentiable

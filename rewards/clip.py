@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .base import Reward
+from .loading import PREPROCESSING, LoadingError, optional, pretrained, reading
 from .preprocess import CLIP_MEAN, CLIP_STD, clip_pixels
 
 CACHED_PROMPTS = 4096
@@ -134,10 +135,13 @@ class _Transformers(nn.Module):
         super().__init__()
         from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
 
-        self.model: Any = CLIPModel.from_pretrained(name, dtype=torch.float32)
+        self.model: Any = pretrained(
+            CLIPModel.from_pretrained, f"model={name!r}", name, dtype=torch.float32
+        )
         self.logit_scale = self.model.logit_scale.exp().item()  # before bfloat16 rounds it by 1 %
         self.model.to(dtype)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(processor)
+        option = f"{'model' if processor == name else 'processor'}={processor!r}"
+        self.tokenizer: Any = pretrained(AutoTokenizer.from_pretrained, option, processor)
         if len(self.tokenizer) < 256:  # transformers 5 makes an empty one up; CLIP's has all bytes
             raise ValueError(
                 f"{processor} has no tokenizer; set `processor` to the folder or hub id of one, "
@@ -154,12 +158,10 @@ class _Transformers(nn.Module):
             )
         self.size = self.model.config.vision_config.image_size
         self.mean, self.std, self.crop = CLIP_MEAN, CLIP_STD, True
-        try:
-            pixels: Any = CLIPImageProcessor.from_pretrained(processor)
-        except OSError:  # no preprocessor_config.json
-            return
-        self.mean, self.std = pixels.image_mean, pixels.image_std
-        self.crop = pixels.do_center_crop
+        pixels: Any = optional(CLIPImageProcessor.from_pretrained, option, processor, PREPROCESSING)
+        if pixels is not None:
+            self.mean, self.std = pixels.image_mean, pixels.image_std
+            self.crop = pixels.do_center_crop
 
     def tokenize(self, prompts: list[str]) -> Tensor:
         return self.tokenizer(
@@ -186,18 +188,25 @@ def _pooled(output: Any) -> Tensor:
 class _OpenClip(nn.Module):
     def __init__(self, name: str, dtype: torch.dtype):
         super().__init__()
-        import open_clip
-
+        try:
+            import open_clip
+        except ImportError as error:
+            raise LoadingError(
+                f"model={name!r} is open_clip's ({error}); pip install open_clip_torch"
+            ) from error
+        given = name
         if "::" not in name and not name.startswith(("hf-hub:", "local-dir:")):
             name = ("local-dir:" if Path(name).is_dir() else "hf-hub:") + name
         name, _, checkpoint = name.partition("::")
-        # require_pretrained: open_clip would otherwise warn and keep random weights.
-        self.model: Any = open_clip.create_model(
-            name, checkpoint or None, require_pretrained=True, weights_only=True
-        )
+        source = checkpoint or name.removeprefix("local-dir:").removeprefix("hf-hub:")
+        with reading(f"model={given!r}", source):
+            # require_pretrained: open_clip would otherwise warn and keep random weights.
+            self.model: Any = open_clip.create_model(
+                name, checkpoint or None, require_pretrained=True, weights_only=True
+            )
+            self.tokenize: Any = open_clip.get_tokenizer(name)
         self.logit_scale = self.model.logit_scale.exp().item()
         self.model.to(dtype)
-        self.tokenize: Any = open_clip.get_tokenizer(name)
         config: Any = open_clip.get_model_preprocess_cfg(self.model)
         height, width = (config["size"],) * 2 if isinstance(config["size"], int) else config["size"]
         mode = config.get("resize_mode", "shortest")

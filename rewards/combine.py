@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .base import Reward, evaluate, own_copies
+from .threads import Worker
 
 
 class Floor(NamedTuple):
@@ -47,7 +47,7 @@ class WeightedSum(nn.Module):
         self.parts, self.weights, self.floors = dict(parts), dict(weights), dict(floors or {})
         self.images, self.seconds = 0, 0.0  # scored so far, and the time it took
         self.rewards = nn.ModuleList([reward.freeze() for reward in self.parts.values()])
-        self._threads = ThreadPoolExecutor(len(self.parts), thread_name_prefix="reward")
+        self._workers = [Worker() for _ in self.parts] if len(self.parts) > 1 else []
 
     def forward(
         self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None
@@ -75,9 +75,12 @@ class WeightedSum(nn.Module):
             with torch.set_grad_enabled(gradient):
                 return self._one(name, images, prompts, metadata, held_out)
 
-        alone = gradient or len(self.parts) == 1
-        each = map(one, self.parts) if alone else self._threads.map(one, self.parts)
-        values = dict(zip(self.parts, each, strict=True))
+        if gradient or not self._workers:
+            values = {name: one(name) for name in self.parts}
+        else:
+            pairs = zip(self._workers, self.parts, strict=True)
+            futures = {name: worker.submit(one, name) for worker, name in pairs}
+            values = {name: future.result() for name, future in futures.items()}
         total = self.total(values, constraints=not held_out)
         self.images += len(images)
         self.seconds += time.perf_counter() - start
@@ -172,11 +175,16 @@ class WeightedSum(nn.Module):
         of weight 0 needs none."""
         for name, reward in self.parts.items():
             if not reward.differentiable and self.weights[name] != 0:
-                hint = reward.gradient_hint.format(name=name)
-                raise ValueError(
-                    f"rewards.{name} is not differentiable, and reward backpropagation needs "
-                    f"every reward to be: {hint}"
-                )
+                raise ValueError(no_gradient(name, reward))
+
+
+def no_gradient(name: str, reward: Any) -> str:
+    """The refusal of a reward without gradient, or of its class."""
+    hint = getattr(reward, "gradient_hint", Reward.gradient_hint).format(name=name)
+    return (
+        f"rewards.{name} is not differentiable, and reward backpropagation needs every reward to "
+        f"be: {hint}"
+    )
 
 
 def applies(name: str, metadata: Mapping[str, Any]) -> bool:
@@ -219,6 +227,13 @@ class Ensemble(Reward):
             raise ValueError(f"how={how!r} is not one of min, mean_std")
         if not isinstance(penalty, (int, float)) or penalty < 0:
             raise ValueError(f"penalty={penalty!r} is not a number from 0 up")
+
+    @classmethod
+    def has_gradient(cls, of: Any = (), **options: Any) -> bool | None:
+        from . import gradients_of
+
+        known = list(gradients_of(of).values())
+        return False if False in known else None if None in known else True
 
     def forward(self, images, prompts, metadata=None):
         members = self.members

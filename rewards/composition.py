@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .base import Reward
 from .clip import Clip
+from .loading import pretrained
 from .preprocess import quantize_pixels, resize
 
 # axis, and sign of the offset along it
@@ -254,11 +255,14 @@ class ZeroShot(nn.Module):
         super().__init__()
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-        self.model: Any = AutoModelForZeroShotObjectDetection.from_pretrained(name)
+        option = f"detector={name!r}"
+        self.model: Any = pretrained(
+            AutoModelForZeroShotObjectDetection.from_pretrained, option, name
+        )
         self.kind = self.model.config.model_type
         if self.kind not in (known := GROUNDING_DINO + OWL):
             raise ValueError(f"detector={name!r} is a {self.kind}; use one of {', '.join(known)}")
-        self.processor: Any = AutoProcessor.from_pretrained(name)
+        self.processor: Any = pretrained(AutoProcessor.from_pretrained, option, name)
         self.threshold = threshold
 
     @torch.no_grad()

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .base import Reward
-from .files import check_file, fetch
+from .files import check_file, fetch, read_tensors
+from .loading import LoadingError, pretrained
 from .preprocess import clip_pixels
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # ImageReward's own, of the MLP's values
@@ -72,7 +73,8 @@ class ImageReward(Reward):
         super().__init__()
         from transformers import AutoTokenizer
 
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(tokenizer)
+        option = f"tokenizer={tokenizer!r}"
+        self.tokenizer: Any = pretrained(AutoTokenizer.from_pretrained, option, tokenizer)
         self.max_length = max_length
         self.network = load(checkpoint, config, vision_heads)
         text = self.network.text.config
@@ -231,14 +233,9 @@ def imagereward_name(name: str) -> str:
 def _read(checkpoint: str) -> dict[str, Tensor]:
     path = fetch(checkpoint)
     try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise _refusal(checkpoint, f"no tensors can be read ({type(error).__name__})") from error
+        state = read_tensors(path, "it")
+    except LoadingError as error:
+        raise _refusal(checkpoint, f"no tensors can be read ({error})") from error
     state = state if isinstance(state, dict) else {}
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}
 

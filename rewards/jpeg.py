@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 
@@ -125,6 +126,10 @@ class Jpeg(Reward):
         self.differentiable = surrogate
 
     @classmethod
+    def has_gradient(cls, surrogate=False, **options):
+        return surrogate
+
+    @classmethod
     def check_options(cls, quality=95, **options):
         if not isinstance(quality, int) or not 1 <= quality <= 100:
             raise ValueError(f"quality={quality!r} is not an integer from 1 to 100")
@@ -132,3 +137,6 @@ class Jpeg(Reward):
     def forward(self, images, prompts, metadata=None):
         size = jpeg_kilobytes_surrogate if self.differentiable else jpeg_kilobytes
         return self.sign * size(images, self.quality)
+
+
+incompressibility = functools.partial(Jpeg, incompressible=True)

@@ -12,6 +12,7 @@ from .aesthetic import image_tower
 from .base import Reward
 from .clip import Clip, _guess_backend, _unit
 from .files import check_images, image_files, load_image
+from .loading import PREPROCESSING, optional, pretrained
 from .preprocess import IMAGENET_MEAN, IMAGENET_STD, clip_pixels
 
 CLASS_TOKEN_FIRST = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
@@ -52,7 +53,9 @@ class Similarity(Reward):
         self.references, self.reduce = references, reduce
         self._cache: dict[str, Tensor] = {}
         open_clip = _guess_backend(str(model)) == "open_clip"
-        kind = "clip" if open_clip else AutoConfig.from_pretrained(model).model_type
+        kind = "clip"
+        if not open_clip:
+            kind = pretrained(AutoConfig.from_pretrained, f"model={model!r}", model).model_type
         if kind not in ("clip", *CLASS_TOKEN_FIRST):
             raise ValueError(
                 f"model={model!r} is a {kind}; use a clip or one of {', '.join(CLASS_TOKEN_FIRST)}"
@@ -105,12 +108,16 @@ class Dino(nn.Module):
         super().__init__()
         from transformers import AutoImageProcessor, AutoModel
 
-        self.model: Any = AutoModel.from_pretrained(name, dtype=getattr(torch, dtype))
+        self.model: Any = pretrained(
+            AutoModel.from_pretrained, f"model={name!r}", name,
+            unused=r"^pooler\.", dtype=getattr(torch, dtype),
+        )  # fmt: skip
         self.pixels: dict[str, Any] = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
         self.pixels["size"] = self.model.config.image_size
-        try:
-            processor: Any = AutoImageProcessor.from_pretrained(name)
-        except OSError:  # no preprocessor_config.json
+        processor: Any = optional(
+            AutoImageProcessor.from_pretrained, f"model={name!r}", name, PREPROCESSING
+        )
+        if processor is None:
             return
         shortest = processor.size.get("shortest_edge")
         size = processor.crop_size["height"] if processor.do_center_crop else shortest

@@ -107,7 +107,11 @@ def build_sd(folder: Path, scheduler: Any) -> None:
 def build_sdxl(folder: Path) -> None:
     torch.manual_seed(0)
     StableDiffusionXLPipeline(
-        vae=vae(force_upcast=True),
+        vae=vae(
+            force_upcast=True,
+            latents_mean=[0.5, -1.0, 2.0, 0.3],
+            latents_std=[2.0, 3.0, 1.5, 2.5],
+        ),
         text_encoder=text_model(),
         text_encoder_2=text_model(CLIPTextModelWithProjection, 24, projection_dim=12),
         tokenizer=build_tokenizer(),

@@ -86,10 +86,10 @@ def random_rows(advantage):
     return matched(randn(n, *LATENT), randn(n, *LATENT), torch.rand(n).double(), advantage)
 
 
-def transitions(levels, eta, step, outputs, on_policy=False):
+def transitions(levels, eta, step, outputs, on_policy=False, kernel="flow_sde"):
     """Rows of a flow SDE that the output "old" drew, and their policy."""
     n = len(step)
-    how = Sampling(levels, "flow_sde", eta, 1.0)
+    how = Sampling(levels, kernel, eta, 1.0)
     policy = Outputs(**outputs)
     batch = Batch(how, None, randn(n, *LATENT), levels[step], randn(n), randn(n), on_policy, step)
     with policy.adapter("old"):

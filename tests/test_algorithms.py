@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import replace
 
 import helpers_algorithms
@@ -286,16 +287,28 @@ def test_nft_schedules():
     assert values["late"] == pytest.approx([0, 0, 0, 0.1875, 0.999])
 
 
-def test_measures_of_the_distance_to_the_base():
+@pytest.mark.parametrize("kernel", ["flow_sde", "dance_sde", "cps", "ddim"])
+def test_measures_of_the_distance_to_the_base(kernel):
     step = torch.tensor([2, 5])
     outputs = {k: randn(2, *LATENT) for k in ("default", "old", "base")}
-    policy, batch = transitions(SD3, 0.7, step, outputs, on_policy=True)
-    sigma, dt = SD3.sigma[step].double(), (SD3.sigma[step] - SD3.sigma[step + 1]).double()
-    g2 = 0.7**2 * sigma / (1 - sigma)
-    # the mean of a flow SDE is linear in the velocity
+    policy, batch = transitions(SD3, 0.7, step, outputs, on_policy=True, kernel=kernel)
+    sigma, following = SD3.sigma[step].double(), SD3.sigma[step + 1].double()
+    dt = sigma - following
     delta = (outputs["default"] - outputs["base"]).square().flatten(1).mean(1)
-    moved = (dt * (1 + g2 * (1 - sigma) / (2 * sigma))).square() * delta
-    expected = {"g_sqrt_dt": moved / (2 * g2 * dt), "g": moved / (2 * g2), "velocity": delta}
+    # every mean is linear in the velocity
+    if kernel.endswith("sde"):
+        g2 = 0.7**2 * (sigma / (1 - sigma) if kernel == "flow_sde" else torch.ones(2))
+        moved = (dt * (1 + g2 * (1 - sigma) / (2 * sigma))).square() * delta
+        true, published = moved / (2 * g2 * dt), moved / (2 * g2)
+    else:
+        s = following * math.sin(0.7 * math.pi / 2)
+        if kernel == "ddim":
+            ratio = (1 - sigma) * following / ((1 - following) * sigma)
+            s = 0.7 * following * (1 - ratio.square()).sqrt()
+        keep = (following.square() - s.square()).sqrt()
+        moved = (keep * (1 - sigma) - (1 - following) * sigma).square() * delta
+        true = published = moved / (2 * s.square())
+    expected = {"g_sqrt_dt": true, "g": published, "velocity": delta}
     plain, _ = DDPO().loss(policy, batch)
     for kl, distance in expected.items():
         loss, metrics = DDPO(kl=kl, kl_weight=3.0).loss(policy, batch)
@@ -303,6 +316,15 @@ def test_measures_of_the_distance_to_the_base():
         torch.testing.assert_close(
             loss - plain, 3 * distance.mean(), rtol=1e-5, atol=1e-8, check_dtype=False
         )
+
+
+def test_dpok_weighs_its_distance_as_the_reference():
+    """100 times the policy gradient, and 0.01 times the square of the outputs' difference."""
+    outputs = {k: randn(3, *LATENT) for k in ("default", "old", "base")}
+    policy, batch = transitions(SD3, 0.7, torch.tensor([1, 4, 6]), outputs, on_policy=True)
+    loss, _ = DPOK().loss(policy, batch)
+    distance = (outputs["default"] - outputs["base"]).square().mean()
+    close(100 * loss, -100 * batch.advantage.mean() + 0.01 * distance, 1e-5)
 
 
 def test_the_anchor_of_forward_matching():

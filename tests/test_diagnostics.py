@@ -1,4 +1,4 @@
-"""What watches a run and what moves its weights: diversity, guard, schedules, averages."""
+"""Diversity, and what moves the weights of a run: schedules, averages."""
 
 import sys
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ from diffalign import TrainConfig, policies
 from diffalign.advantages import combined_advantages, group_advantages
 from diffalign.config import AdvantageConfig, OptimConfig
 from diffalign.decoding import ConfigError
-from diffalign.diagnostics import Guard, diversity, thumbnails
+from diffalign.diagnostics import diversity, thumbnails
 from diffalign.optimisation import Optimisation
 from diffalign.plan import Plan
 from diffalign.policies import lora
@@ -57,172 +57,6 @@ def test_thumbnails_are_means_over_areas():
     torch.testing.assert_close(small, expected.detach())
 
 
-NOISE = torch.tensor([-0.3, 0.1, 0.4, -0.2])  # mean 0
-
-
-def seen(reward, noise=0.0, **judges):
-    """Scores of four pictures with these means."""
-    means = {"reward": reward, **judges}
-    return {k: (v + torch.arange(4.0) + noise * NOISE).tolist() for k, v in means.items()}
-
-
-def guard(*judges, drop=2.0, least=0.7):
-    return Guard(drop, least, judges or ("clip",))
-
-
-def test_the_first_evaluation_is_never_flagged():
-    watch = guard()
-    assert watch.see(seen(1.0, clip=-5.0), 0.0) == []
-    assert watch.is_best
-
-
-def test_a_judge_that_falls_while_the_reward_rises_is_flagged():
-    watch = guard()
-    watch.see(seen(1.0, clip=5.0), 0.2)
-    (wrong,) = watch.see(seen(2.0, noise=1.0, clip=4.5), 0.2)
-    error = NOISE.std().item() / 2
-    assert wrong == f"clip fell by 0.5 ± {error:.2g} from its best"
-    assert not watch.is_best
-
-
-def test_a_judge_that_falls_with_the_reward_is_not_over_optimised():
-    watch = guard()
-    watch.see(seen(1.0, clip=5.0), 0.2)
-    assert watch.see(seen(0.9, clip=1.0), 0.0) == []
-    assert watch.see(seen(1.0, clip=1.0), 0.0) == []
-
-
-def test_a_fall_within_the_error_is_not_flagged():
-    error = NOISE.std().item() / 2
-    for fall, drop, flagged in [(1.9, 2.0, False), (2.1, 2.0, True), (2.1, 3.0, False)]:
-        watch = guard(drop=drop)
-        watch.see(seen(1.0, clip=5.0), None)
-        wrong = watch.see(seen(2.0, noise=1.0, clip=5.0 - fall * error), None)
-        assert bool(wrong) is flagged
-
-
-def test_a_fall_counts_from_the_best_not_from_the_base():
-    watch = guard()
-    watch.see(seen(1.0, clip=5.0), None)
-    assert watch.see(seen(2.0, clip=7.0), None) == []
-    assert len(watch.see(seen(3.0, clip=6.0), None)) == 1
-
-
-def test_diversity_below_the_share_is_flagged():
-    watch = guard()
-    watch.see(seen(1.0, clip=5.0), 0.2)
-    assert watch.see(seen(2.0, clip=5.0), 0.141) == []
-    (wrong,) = watch.see(seen(2.0, clip=5.0), 0.1)
-    assert wrong == "diversity fell to 50% of the base model's"
-    assert watch.see(seen(2.0, clip=5.0), None) == []
-    without = Guard(2.0, 0.7, [])
-    without.see(seen(1.0), 0.2)
-    assert len(without.see(seen(2.0), 0.1)) == 1
-    assert not without.is_best
-
-
-def test_best_is_by_the_sum_of_judges_each_over_its_spread_on_the_base():
-    watch = guard("clip", "jpeg")
-    base = {"reward": [0.0] * 4, "clip": [0.0, 1.0, 2.0, 3.0], "jpeg": [0.0, 10.0, 20.0, 30.0]}
-    watch.see(base, None)
-
-    def best(clip, jpeg):
-        now = {"clip": [v + clip for v in base["clip"]], "jpeg": [v + jpeg for v in base["jpeg"]]}
-        watch.see({"reward": [1.0] * 4, **now}, None)
-        return watch.is_best
-
-    assert not best(-1.0, 9.0)  # of a spread ten times as wide
-    assert best(1.0, -9.0)
-    assert not best(1.0, -9.0)
-    assert best(-1.0, 12.0)
-
-
-def test_the_guard_goes_on_where_it_stopped(tmp_path):
-    watch, resumed = guard(), guard()
-    watch.see(seen(1.0, clip=5.0), 0.2)
-    watch.see(seen(2.0, clip=7.0), 0.2)
-    torch.save(watch.state_dict(), tmp_path / "state.pt")
-    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    now = seen(3.0, noise=1.0, clip=6.0), 0.1
-    assert resumed.see(*now) == watch.see(*now)
-    assert len(resumed.see(*now)) == 2
-
-
-LEVELS = []  # what `judge` says at its next calls
-
-
-def judge(images, prompts):
-    return LEVELS.pop(0) + torch.linspace(0, 0.1, len(images))
-
-
-JUDGED = {"eval.rewards": {"judge": {"type": "test_diagnostics:judge"}}, "eval.every": 1}
-
-
-@pytest.fixture
-def judged(make, monkeypatch):
-    """judged(levels, run, **options) -> Trainer whose reward rises, with a judge that goes along
-    the levels: the base's first, then one an epoch."""
-
-    def judged(levels, run="a", **options):
-        monkeypatch.setattr(sys.modules[__name__], "LEVELS", list(levels))
-        return make("draft", run=run, **JUDGED, **options)
-
-    return judged
-
-
-def over_optimised(trainer):
-    return [row.get("over_optimised") for row in read_metrics(trainer.dir)]
-
-
-def test_guard_stops_and_keeps_the_best_weights(judged):
-    levels = [0.0, 1.0, 2.0, 1.5, 9.0]
-    trainer = judged(levels, **{"train.epochs": 4, "eval.guard": "stop"})
-    trainer.train()
-    assert over_optimised(trainer) == [None, 0.0, 0.0, 1.0]
-    assert (trainer.dir / lora.WEIGHTS).exists()
-    judged(levels, run="two", **{"train.epochs": 2}).train()
-    best = load_file(trainer.dir / "best" / lora.WEIGHTS)
-    expected = load_file(trainer.dir.parent / "two" / lora.WEIGHTS)
-    assert best.keys() == expected.keys()
-    assert all(torch.equal(best[k], expected[k]) for k in best)
-    last = load_file(trainer.dir / lora.WEIGHTS)
-    assert any(not torch.equal(best[k], last[k]) for k in best)
-
-
-def test_guard_warns_and_goes_on(judged, capfd):
-    trainer = judged([0.0, 1.0, 0.5, 2.0], **{"train.epochs": 3})
-    trainer.train()
-    assert over_optimised(trainer) == [None, 0.0, 1.0, 0.0]
-    shown = capfd.readouterr()
-    assert "epoch 2: over-optimised, judge fell by 0.5" in shown.out + shown.err
-
-
-def test_guard_that_is_off_says_and_writes_nothing(judged, capfd):
-    trainer = judged([0.0, 1.0, 0.5], **{"train.epochs": 2, "eval.guard": "off"})
-    trainer.train()
-    shown = capfd.readouterr()
-    assert "over-optimised" not in shown.out + shown.err
-    assert not (trainer.dir / "best").exists()
-    assert over_optimised(trainer) == [None] * 3
-
-
-def test_guard_names_best_weights_only_where_they_were_written(judged, capfd):
-    """Where no epoch was better than the base model there are none."""
-    trainer = judged([1.0, 0.5], **{"train.epochs": 1})
-    trainer.train()
-    assert over_optimised(trainer) == [None, 1.0]
-    shown = capfd.readouterr()
-    named = str(trainer.dir / "best") in shown.out + shown.err
-    assert named == (trainer.dir / "best").exists()
-
-
-def test_guard_of_a_resumed_run_knows_the_best(judged):
-    judged([0.0, 2.0], **{"train.epochs": 1}).train()
-    trainer = judged([0.0, 1.0], resume=True, **{"train.epochs": 2})
-    trainer.train()
-    assert over_optimised(trainer) == [None, 0.0, 1.0]
-
-
 class Weights:
     """What an Optimisation asks of a policy."""
 
@@ -257,8 +91,7 @@ def step(o):
 def test_learning_rates_are_those_of_the_diffusers_scheduler(schedule, warmup):
     options = {"lr_schedule": schedule, "warmup": warmup}
     optimiser = torch.optim.AdamW([nn.Parameter(torch.ones(1))], 1e-2)
-    name = "constant_with_warmup" if (schedule, warmup) == ("constant", 3) else schedule
-    reference = get_scheduler(name, optimiser, num_warmup_steps=warmup, num_training_steps=12)
+    reference = get_scheduler(schedule, optimiser, num_warmup_steps=warmup, num_training_steps=12)
     expected = []
     for _ in range(12):
         expected.append(reference.get_last_lr()[0])
@@ -269,9 +102,8 @@ def test_learning_rates_are_those_of_the_diffusers_scheduler(schedule, warmup):
     resumed = optimisation(**options)
     resumed.load_state_dict(first.state_dict())
     used += [step(resumed) for _ in range(7)]
+    expected[:warmup] = [1e-2 * (n + 1) / warmup for n in range(warmup)]  # none is 0
     assert used == pytest.approx(expected)
-    if warmup:
-        assert used[0] == 0.0
 
 
 def test_resumed_optimiser_moves_weights_as_if_it_had_not_stopped():
@@ -396,9 +228,31 @@ def test_normalised_is_the_weighted_mean_of_advantages():
 
 
 def test_gdpo_divides_by_the_spread_over_the_epoch():
+    """GDPO's equations, whatever advantage.std is."""
     spread = ((1 + 1 + 0.25 + 0.25) / 4) ** 0.5
-    close(combined("gdpo"), [x / spread for x in (-1.0, 1.0, -0.5, 0.5)])
+    for options in ({}, {"std": AdvantageConfig().std}, {"std": "global"}):
+        close(combined("gdpo", **options), [x / spread for x in (-1.0, 1.0, -0.5, 0.5)])
     assert combined("gdpo").std(correction=0).item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("std", ["group", "global"])
+@pytest.mark.parametrize("combine", ["normalised", "gdpo"])
+def test_a_missing_reward_does_not_dilute_the_others(combine, std):
+    """Four prompts: scored by both, by a, by b, by none, and one image of the first lacks b."""
+    groups = torch.arange(4).repeat_interleave(3)
+    a, b = torch.randn(2, 12, generator=torch.Generator().manual_seed(0))
+    a[6:], b[3:6], b[9:], b[2] = torch.nan, torch.nan, torch.nan, torch.nan
+    total = 3 * a.nan_to_num(0) - b.nan_to_num(0)
+    config = AdvantageConfig(combine=combine, std=std, clip=100.0)
+    found = combined_advantages(total, {"a": a, "b": b}, WEIGHTS, groups, config)
+    std = "group" if combine == "gdpo" else std
+    of_a, of_b = (group_advantages(x, groups, std) for x in (a, b))
+    expected = torch.cat([(3 * of_a - of_b)[:2] / 4, of_a[2:6], -of_b[6:9], torch.zeros(3)])
+    if combine == "gdpo":
+        expected = expected / (expected[:9].std(correction=0) + 1e-4)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    nothing = {k: torch.full((12,), torch.nan) for k in "ab"}
+    assert not combined_advantages(nothing["a"], nothing, WEIGHTS, groups, config).any()
 
 
 @pytest.mark.parametrize("combine", ["normalised", "gdpo"])
@@ -431,7 +285,7 @@ def test_advantages_in_training_are_the_combined_ones(make):
     parts = {"redness": PARTS["a"], "jpeg": PARTS["b"]}
     total = 3 * PARTS["a"] - PARTS["b"]
     advantage, whitened, _ = trainer._advantages(total, parts, GROUPS)
-    assert torch.equal(advantage, combined("gdpo", std="global"))
+    assert torch.equal(advantage, combined("gdpo"))
     close(whitened, [x / 34.75**0.5 for x in (-9.5, 6.5, 0.5, 2.5)])
 
 
@@ -504,19 +358,47 @@ def plan(pipelines, tmp_path):
 BRANCH = {"window": 1, "window_schedule": "branch", "same_noise": True}
 
 
-@pytest.mark.parametrize(("size", "valid"), [(6, [4, 8]), (9, [8, 12]), (2, [4]), (4, []), (8, [])])
+@pytest.mark.parametrize(
+    ("size", "valid"),
+    [(6, [8, 12]), (9, [8, 12]), (14, [12, 16]), (2, [8, 12]), (4, [8, 12]), (8, []), (12, [])],
+)
 def test_branches_share_the_pictures_of_a_prompt_evenly(plan, size, valid):
+    """And every step has two or more of them, since one alone has the advantage 0."""
     if not valid:
         assert plan("flow_grpo", BRANCH, size).samples == 2 * size
         return
     with pytest.raises(ConfigError) as caught:
         plan("flow_grpo", BRANCH, size)
-    wanted = " or ".join(map(str, valid))
     assert str(caught.value) == (
-        f"data.group_size={size} is not a multiple of the 4 steps that branch; use {wanted}"
+        f"data.group_size={size} does not give every one of the 4 steps that branch the same "
+        f"number of images, 2 or more to compare; use {valid[0]} or {valid[1]}, or a shorter "
+        "sampler.window_range"
     )
     for right in valid:
         plan("flow_grpo", BRANCH, right)
+
+
+ODE = r"^sampler\.kernel=ode is deterministic.*use ddim or cps, or for a flow model flow_sde"
+ETA = r"^sampler\.eta=0 makes sampler\.kernel=ddim deterministic.*raise sampler\.eta$"
+ONE = r"^sampler\.steps=1 is the last step alone, which sampler\.kernel=cps.*use 2 steps or more"
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        ({"kernel": "ode"}, ODE),
+        ({"kernel": "ode", "eta": 0.0, "steps": 1}, ODE),
+        ({"eta": 0.0}, ETA),
+        ({"kernel": "cps", "steps": 1}, ONE),
+    ],
+)
+def test_a_sampler_without_chance_is_refused_by_its_reason(plan, sampler, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        plan("ddpo", sampler)
+    assert ("raise" in str(caught.value)) is (message == ETA)
+    shared = message.replace("^", "makes all images of a prompt alike, since ").replace("$", ",")
+    with pytest.raises(ConfigError, match=shared):
+        plan("nft", sampler | {"same_noise": True})
 
 
 def test_windows_cover_only_steps_with_chance(plan):

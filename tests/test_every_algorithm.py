@@ -188,7 +188,7 @@ def test_nft_rollouts_are_drawn_by_the_old_policy(make):
         move(trainer)
         if shift:
             perturb(trainer.policy)
-        finals.append(trainer._sample(0, []).paths.final)
+        finals.append(trainer._sample(0).paths.final)
     assert torch.equal(*finals)
 
 

@@ -441,6 +441,42 @@ def test_budgets_end_a_search_with_the_step_that_uses_them_up(name):
     assert len(search(task, build(name, options)(task), Budget(seconds=1e-9))[0].trace) == 1
 
 
+ALONE = {  # with budgets that end some of them on the way
+    "best_of_n": {"n": 40},
+    "random_search": {"rounds": 5},
+    "zero_order": {"rounds": 30, "neighbours": 3, "cosine": 0.8},
+    "paths": {"start": 0.5, "forward": 0.25, "backward": 0.5},
+    "reno": {"lr": 1.0, "iterations": 40},
+    "dno": {"lr": 0.1, "iterations": 40, "block": 2, "permutations": 2},
+    "smc": {"strength": 2.0},
+    "flow_map": {"strength": 2.0},
+    "universal_guidance": {"strength": 0.1},
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_each_prompt_finds_what_it_finds_alone_for_what_it_costs_alone(name):
+    """Whatever else is searched for at once; and no call is made beyond the budgets."""
+    method = build(name, ALONE[name])
+    together, budget = toy("flow_sde", 0.7), Budget(denoiser_calls=8 * 25.5)
+    found = search(together, method(together), budget)
+    calls = 0
+    for i, text in enumerate("0123"):
+        alone = replace(toy("flow_sde", 0.7), prompts=[Prompt(text)], seeds=[i])
+        (own,) = search(alone, method(alone), budget)
+        assert found[i].reward == pytest.approx(own.reward, rel=1e-3)
+        torch.testing.assert_close(found[i].image, own.image, atol=1e-3, rtol=1e-3)
+        assert found[i].trace[-1]["denoiser_calls"] == own.trace[-1]["denoiser_calls"]
+        assert own.trace[-1]["denoiser_calls"] == alone.policy.calls
+        calls += alone.policy.calls
+    assert together.policy.calls == calls
+    taken = [result.trace[-1]["denoiser_calls"] for result in found]
+    if name in ("best_of_n", "random_search"):
+        assert taken == [8 * 26] * 4  # the picture that uses the budget up is the last
+    if name == "zero_order":
+        assert len(set(taken)) > 1  # who restarts has one more picture to draw
+
+
 def test_ctrl_c_keeps_the_best():
     def interrupted(task):
         yield from islice(build("best_of_n", {"n": 8})(task), 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
 import re
@@ -18,12 +20,14 @@ from diffalign import TrainConfig, Trainer, cli, film, pictures, report
 from diffalign.report.charts import Axis, Line, chart, number
 from diffalign.report.run import read, short_names
 from diffalign.tracking import Tracker
+from diffalign.verdict import VERDICTS
 
 NASTY = """a "dog" <script>alert('x')</script> & <b>bold</b> ${body} 猫"""
 
 
-def fake_run(folder, epochs=4, prompts=6, size=(16, 16), seed=0, kl=True, flagged=(), **config):
-    """A run folder as training leaves it, evaluated every epoch; pictures are noise."""
+def fake_run(folder, epochs=4, prompts=6, size=(16, 16), seed=0, kl=True, verdicts=(), **config):
+    """A run folder as training leaves it, evaluated every epoch; pictures are noise. verdicts:
+    the guard's, by epoch."""
     texts = [NASTY, *(f"prompt {i}" for i in range(1, prompts))]
     tracker, generator = Tracker(folder), torch.Generator().manual_seed(seed)
     for epoch in range(epochs + 1):
@@ -33,7 +37,8 @@ def fake_run(folder, epochs=4, prompts=6, size=(16, 16), seed=0, kl=True, flagge
         row = {f"eval/{k}": sum(v) / len(v) for k, v in scores.items()} | {"eval/diversity": 0.2}
         if epoch:
             row |= {"reward_mean": epoch / 3, "denoiser_calls": 100, "reward_calls": 8}
-            row |= {"seconds": 90.0, "reward_seconds": 9.0, "over_optimised": epoch in flagged}
+            row |= {"seconds": 90.0, "reward_seconds": 9.0}
+            row |= {name: dict(verdicts).get(epoch) == name for name in VERDICTS}
         tracker.log(epoch, row)
         drawn = [
             Image.fromarray(
@@ -127,7 +132,7 @@ def test_large_pictures_are_shrunk_to_fit_on_a_sheet():
 
 
 def test_report_of_a_run(tmp_path):
-    path = report.write([fake_run(tmp_path / "run", flagged=(3,))])
+    path = report.write([fake_run(tmp_path / "run", verdicts={3: "over_optimised"})])
     assert path == tmp_path / "run" / "report.html"
     page = Page(path)
     assert "<script>alert" not in page.source
@@ -152,6 +157,69 @@ def test_report_of_a_run(tmp_path):
     assert len(re.findall(r'<img data-column="0" class="left "', page.source)) == 6
     assert len(re.findall(r'<img data-column="4" class="right"', page.source)) == 6
     assert page.source.count("<img") == 6 * 5
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "said"),
+    [
+        (
+            {1: "improved", 4: "improved"},
+            "Improved (at the last of 4 evaluations): the held-out reward rose by more than chance "
+            "explains, and neither a judge nor the diversity was found to fall.",
+        ),
+        (
+            {1: "improved"},
+            "No significant change (at the last of 4 evaluations): the held-out reward neither",
+        ),
+        (
+            {3: "over_optimised", 4: "over_optimised"},
+            "Over-optimised from epoch 3 (2 of 4 evaluations): a judge or the diversity fell while "
+            "the reward was above the base model’s.",
+        ),
+        (
+            {2: "over_optimised", 3: "collapsed", 4: "collapsed"},
+            "Over-optimised from epoch 2 (1 of 4 evaluations): a judge or the diversity fell while "
+            "the reward was above the base model’s. Collapsed from epoch 3 (2 of 4 evaluations): a "
+            "judge or the diversity fell, and the reward did not rise.",
+        ),
+        (
+            {1: "failed", 4: "improved"},
+            "Failed from epoch 1 (1 of 4 evaluations): the reward fell below the base model’s. "
+            "Improved (at the last of 4 evaluations)",
+        ),
+    ],
+)
+def test_verdicts_in_words(tmp_path, verdicts, said):
+    run = fake_run(tmp_path, verdicts=verdicts)
+    page = Page(report.write([run]))
+    assert said in page.text
+    assert "Not found" not in page.text
+    assert "No judge" not in page.text
+    first = min((e for e, name in verdicts.items() if name != "improved"), default=None)
+    words = {"over_optimised": "over-optimised"}
+    if first is None:
+        assert 'class="warn"' not in page.source
+    else:
+        name = words.get(verdicts[first], verdicts[first])
+        assert page.source.count(f">{name}</text>") == 6  # in every chart over epochs
+
+
+def test_verdicts_without_judges_and_of_runs_that_knew_one_only(tmp_path):
+    run = fake_run(tmp_path, verdicts={4: "improved"}, eval={})
+    page = Page(report.write([run]))
+    assert "explains, and the diversity did not fall. No judge watched" in page.text
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for row in lines:
+        row["eval/reward"], row["improved"] = None, False
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    assert "the held-out reward cannot be compared over the run" in Page(report.write([run])).text
+    for row in lines:
+        for name in VERDICTS[1:]:
+            row.pop(name, None)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    page = Page(report.write([run]))
+    assert "Not found over-optimised in 4 evaluations." in page.text
+    assert "Improved" not in page.text
 
 
 def test_a_part_that_is_the_reward_is_left_out(tmp_path):
@@ -189,6 +257,101 @@ def test_odd_runs(tmp_path, rows, said):
         assert missing not in page.text
 
 
+SHEET, TABLE = "pictures/epoch_0004.webp", "pictures/epoch_0004.json"
+ONE = b'{"epoch": 4, "size": [16, 16], "prompts": ["a"], "scores": %s}'
+SMALL = io.BytesIO()
+Image.new("RGB", (8, 8)).save(SMALL, "WEBP")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("metrics.jsonl", b'{"step": 0}\n{"step": 1, "x": "y"}\n{}\n', ":2 is not a row"),
+        ("metrics.jsonl", b'{"step": 0}\n{"ste\n{"step": 2}\n', ":2 is not a row of metrics"),
+        ("metrics.jsonl", b'{"step": 0}\n\xff\n', ":2: byte 0xff at offset 12 is not UTF-8"),
+        ("config.yaml", b"train: {lr: 1", ":1: "),
+        ("config.yaml", b"train: 3", ": train is 3, no section of settings"),
+        (SHEET, b"RIFF", " cannot be read as a picture ("),
+        (SHEET, SMALL.getvalue(), " is too small for its pictures; remove it"),
+        (TABLE, b'{"epoch": 4, "pro', " cannot be read ("),
+        (TABLE, b"[1]", " cannot be read ("),
+        (TABLE, ONE[:-15], " cannot be read ("),
+        (TABLE, ONE % b'{"reward": [[1.0], [2.0]]}', "the scores 'reward' are not those of 1"),
+        (TABLE, ONE % b'{"reward": [["high"]]}', "the scores 'reward' are not those of 1"),
+        (TABLE, ONE.replace(b"16, 16", b"0, 16") % b"{}", "it has no pictures"),
+    ],
+)  # fmt: skip
+def test_a_damaged_run_is_said_to_be(tmp_path, file, content, message, capsys):
+    run = fake_run(tmp_path / "run")
+    (run / file).write_bytes(content)
+    for command in ("report", "film") if file in (SHEET, TABLE) else ("report",):
+        assert cli._command(command)([str(run)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {run / file}")
+        assert message in error
+
+
+def test_a_sheet_cut_short_is_said_to_be(tmp_path):
+    run = fake_run(tmp_path / "run")
+    whole = (run / SHEET).read_bytes()
+    for length in (0, 20, len(whole) // 2, len(whole) - 1):
+        (run / SHEET).write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"epoch_0004\.webp cannot be read"):
+            report.write([run])
+
+
+def test_settings_of_another_version_are_shown_and_not_understood(tmp_path):
+    run = fake_run(tmp_path / "run")
+    other = "rewards: {jpeg: 1}\neval: {rewards: [clip]}\ntrain: {epochs: many, lr: 0.1}\n"
+    (run / "config.yaml").write_text(f"{other}model: {{name: [1]}}\ndata: null\nnew: {{key: 7}}\n")
+    text = Page(report.write([run])).text
+    assert "Learning rate 0.1" in text
+    assert "epochs: many" in text
+    assert "key: 7" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "out", "message"),
+    [
+        ("report", "folder", "--out '.*folder' is a folder; give the name of a file in it"),
+        ("report", "file/report.html", "file is a file, and no folder to write to"),
+        ("film", "file", "file is a file, and no folder to write to"),
+    ],
+)
+def test_places_that_cannot_be_written_to(tmp_path, command, out, message, capsys):
+    run = fake_run(tmp_path / "run")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    assert cli._command(command)([str(run), "--out", str(tmp_path / out)]) == 1
+    assert re.search(f"error: .*{message}", capsys.readouterr().err)
+
+
+def test_a_full_disk_is_said_to_be(tmp_path, monkeypatch, capsys):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    run = fake_run(tmp_path / "run")
+    monkeypatch.setattr("os.replace", full)
+    assert cli.report([str(run)]) == 1
+    assert capsys.readouterr().err == (
+        f"error: {run / 'report.html'}: cannot be written: No space left on device\n"
+    )
+
+
+def test_a_run_of_one_evaluation_and_none(tmp_path, capsys):
+    run = fake_run(tmp_path / "run", epochs=0)
+    assert len(list((run / "pictures").glob("*.json"))) == 1
+    assert cli._command("film")([str(run)]) == 0
+    assert Image.open(run / "film.webp").n_frames == 1
+    shutil.rmtree(run / "pictures")
+    capsys.readouterr()
+    for folder in (run, tmp_path, tmp_path / "nothing"):
+        assert cli._command("film")([str(folder)]) == 1
+        assert "holds no pictures/epoch_*.json" in capsys.readouterr().err
+    assert cli._command("film")([str(run), "--cell", "0"]) == 1
+    assert "--cell 0 is too few; use 1 or more" in capsys.readouterr().err
+
+
 def test_runs_without_kl_or_single_pictures(tmp_path):
     folder = fake_run(tmp_path / "run", kl=False)
     shutil.rmtree(folder / "pictures")
@@ -201,11 +364,11 @@ def test_runs_without_kl_or_single_pictures(tmp_path):
 
 
 def test_several_runs(tmp_path, monkeypatch, capsys):
-    a = fake_run(tmp_path / "a" / "run", flagged=(2,))
+    a = fake_run(tmp_path / "a" / "run", verdicts={2: "over_optimised"})
     b = fake_run(tmp_path / "b" / "run", epochs=2, train={"epochs": 2, "lr": 5e-4})
     other = fake_run(tmp_path / "other", seed=1)
     monkeypatch.chdir(tmp_path)
-    assert cli._command("report")([str(a), str(b)]) == 0
+    assert cli.report([str(a), str(b)]) == 0
     assert capsys.readouterr().out == "report.html\n"
     page = Page(tmp_path / "report.html")
     assert "2 runs" in page.text
@@ -217,9 +380,9 @@ def test_several_runs(tmp_path, monkeypatch, capsys):
     assert page.source.count('class="line run1"') == 5 + 3  # over cost, and against the distance
     page = Page(report.write([a, other], tmp_path / "two.html"))
     assert re.findall(r"<option[^>]*>([^<]*)", page.source)[:2] == ["run: base", "other: base"]
-    assert cli._command("report")([str(a), str(a)]) == 1
+    assert cli.report([str(a), str(a)]) == 1
     assert "one is given twice" in capsys.readouterr().err
-    assert cli._command("report")([str(tmp_path)]) == 1
+    assert cli.report([str(tmp_path)]) == 1
     assert "no metrics.jsonl" in capsys.readouterr().err
 
 
@@ -291,9 +454,7 @@ def test_numbers():
 
 def test_film(tmp_path, capsys):
     folder = fake_run(tmp_path / "run", epochs=3)
-    assert (
-        cli._command("film")([str(folder), "--prompts", "5", "--epochs", "3", "--cell", "32"]) == 0
-    )
+    assert cli.film([str(folder), "--prompts", "5", "--epochs", "3", "--cell", "32"]) == 0
     assert capsys.readouterr().out.split() == [
         str(folder / f"film.{s}") for s in ("png", "webp", "gif")
     ]
@@ -305,7 +466,7 @@ def test_film(tmp_path, capsys):
         assert shown.width == 3 * 40 + 8  # five pictures are rows of three and two
     with pytest.raises(ValueError, match=r"holds no pictures/epoch_\*\.json"):
         film.film(tmp_path)
-    assert cli._command("film")([str(folder), "--epochs", "1"]) == 1
+    assert cli.film([str(folder), "--epochs", "1"]) == 1
     assert "--epochs 1 is too few; use 2 or more" in capsys.readouterr().err
 
 
@@ -398,7 +559,7 @@ console.error("the last message");
 @pytest.mark.skipif(not CHROMIUM, reason="there is no chromium")
 def test_in_a_browser(tmp_path):
     """No message on the console, no sideways scrolling, and the controls do what they say."""
-    run = fake_run(tmp_path / "run", flagged=(3,))
+    run = fake_run(tmp_path / "run", verdicts={3: "over_optimised"})
     path = report.write([run])
     path.write_text(path.read_text("utf-8").replace("</body>", PROBE), "utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]

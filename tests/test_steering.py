@@ -435,7 +435,7 @@ def test_critique_keeps_what_is_better_under_the_original_prompt(tiny, family):
         other = replace(task, prompts=[Prompt(text)] * 2)
         values[text] = draw(other, [0], task.noise([0])).total.item()
     low, high = sorted(("a big red dog", "a hat"), key=values.__getitem__)
-    judge = Colours(low, "a cat", high, None)
+    judge = Colours(low, None, high)
     seen[:] = []
     with pytest.warns(UserWarning, match="'a cat' is not refined"):
         plain, *steps = critique(task, 2, judge=judge)
@@ -447,9 +447,9 @@ def test_critique_keeps_what_is_better_under_the_original_prompt(tiny, family):
         assert torch.equal(step.noise, plain.noise[:1])
     chosen = max(("a red dog", low, high), key=values.__getitem__)
     first = "a red dog" if values[low] <= best else low
-    assert [asked[1] for asked in judge.asked] == ["a red dog", "a cat", first, "a cat"]
+    assert [asked[1] for asked in judge.asked] == ["a red dog", "a cat", first]
     assert judge.asked[2][2] == "not a red dog"
-    again = Colours(low, "a cat", high, None)
+    again = Colours(low, None, high)
     with pytest.warns(UserWarning, match="is not refined"):
         results = search(task, critique(task, 2, judge=again), Budget())
     assert [result.prompt for result in results] == ["a red dog", "a cat"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import helpers_algorithms
 import pytest
 import torch
@@ -20,6 +22,7 @@ from diffalign.algorithms.refl import ReFL
 from diffalign.dynamics import (
     noised,
 )
+from diffalign.learning import Rollout
 from diffalign.policies import Cond
 from diffalign.rollout import (
     Noise,
@@ -168,12 +171,12 @@ def test_draft_lv_averages_over_its_copies(make, monkeypatch, kind, renoised):
     trainer = make("draft", kind=kind, **{"algorithm.renoised": renoised, "sampler.kernel": "ode"})
     perturb(trainer.policy)
     policy, how, parameters = trainer.policy, trainer.sampling, trainer.optimisation.trained
-    plans = trainer.learner.surrogates(0)
-    data = trainer._sample(0, plans)
+    data, (plan,) = trainer._sample(0), trainer.learner.surrogates(0)
+    states = trainer.learner._draw(data, torch.arange(4), plan)
     seeds = [sample_seed(0, *key, "renoise") for key in data.keys]
     noise, level = Noise(seeds, policy.latent_shape, policy.device), how.levels[3]
-    starts = [data.paths.states[:, 3]]
-    starts += [noised(data.paths.final, noise.draw(), level) for _ in range(renoised)]
+    starts = [states[:, 3]]
+    starts += [noised(states[:, 4], noise.draw(), level) for _ in range(renoised)]
     expected = []
     for x in starts:
         final = how.transition(policy, x, 3, data.cond).mean
@@ -194,26 +197,138 @@ def test_refl_at_the_last_step_of_a_flow_is_draft(make, monkeypatch):
     assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm()
 
 
-def test_draft_plus_penalises_all_steps_that_carry_gradient(make, monkeypatch):
-    weight = 5.0
-    options = {"algorithm.last": None, "algorithm.kl_weight": weight, "sampler.kernel": "ode"}
-    trainer = make("draft", **options)
-    perturb(trainer.policy)
-    policy, how, parameters = trainer.policy, trainer.sampling, trainer.optimisation.trained
-    data = trainer._sample(0, trainer.learner.surrogates(0))
-    x, distance = data.paths.states[:, 0], 0.0
+def stated(trainer, data, rows, plan):
+    """Reward loss and penalty of an update as the docstrings have them, of an unrolled chain."""
+    policy, how = trainer.policy, trainer.sampling
+    cond, seeds = data.cond[rows], [sample_seed(0, *data.keys[j]) for j in rows.tolist()]
+    noise, distance = Noise(seeds, policy.latent_shape, policy.device), 0.0
+    x = noise.draw()
     for i in range(how.steps):
-        seen = policy.predict(x, how.levels[i], data.cond, how.guidance)
-        with torch.no_grad(), policy.reference():
-            base = policy.predict(x, how.levels[i], data.cond, how.guidance)
-        distance = distance + (seen.native - base.native).square().mean() / how.steps
+        shown = x.detach() if plan.detach else x
+        native = policy.predict(shown, how.levels[i], cond, how.guidance).native
+        if i in plan.active:
+            with policy.reference():
+                base = policy.predict(shown, how.levels[i], cond, how.guidance).native
+            distance = distance + (native - base).square().mean() / len(plan.active)
+        else:
+            native = native.detach()
+        seen = policy.parametrise(x, native, how.levels[i])
+        if i == plan.at:
+            return -reward_of(policy, seen.x0).mean(), distance
         x = how.step(x, seen, i).mean
-    loss = -reward_of(policy, x).mean()
+        if how.stochastic[i]:
+            x = x + how.stds[i] * noise.draw()
+    return -reward_of(policy, x).mean(), distance
+
+
+STEPS_TOGETHER = [
+    ("draft", {"algorithm.last": None}),
+    ("draft", {"algorithm.last": 3, "sampler.kernel": "ddim"}),
+    ("alignprop", {"algorithm.truncation": "bernoulli"}),
+    ("drtune", {"algorithm.active": 3, "algorithm.stop": 0.0}),
+    ("drtune", {"algorithm.active": 2}),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "options"), STEPS_TOGETHER)
+def test_the_gradient_of_the_penalty_is_that_of_the_unrolled_chain(
+    make, monkeypatch, algorithm, options
+):
+    weight = 5.0
+    options = {"sampler.kernel": "ode", "algorithm.kl_weight": weight, "sampler.steps": 5} | options
+    trainer = make(algorithm, **options)
+    perturb(trainer.policy)
+    data, (plan,) = trainer._sample(0), trainer.learner.surrogates(0)
+    assert len(plan.active) > 1
+    parameters = trainer.optimisation.trained
+    loss, distance = stated(trainer, data, torch.arange(4), plan)
     reward_part = flat(torch.autograd.grad(loss, parameters, retain_graph=True))
     expected = flat(torch.autograd.grad(loss + weight * distance, parameters))
     (found,) = gradients(trainer, monkeypatch)
     assert (found - expected).norm() < 1e-4 * expected.norm()
     assert (reward_part - expected).norm() > 0.1 * expected.norm()
+
+
+def test_the_penalty_is_the_same_with_checkpointing(make, monkeypatch):
+    """Which calls the network again in the backward pass, when the adapters are on again."""
+    found = []
+    for checkpointing in (False, True):
+        options = {"algorithm.last": 3, "algorithm.kl_weight": 5.0, "sampler.kernel": "ode"}
+        options["model.gradient_checkpointing"] = checkpointing
+        trainer = make("draft", run=str(checkpointing), **options)
+        perturb(trainer.policy)
+        found += gradients(trainer, monkeypatch)
+    assert found[0].norm() > 1e-3
+    assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
+
+
+@pytest.mark.parametrize(("algorithm", "options"), [STEPS_TOGETHER[i] for i in (1, 4)])
+def test_every_update_differentiates_a_chain_of_its_own_weights(
+    make, monkeypatch, algorithm, options
+):
+    options = {"sampler.kernel": "ode", "train.lr": 0.02} | options
+    options |= {"train.updates_per_epoch": 2, "train.inner_epochs": 2, "train.micro_batch": 1}
+    trainer = make(algorithm, **options)
+    perturb(trainer.policy)
+    policy, weights = trainer.policy, []
+    step = trainer.optimisation.step
+
+    def recorded():
+        weights.append(policy.state_dict())
+        return step()
+
+    monkeypatch.setattr(trainer.optimisation, "step", recorded)
+    found = gradients(trainer, monkeypatch)
+    data, plans = trainer._sample(0), trainer.learner.surrogates(0)
+    updates = list(trainer.learner._updates(0))
+    assert len(found) == len(plans) == len(updates) == len(weights) == 4
+    assert [len(rows) for rows, _ in updates] == [2] * 4
+    for got, plan, (rows, _), then in zip(found, plans, updates, weights, strict=True):
+        policy.load_state_dict(then)
+        loss, _ = stated(trainer, data, rows, plan)
+        expected = flat(torch.autograd.grad(loss, trainer.optimisation.trained))
+        assert expected.norm() > 1e-5
+        assert (got - expected).norm() < 1e-4 * expected.norm()
+    assert (found[2] - found[0]).norm() > 0.01 * found[0].norm()
+
+
+def test_shares_of_two_processes_add_up(make, monkeypatch):
+    """Four updates of one sample each: every one finds a process that has nothing to draw."""
+    options = {"train.updates_per_epoch": 4, "sampler.kernel": "ddim", "algorithm.last": 2}
+    trainer = make("draft", **options | {"algorithm.kl_weight": 5.0})
+    perturb(trainer.policy)
+    taken, parameters = [], trainer.optimisation.trained
+
+    def recorded():
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        taken.append(flat(grads))
+        trainer.optimisation.optimiser.zero_grad()
+        return 0.0
+
+    monkeypatch.setattr(trainer.optimisation, "step", recorded)
+    data, plans = trainer._sample(0), trainer.learner.surrogates(0)
+    for rank, world in ((0, 1), (0, 2), (1, 2)):
+        own = slice(0, 4) if world == 1 else slice(2 * rank, 2 * rank + 2)
+        part = Rollout(data.prompts[own], data.keys[own], data.cond[own])
+        replace(trainer.learner, rank=rank, world=world).from_gradients(0, part, plans)
+    whole, first, second = (torch.stack(taken[i : i + 4]) for i in (0, 4, 8))
+    assert (whole.norm(dim=1) > 1e-4).all()
+    assert (first.norm(dim=1) == 0).sum() == (second.norm(dim=1) == 0).sum() == 2
+    assert (first + second - whole).norm() < 1e-5 * whole.norm()
+
+
+@pytest.mark.parametrize("algorithm", ["draft", "alignprop", "refl", "drtune"])
+def test_calls_of_several_updates_are_those_planned(make, algorithm):
+    options = {"train.updates_per_epoch": 2, "train.inner_epochs": 2, "train.micro_batch": 1}
+    options |= {"sampler.guidance": 1.0, "algorithm.kl_weight": 1.0, "sampler.steps": 5}
+    trainer = make(algorithm, **options)
+    calls = 0
+    for plan in trainer.learner.surrogates(0):  # of two samples each
+        drawn, looked = (5, 0) if plan.at is None else (plan.at, 1)
+        calls += 2 * (drawn + looked + 2 * len(plan.active))
+    assert trainer.run_epoch(0)["denoiser_calls"] == calls
+    if algorithm == "draft":  # whose plans are not random
+        assert trainer.plan.calls_per_epoch == calls
 
 
 def test_reward_losses():

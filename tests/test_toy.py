@@ -48,7 +48,7 @@ class ToyPolicy(FlowPolicy):
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self.network, self.vae, self.tiny_vae = Field(), None, None
         self.base = copy.deepcopy(self.network).requires_grad_(False)
-        self.schedule_config, self.latent_shape = {}, (2, 1, 1)
+        self.schedule_config, self.latent_shape = {"num_train_timesteps": 1000}, (2, 1, 1)
         self.decode_batch, self.calls = 16, 0
         self._prompts, self._copies = {}, {}
 

@@ -13,6 +13,7 @@ from diffalign.algorithms.ddpo import DDPO
 from diffalign.dynamics import Gaussian
 from diffalign.policies import lora
 from diffalign.tracking import read_metrics
+from diffalign.verdict import VERDICTS
 
 OBJECTS = ["dog", "cat", "apple", "car", "bus", "house", "tree", "star"]
 
@@ -26,11 +27,12 @@ redness.differentiable = True
 
 @pytest.fixture
 def make(pipelines, tmp_path):
-    """make(algorithm, run="a", resume=False, rewards=..., **{"train.lr": ...}) -> Trainer."""
+    """make(algorithm, run="a", rewards=..., **{"train.lr": ..., "resume": ...}) -> Trainer."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"a red {o}" for o in OBJECTS))
 
-    def make(algorithm, run="a", resume=False, rewards=None, **overrides):
+    def make(algorithm, /, run="a", rewards=None, **overrides):
+        options = {k: overrides.pop(k) for k in list(overrides) if "." not in k}
         tree = {
             "model": {"name": pipelines["sd-v"], "lora_rank": 2},
             "algorithm": {"type": algorithm},
@@ -44,7 +46,7 @@ def make(pipelines, tmp_path):
             section, name = key.split(".")
             tree.setdefault(section, {})[name] = value
         config = TrainConfig.from_dict(tree)
-        return Trainer(config, rewards=rewards or {redness: 1.0}, resume=resume)
+        return Trainer(config, rewards=rewards or {redness: 1.0}, **options)
 
     return make
 
@@ -189,7 +191,7 @@ def test_resume_is_the_same_run(make, algorithm):
 
     def trained(trainer):
         return [
-            {k: v for k, v in r.items() if not k.startswith(("eval/", "over"))}
+            {k: v for k, v in r.items() if not k.startswith("eval/") and k not in VERDICTS}
             for r in rows_of(trainer)
         ]
 
@@ -243,7 +245,7 @@ def test_failing_reward_stops_and_loses_nothing(make, how):
         trainer.train()
     assert (trainer.dir / "failed_reward.png").exists()
     assert (trainer.dir / lora.WEIGHTS).exists()
-    resumed = make("ddpo", resume=True, **{"train.epochs": 3})
+    resumed = make("ddpo", resume=True, force=True, **{"train.epochs": 3})
     assert resumed.epoch == 2
     assert torch.equal(adapter(resumed), adapter(trainer))
     resumed.train()
@@ -254,11 +256,11 @@ def test_interrupt_saves_and_propagates(make):
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert (trainer.dir / lora.WEIGHTS).exists()
-    assert make("ddpo", resume=True).epoch == trainer.epoch == 1
+    assert make("ddpo", resume=True, force=True).epoch == trainer.epoch == 1
 
 
 def test_a_run_is_never_overwritten(make):
-    make("ddpo")
+    make("ddpo").train()
     with pytest.raises(ValueError, match="already holds a run; go on with --resume"):
         make("ddpo")
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
@@ -321,7 +323,7 @@ def test_a_run_stopped_within_an_epoch_resumes_as_the_same_run(make, algorithm, 
     stopped = make(algorithm, rewards={FailingWithGradient(how, at): 1.0}, **options)
     with pytest.raises((KeyboardInterrupt, TrainingStopped)):
         stopped.train()
-    resumed = make(algorithm, resume=True, **options)
+    resumed = make(algorithm, resume=True, force=True, **options)  # with the true reward
     assert resumed.epoch == 1
     resumed.train()
     assert torch.equal(adapter(resumed), adapter(whole))

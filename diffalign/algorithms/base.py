@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from ..dynamics import Gaussian, Levels, Prediction
+from ..dynamics import SDES, Gaussian, Levels, Prediction
 from ..policies.base import Cond, Policy
 from ..rollout import Sampling, Surrogate
 
@@ -68,10 +68,11 @@ class Algorithm:
     """A loss, its options as fields, and what it asks of the loop. Base of all algorithms.
 
     The anchor is common to them: β times a distance of the policy from the base model (adapters
-    off), with one more, gradient-free forward of the denoiser while β > 0.
+    off), with one more forward of the denoiser while β > 0, without gradient to any weight.
 
         g_sqrt_dt  mean_D (μ_θ - μ_ref)² / 2s²       the Gaussian KL of the step, s its std
-        g          |Δσ| times that                   = / 2g² of a flow SDE, as in Flow-GRPO's code
+        g          |Δσ| times that, = / 2g²          flow_sde, dance_sde, as in Flow-GRPO's code
+                   the Gaussian KL                   cps, as there, and ddim: they have no g but s
         velocity   mean_D (f_θ - f_ref)²             of the network's outputs (DPOK, DRaFT+, AWM)
 
     With `kl_target` β is doubled after an epoch whose mean distance is above 1.5 times the target
@@ -87,8 +88,8 @@ class Algorithm:
     kl_weight: float = 0.0
     """β of the distance to the base model; > 0 costs one more forward with the adapters off"""
     kl: KL = "velocity"
-    """how the distance is measured: g_sqrt_dt (Gaussian KL) | g | velocity; the first two only
-    where transitions are trained"""
+    """how the distance is measured: g_sqrt_dt (Gaussian KL) | g (Flow-GRPO's of the kernel) |
+    velocity; the first two only where transitions are trained"""
     kl_target: float | None = None
     """distance that kl_weight is adapted to keep, epoch by epoch; null = kl_weight stays"""
 
@@ -140,7 +141,7 @@ class Algorithm:
             distance = (seen.native - base.native).square().flatten(1).mean(1)
         else:
             distance = batch.transition(seen).kl(batch.transition(base))
-            if self.kl == "g":
+            if self.kl == "g" and batch.sampling.kernel in SDES:
                 distance = distance * (
                     batch.level.sigma - batch.sampling.levels.sigma[batch.step + 1]
                 )

@@ -20,10 +20,13 @@ class DRaFT(GradientAlgorithm):
     `renoised` n > 0 is DRaFT-LV, for k = 1: the final latent is noised to the last level n times
     more, each copy denoised in one step, and the gradient averaged over the 1 + n rewards; the
     paper's n = 2 leaves out the original. `kl_weight` is DRaFT+ (NeMo-Aligner): the mean square
-    between the outputs of policy and base model, over the steps that carry gradient.
+    between the outputs of policy and base model, over the steps that carry gradient. Both outputs
+    are differentiated by the latent, which earlier steps have moved; the reference takes the base's
+    for a constant, which differs for k > 1.
 
     The loop runs the adjoint sweep (`rollout.adjoint_sweep`), equal to autograd through the chain,
-    with the memory of one denoiser step. Guidance, sampler and its noise are those of `sampler`.
+    with the memory of one denoiser step, or two with `kl_weight` and k > 1. Guidance, sampler and
+    its noise are those of `sampler`.
     """
 
     last: int | None = 1

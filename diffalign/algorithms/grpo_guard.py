@@ -20,13 +20,19 @@ class GRPOGuard(Algorithm):
         L = E[ max(-A ρ̂, -A clip(ρ̂, 1-ε, 1+ε)) / |b_i| ]
 
     Plain ratios fall below 1 as the policy moves, the more the smaller s, so that the upper clip
-    hardly ever acts: ρ̂ has mean 1 at every step. b_i is how much the mean of step i moves with the
-    network's output; dividing by it gives all steps gradients of one size.
+    hardly ever acts: log ρ̂ has mean 0 at every step, under the old policy. b_i is how much the mean
+    of step i moves with the network's output f_i, δ = b_i (f_i - f_old); so the gradient of log ρ̂
+    is b_i mean_D(z ∂f_i/∂θ), and dividing by |b_i| removes the sampler's factor. What is left is
+    the network's own Jacobian, which differs from step to step; without `ratio_norm` a factor 1/s
+    is left too.
 
     Differs from the reference: the bias is a mean over the latent of each sample, where theirs also
-    runs over the batch; |b_i| comes from the kernel itself, so that UNets are served too (it is
-    1 + a²/2 times their |Δt| for a flow SDE), and its inverse is scaled to mean 1 over the trained
-    steps, which leaves the KL and the gradient clipping as they were.
+    runs over the batch; |b_i| comes from the kernel itself, so that UNets are served too (for a
+    flow SDE it is 1 + a²/2 times their |Δt|, at σ = 1 just that); and 1/|b_i| is scaled to mean 1
+    over all stochastic steps. Theirs is not, which for K steps makes the policy gradient K times as
+    large or more: their β and gradient norm belong to that. The KL is not re-weighted; beside it,
+    and when gradients are clipped, the policy gradient of every step is as large as if its |b_i|
+    were the harmonic mean of all.
     """
 
     needs: ClassVar[Needs] = Needs.TRAJECTORY

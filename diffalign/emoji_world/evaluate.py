@@ -2,15 +2,14 @@
 
     diffalign eval MODEL [MODEL ...] [--lora RUN] [--split train|held_out]
 
-448 fixed prompts a split; those of `held_out` ask for combinations that no model was trained on
-(`scenes.held_out`). A picture succeeds when the verifier confirms everything its prompt says; the
-score of a category is the share that succeeds, the overall score the mean of the six.
+448 fixed prompts in the split `train`, 444 in `held_out`; the latter ask for combinations that no
+denoiser was trained on (`scenes.held_out`). A picture succeeds when the verifier confirms
+everything its prompt says; the score of a category is the share that succeeds, the overall score
+the mean of the six.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -21,9 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rewards.device import default_device
+
+from .. import arguments as arguments_of
 from .. import policies, prompts
+from ..arguments import SPLITS
+from ..decoding import check_folder, to_json, write_atomic
 from ..grids import image_grid, save_png
+from ..report.run import short_names
 from ..rollout import Sampling, rollout
+from ..sampling import check_drawing
 from .claims import parse
 from .scenes import ASSETS, STYLES, Scene, readable, sample_scene
 from .training import pixels
@@ -32,7 +38,6 @@ from .verifier import findings
 CATEGORIES = (
     "single object", "two objects", "counting", "colours", "position", "colour attribution",
 )  # fmt: skip
-SPLITS = ("train", "held_out")
 KINDS = {"counting": "count", "two objects": "pair", "colour attribution": "pair",
          "position": "relation"}  # fmt: skip
 
@@ -120,33 +125,28 @@ def formatted(columns: dict[str, dict[str, float]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`diffalign eval`: prints the table; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="diffalign eval",
-        description="EmojiEval: GenEval's six categories in EmojiWorld, read by its verifier.",
-    )
-    parser.add_argument("models", nargs="*", help="pipeline folders or hub ids, a column each")
-    parser.add_argument("--lora", help="run folder; adds a column of the first model with it")
-    parser.add_argument("--merge-lora", help="LoRA merged into every model first")
-    parser.add_argument("--split", choices=SPLITS, default="held_out")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="folder for scores.json and a grid of pictures a column")
-    args = parser.parse_args(arguments)
+    args = arguments_of.evaluation().parse_args(arguments)
     if args.lora and not args.models:
         raise ValueError("--lora needs the model it was trained on; name that first")
-    texts = load_prompts(args.split)
-    columns: dict[str, dict[str, float]] = {"real scenes": real_scenes(args.split)}
+    for model in args.models:
+        check_drawing(model, args.steps, args.guidance, None)
+    named = [*args.models, *([args.lora] if args.lora else [])]
+    names = short_names(named) if named else []
+    if args.out:
+        check_folder(args.out, "--out")
     jobs: list[tuple[str, str | None]] = [(model, None) for model in args.models]
     if args.lora:
         jobs.append((args.models[0], args.lora))
-    for model in args.models:
-        policies.check(model)
     for model, lora in jobs:
-        policy: Any = policies.load(model, merge_lora=args.merge_lora)
+        for option, path in (("--lora", lora), ("--merge-lora", args.merge_lora)):
+            if path:
+                policies.check_lora(path, option, model)
+    texts = load_prompts(args.split)
+    columns: dict[str, dict[str, float]] = {"real scenes": real_scenes(args.split)}
+    for name, (model, lora) in zip(names, jobs, strict=True):
+        policy: Any = policies.load(model, default_device(), merge_lora=args.merge_lora)
         if lora:
-            policy.pipe.load_lora_weights(lora)
-        name = Path(lora or model).name
+            policies.merge(policy.pipe, lora)
         images = draw(policy, texts, args.steps, args.guidance, args.seed)
         columns[name] = table(images, texts)
         if args.out:
@@ -154,8 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(formatted(columns))
     if args.out:
         settings = {k: v for k, v in vars(args).items() if k != "out"}
-        text = json.dumps({"settings": settings, "scores": columns}, indent=2)
-        (Path(args.out) / "scores.json").write_text(text + "\n", "utf-8")
+        text = to_json({"settings": settings, "scores": columns}, indent=2)
+        write_atomic(Path(args.out) / "scores.json", f"{text}\n".encode())
     return 0
 
 

@@ -133,7 +133,8 @@ def reserved_colour(name: str, colour: str | None) -> bool:
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether a combination in `scene` is reserved: the pipelines have never seen those.
+    """Whether a combination in `scene` is reserved: no denoiser or VAE was trained on those (the
+    CLIP text tower of emoji-sd and emoji-flux was, as the CLIP reward, judge and verifier were).
 
     Of every object one colour, of single objects one background, of one object in four one number,
     and one pair of objects in eight.

@@ -14,6 +14,7 @@ import argparse
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -78,7 +79,7 @@ def main() -> None:
     parser.add_argument("--clip", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=3000)
     args = parser.parse_args()
-    model = CLIPModel.from_pretrained(args.clip).eval()
+    model: Any = CLIPModel.from_pretrained(args.clip).eval()
 
     def encode(pictures: Tensor) -> Tensor:
         return F.normalize(model.get_image_features(normalise(pictures)).pooler_output, dim=-1)

@@ -4,8 +4,8 @@
 
 A small one-stage detector in the manner of CenterNet (arXiv 1904.07850), trained on composed scenes
 of every kind, reserved combinations included, with the augmentation of train_clip. It is a judge,
-never a reward by default: `verify` scores a picture by the share of what its prompt says that the
-picture shows.
+and a reward only where a run makes it one: `verify` scores a picture by the share of what its
+prompt says that the picture shows.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rewards.loading import reading
+
 from .claims import Thing, judge, parse
 from .scenes import ASSETS, BACKGROUNDS, COLOURS, KINDS, OBJECTS, SIZE, Scene, sample_scene
-from .train_clip import augment
 from .training import fit, pixels
 
 NAMES, HUES, GROUNDS = list(OBJECTS), [*COLOURS, None], list(BACKGROUNDS)
@@ -91,9 +92,9 @@ class Reading:
 
 @lru_cache
 def load(path: str = str(ASSETS / "emoji-verifier")) -> Verifier:
-    model = Verifier()
-    state = load_file(Path(path) / "model.safetensors")
-    model.load_state_dict({k: v.float() for k, v in state.items()})
+    model, file = Verifier(), str(Path(path) / "model.safetensors")
+    with reading(f"the verifier {file}", file):
+        model.load_state_dict({k: v.float() for k, v in load_file(file).items()})
     return model.eval().requires_grad_(False)
 
 
@@ -153,6 +154,8 @@ def main() -> None:
     rng = random.Random(10**6 + 3)
     held = [sample_scene(rng, rng.choice(KINDS), reserved=None) for _ in range(1000)]
     held_images, held_truth = pixels(held).float() / 255, targets(held)
+
+    from .train_clip import augment  # brings transformers along, which a verdict has no use for
 
     def loss(step: int) -> Tensor:
         pick = torch.randint(len(images), (args.batch,))

@@ -4,7 +4,7 @@
 
 prompts/{train,held_out}.txt: single objects, three and one prompts per object. prompts/eval_train
 and eval_held_out (.jsonl, with "category"): EmojiEval's six categories, about 448 prompts each.
-Held-out prompts ask for combinations that `scenes.held_out` reserves, which no pipeline has been
+Held-out prompts ask for combinations that `scenes.held_out` reserves, which no denoiser has been
 trained on: a colour or background of an object, a number of it, or a pair of objects.
 """
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, make_dataclass
 from functools import partial
 from inspect import signature
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
-from ..decoding import decode, suggest
-from ..dynamics import Levels, step_std
-from ..rollout import Sampling
-from .base import Bounds, Budget, Result, Step, Steps, Task, draw, search
-from .critique import critique
-from .dno import dno
-from .flow_map import flow_map
-from .gradient_free import best_of_n, paths, random_search, zero_order
-from .guidance import universal_guidance
-from .reno import reno
-from .smc import smc
+from rewards.registry import Registry
+
+from ..decoding import Bounds, decode, suggest
+
+if TYPE_CHECKING:
+    from ..dynamics import Levels
+    from ..rollout import Sampling
+    from .base import Budget, Result, Step, Steps, Task, draw, search
 
 __all__ = [
     "METHODS",
@@ -33,18 +31,28 @@ __all__ = [
     "search",
 ]
 
-METHODS: dict[str, Callable[..., Steps]] = {
-    "best_of_n": best_of_n,
-    "random_search": random_search,
-    "zero_order": zero_order,
-    "paths": paths,
-    "reno": reno,
-    "dno": dno,
-    "smc": smc,
-    "flow_map": flow_map,
-    "universal_guidance": universal_guidance,
-    "critique": critique,
-}
+METHODS: Registry[Callable[..., Steps]] = Registry(
+    __name__,
+    {
+        "best_of_n": "gradient_free:best_of_n",
+        "random_search": "gradient_free:random_search",
+        "zero_order": "gradient_free:zero_order",
+        "paths": "gradient_free:paths",
+        "reno": "reno:reno",
+        "dno": "dno:dno",
+        "smc": "smc:smc",
+        "flow_map": "flow_map:flow_map",
+        "universal_guidance": "guidance:universal_guidance",
+        "critique": "critique:critique",
+    },
+)
+
+
+def __getattr__(name: str) -> Any:
+    # they bring torch along: a second that a usage error need not wait for
+    if name in __all__:
+        return getattr(importlib.import_module(".base", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def build(name: str, options: Mapping[str, Any] | None = None) -> Callable[[Task], Steps]:
@@ -85,6 +93,9 @@ def sampling_for(
     """How a method draws along `levels`: by the ODE, or, for those that live on chance (`smc`,
     `flow_map`, `dno`), by DDIM with eta 1, on a flow by Flow-GRPO's SDE with 0.7. kernel and eta:
     others. Raises ValueError for a kernel that is unknown or does not suit the levels."""
+    from ..dynamics import step_std
+    from ..rollout import Sampling
+
     flow = bool((levels.alpha + levels.sigma - 1).abs().max() < 1e-4)
     if kernel is None:
         chance = "flow_sde" if flow else "ddim"

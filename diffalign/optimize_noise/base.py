@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import inf
-from typing import Annotated
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -15,9 +15,36 @@ from tqdm import tqdm
 
 from rewards import WeightedSum
 
+from ..decoding import Bounds, Count, Positive, Share, Weight  # noqa: F401  (for the methods)
 from ..policies import Cond, Policy
 from ..prompts import Prompt, for_rewards
 from ..rollout import Noise, Sampling, sample_seed
+from .options import Budget
+
+
+class Account:
+    """What each of n prompts has taken of a budget of its own: `taken`, by `Budget`'s names."""
+
+    def __init__(self, n: int):
+        self.n = n
+        self.start(Budget())
+
+    def start(self, budget: Budget) -> None:
+        self.limits = vars(budget)
+        self.taken = [dict.fromkeys(self.limits, 0.0) for _ in range(self.n)]
+
+    def pay(self, rows: Sequence[int], spent: Mapping[str, float]) -> None:
+        """Divide `spent` among the pictures of the prompts `rows`, which cost the same each."""
+        for row, pictures in Counter(rows).items():
+            for name, value in spent.items():
+                self.taken[row][name] += value * pictures / len(rows)
+
+    def left(self, row: int) -> dict[str, float]:
+        return {name: most - self.taken[row][name] for name, most in self.limits.items()}
+
+    def open(self) -> list[int]:
+        """The prompts whose budget is not used up."""
+        return [row for row in range(self.n) if min(self.left(row).values()) > 0]
 
 
 @dataclass(frozen=True)
@@ -27,7 +54,7 @@ class Task:
     A picture is a function of its noise z (1 + S, *latent): the initial one, then one for each of
     the S stochastic steps of `sampling`. seeds: one a prompt. The plain sample of a prompt is drawn
     from the noise of its seed alone, so it is the picture that `sampling` gives without any search.
-    batch: pictures per call of denoiser and reward.
+    batch: pictures per call of denoiser and reward. account: what a search has taken so far.
 
     Raises ValueError for what no method can work with.
     """
@@ -38,8 +65,10 @@ class Task:
     sampling: Sampling
     seeds: Sequence[int]
     batch: int = 16
+    account: Account = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "account", Account(len(self.prompts)))
         if not self.prompts or len(self.seeds) != len(self.prompts):
             raise ValueError(
                 f"{len(self.seeds)} seeds for {len(self.prompts)} prompts; give one each, and at "
@@ -61,6 +90,14 @@ class Task:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def affordable(self, rows: Sequence[int], most: int) -> int:
+        """How many plain samples of each of the prompts `rows` their budgets allow: 1 to `most`."""
+        guided = self.policy.uses_cfg and self.sampling.guidance > 1
+        each = self.sampling.steps * (2 if guided else 1)
+        left = [self.account.left(row) for row in rows]
+        allowed = [min(x["denoiser_calls"] / each, x["reward_calls"]) for x in left]
+        return max(1, ceil(min(most, *allowed)))
 
     def cond(self, rows: Sequence[int]) -> Cond:
         """Conditioning of the prompts `rows`."""
@@ -96,8 +133,9 @@ class Task:
 class Step:
     """m finished pictures (m, 3, H, W) in [0, 1] of the prompts `rows`, with their rewards (m,).
 
-    noise: (m, 1 + S, *latent), what `draw` makes them of; what it started from, for a method that
-    leaves the sampler on the way. texts: what they were drawn of, where it is not their prompts.
+    noise: (m, 1 + S, *latent), what `draw` makes them of; redraws is False, and noise what it
+    started from, for a method that leaves the sampler on the way. texts: what they were drawn of,
+    where it is not their prompts.
     """
 
     rows: Sequence[int]
@@ -106,6 +144,7 @@ class Step:
     total: Tensor
     parts: dict[str, Tensor]
     texts: Sequence[str] | None = None
+    redraws: bool = True
 
 
 Steps = Iterator[Step | None]
@@ -114,33 +153,14 @@ then whatever it finds. None is for work that has finished no picture, so that a
 next one can be interrupted."""
 
 
-@dataclass(frozen=True)
-class Budget:
-    """What a search may take, a prompt of its task on average; it ends with the step that uses any
-    of them up.
-
-    denoiser_calls: samples through the denoiser, with or without gradient, both branches of CFG
-    counted. reward_calls: pictures scored. A backward pass is no call; it takes about as long as
-    one. Raises ValueError for what is not 0 or more.
-    """
-
-    denoiser_calls: float = inf
-    reward_calls: float = inf
-    seconds: float = inf
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value >= 0:
-                raise ValueError(f"budget.{name}={value} is no budget; use 0 or more")
-
-
 @dataclass
 class Result:
     """The best picture of a prompt (3, H, W), its noise (1 + S, *latent), its rewards; on the CPU.
 
-    text: what it was drawn of; `critique` rewrites the prompt. trace: after every step with
-    pictures what the search had taken (`Budget`'s names, per prompt), the reward of that step's
-    best picture as "reward" and of the best so far as "best". stopped: by Ctrl-C.
+    text: what it was drawn of; `critique` rewrites the prompt. redraws: whether `draw` makes it of
+    its noise. trace: after every step with pictures of it what the prompt had taken (`Budget`'s
+    names), the reward of that step's best picture as "reward" and of the best so far as "best".
+    stopped: by Ctrl-C.
     """
 
     prompt: str
@@ -149,30 +169,9 @@ class Result:
     noise: Tensor
     reward: float
     parts: dict[str, float]
+    redraws: bool = True
     trace: list[dict[str, float]] = field(default_factory=list)
     stopped: bool = False
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """The values an option may have: low <= value < high, or low < value with `above`."""
-
-    low: float
-    high: float = inf
-    above: bool = False
-
-    def __contains__(self, value: float) -> bool:
-        return self.low <= value < self.high and not (self.above and value == self.low)
-
-    def __str__(self) -> str:
-        low = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
-        return low + (f" and below {self.high:g}" if self.high < inf else "")
-
-
-Count = Annotated[int, Bounds(1)]
-Weight = Annotated[float, Bounds(0)]
-Positive = Annotated[float, Bounds(0, above=True)]
-Share = Annotated[float, Bounds(0, 1)]
 
 
 def search(
@@ -184,31 +183,31 @@ def search(
 ) -> list[Result]:
     """The best pictures of `steps`, a method's generator, one result a prompt.
 
-    Every method's first step is the plain sample, and it is always taken: a budget of 0 returns it
+    Each prompt has a budget of its own, so what is found for it is what it would find alone. Every
+    method's first step is the plain sample, and it is always taken: a budget of 0 returns it
     exactly. One that ends on the way to the next pictures loses them, with a warning. each: called
     with the results so far after every step with pictures. Ctrl-C ends the search and keeps the
     best so far. Raises what the reward raises, and ValueError for a method whose steps leave a
     prompt without a picture.
     """
-    policy, reward, n = task.policy, task.reward, len(task)
-    calls, scored, start = policy.calls, reward.images, time.perf_counter()
+    n, account = len(task), task.account  # where the method looks at what is left
+    account.start(budget)
     best: list[Result | None] = [None] * n
-    stopped = False
+    stopped, before = False, _meters(task)
     bar = tqdm(desc=progress, unit="step", disable=not progress)
     try:
         for step in steps:
-            taken = {
-                "denoiser_calls": (policy.calls - calls) / n,
-                "reward_calls": (reward.images - scored) / n,
-                "seconds": (time.perf_counter() - start) / n,
-            }
+            going, now = account.open(), _meters(task)
+            spent = {k: v - before[k] for k, v in now.items()}
+            account.pay(going or range(n) if step is None else step.rows, spent)
+            before = now
             if step is not None:
-                _keep(task, step, best, taken)
+                _keep(task, step, best, going)
                 if each is not None:
                     each([r for r in best if r is not None])
             bar.update()
             bar.set_postfix(best=sum(r.reward for r in best if r) / n)
-            if any(taken[name] >= getattr(budget, name) for name in taken):
+            if not account.open():
                 if step is None:
                     warnings.warn(
                         "the budget ended on the way to pictures, which are lost; raise it, or "
@@ -227,12 +226,23 @@ def search(
     return [replace(r, stopped=stopped) for r in best if r is not None]
 
 
-def _keep(task: Task, step: Step, best: list[Result | None], taken: dict[str, float]) -> None:
+def _meters(task: Task) -> dict[str, float]:
+    return {
+        "denoiser_calls": task.policy.calls,
+        "reward_calls": task.reward.images,
+        "seconds": time.perf_counter(),
+    }
+
+
+def _keep(task: Task, step: Step, best: list[Result | None], going: Sequence[int]) -> None:
+    """The best of the pictures of prompts that had some budget left, or have none yet."""
     totals = step.total.detach().cpu()
     for row in dict.fromkeys(step.rows):
+        old = best[row]
+        if old is not None and row not in going:
+            continue
         mine = [j for j, r in enumerate(step.rows) if r == row]
         j = max(mine, key=lambda k: totals[k].item())
-        old = best[row]
         if old is None or totals[j] > old.reward:
             parts = {k: v[j].item() for k, v in step.parts.items()}
             prompt = task.prompts[row].text
@@ -243,23 +253,29 @@ def _keep(task: Task, step: Step, best: list[Result | None], taken: dict[str, fl
                 step.noise[j].detach().cpu(),
                 totals[j].item(),
                 parts,
+                step.redraws,
                 old.trace if old else [],
             )
         new = best[row]
         assert new is not None
+        taken = task.account.taken[row]
         new.trace.append({**taken, "reward": totals[j].item(), "best": new.reward})
 
 
-def chain(task: Task, rows: Sequence[int], noise: Tensor) -> Iterator[Tensor]:
+def chain(policy: Policy, cond: Cond, sampling: Sampling, noise: Tensor) -> Iterator[Tensor]:
     """The sampler's states x_0 … x_K, (m, *latent) each, of noise (m, 1 + S, *latent); with
     gradient where it is enabled. They are those of `rollout` bit for bit."""
-    cond, sampling = task.cond(rows), task.sampling
     x, *drawn = noise.unbind(1)
     yield x
     for i, stochastic in enumerate(sampling.stochastic):
-        step = sampling.transition(task.policy, x, i, cond)
+        step = sampling.transition(policy, x, i, cond)
         x = step.sample(drawn.pop(0)) if stochastic else step.mean
         yield x
+
+
+def last(states: Iterator[Tensor]) -> Tensor:
+    """The last of `chain`'s states, clean latents, none of the others kept."""
+    return deque(states, maxlen=1)[0]
 
 
 @torch.no_grad()
@@ -273,9 +289,8 @@ def finals(task: Task, rows: Sequence[int], noise: Tensor) -> Tensor:
     """The clean latents (m, *latent) that the sampler makes of `noise` (m, 1 + S, *latent)."""
     found = []
     for part in task.batches(len(rows)):
-        for x in chain(task, rows[part], noise[part]):
-            final = x
-        found.append(final)
+        cond = task.cond(rows[part])
+        found.append(last(chain(task.policy, cond, task.sampling, noise[part])))
     return torch.cat(found)
 
 

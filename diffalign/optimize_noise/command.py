@@ -2,85 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 import rewards as reward_library
+from rewards.device import default_device
 
-from .. import decoding, grids, policies
-from ..decoding import pairs, write_atomic
+from .. import drawn, grids, policies
+from ..decoding import to_json, write_atomic
+from ..drawn import Drawn
 from ..prompts import Prompt, collect, for_rewards
-from ..sampling import check_drawing, check_lora, parse_seeds, trained_denoiser
-from . import METHODS, build, sampling_for
-from .base import Budget, Result, Task, search
-
-
-@dataclass
-class Kernel:
-    """How pictures are drawn, `batch` at a time; None = as suits the method (`sampling_for`)."""
-
-    kernel: str | None = None
-    eta: float | None = None
-    batch: int = 16
-
-
-@dataclass
-class Wanted:
-    """What the command line says of a search. Decoded strictly, as a training config is."""
-
-    rewards: dict[str, Any] = field(default_factory=dict)
-    budget: Budget = field(default_factory=Budget)
-    sampler: Kernel = field(default_factory=Kernel)
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-SECTIONS = ("rewards", "budget", "sampler")
-
-
-def split(arguments: Sequence[str]) -> tuple[str | None, Wanted, list[str]]:
-    """The method asked for (--reno, --best-of-n ...), its settings, and all other arguments.
-
-    Settings are --METHOD.option, --rewards.NAME (a weight, or .option), --budget.LIMIT and
-    --sampler.kernel, .eta or .batch. Raises ValueError for two methods, and for settings without
-    one.
-    """
-    flags = {f"--{name.replace('_', '-')}": name for name in METHODS}
-    asked = [flags[a] for a in arguments if a in flags]
-    if len(asked) > 1:
-        raise ValueError(f"{' and '.join(asked)} were asked for; one method at a time")
-    method = asked[0] if asked else None
-    left, rest = [a for a in arguments if a not in flags], list[str]()
-    tree: dict[str, Any] = {section: {} for section in (*SECTIONS, "options")}
-    while left:
-        token = left.pop(0)
-        section = token.removeprefix("--").partition(".")[0].replace("-", "_")
-        known = token.startswith("--") and section in (*SECTIONS, *METHODS)
-        if not known or "." not in token:
-            rest.append(token)
-            continue
-        if method is None or (section in METHODS and section != method):
-            raise ValueError(
-                f"{token} belongs to a search; add one of {', '.join(sorted(flags))}"
-                if method is None
-                else f"{token} is not of --{method.replace('_', '-')}, the method asked for"
-            )
-        value = [] if "=" in token or not left else [left.pop(0)]
-        for key, text in pairs([token, *value]):
-            name = key.partition(".")[2]
-            place = section if section in SECTIONS else "options"
-            name = name if section == "rewards" else name.replace("-", "_")
-            decoding.override(Wanted, tree, f"{place}.{name}", text)
-    wanted = decoding.decode(Wanted, tree, source=" on the command line")
-    if method is not None and not wanted.rewards:
-        raise ValueError("a search needs rewards: --rewards.clip.model MODEL, or --rewards.jpeg 1")
-    return method, wanted, rest
+from ..sampling import (
+    check_drawing,
+    check_loras,
+    family_of,
+    parse_seeds,
+)
+from . import build, sampling_for
+from .base import Result, Task, search
+from .options import Wanted
 
 
 def run(
@@ -102,9 +45,10 @@ def run(
 ) -> Path:
     """Write a grid of the plain and the best picture of every prompt and seed; returns its path.
 
-    The other arguments are those of `sampling.draw`; with `out` the best pictures are written too,
-    with trace.json, what each search had taken and found after every step. Ctrl-C keeps what was
-    found, and so does a reward that fails, which is raised then.
+    As many are searched for at once as `sampler.batch` has pictures, each with a budget of its own.
+    The other arguments are those of `sampling.draw`; with `out` the best pictures are written as
+    there, and trace.json, what each search had taken and found after every step. Ctrl-C keeps what
+    was found, and so does a reward that fails, which is raised then.
     """
     numbers, texts = parse_seeds(seeds), collect(prompts, "--prompts")
     jobs = [(prompt, seed) for prompt in texts for seed in numbers]
@@ -112,51 +56,68 @@ def run(
     options = dict(wanted.options)
     ahead = options.pop("look_ahead", None) if method == "flow_map" else None
     make: Any = build(method, options)
-    check_drawing(model, steps, grid)
-    levels, shape = policies.peek(model, steps, resolution)
+    levels, shape = check_drawing(model, steps, guidance, resolution, grid)
     sampling = sampling_for(method, levels, guidance, wanted.sampler.kernel, wanted.sampler.eta)
     if compare:
         raise ValueError(
             "--compare is for a LoRA; a search sets its pictures beside the plain ones"
         )
-    for option, path in (("--lora", lora), ("--flow-map.look-ahead", ahead)):
-        if path is not None:
-            check_lora(path, option)
-    if lora is not None and trained_denoiser(lora):
-        raise ValueError(f"--lora {lora!r} holds a whole denoiser; give its folder as --model")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check_loras(model, merge_lora, lora, lora_scale, **{"flow_map.look_ahead": ahead})
+    names = [f"{i:03d}_seed{seed}.png" for i, (_, seed) in enumerate(jobs)]
+    if out is not None:
+        drawn.check_out(out, grid, names, trace=True)
+    device = default_device()
     reward = reward_library.build(wanted.rewards).to(device)
     prompt, seed = jobs[0]
     batch = wanted.sampler.batch
     peeked: Any = SimpleNamespace(latent_shape=shape)
     make(Task(peeked, reward, [prompt], sampling, [seed], batch))  # refuses what cannot work
-    policy = policies.load(model, device, dtype, resolution, merge_lora=merge_lora)
+    how = {"model": model, "merge_lora": merge_lora, "lora": lora, "lora_scale": lora_scale}
+    how |= {"steps": steps, "guidance": guidance, "resolution": resolution, "dtype": dtype}
+    how |= {"kernel": sampling.kernel, "eta": sampling.eta, "family": family_of(model)}
+    policy = loaded(how)
     if ahead is not None:
-        other = policies.load(model, device, dtype, resolution, merge_lora=ahead)
+        other = loaded(how | {"merge_lora": ahead, "lora": None})
         make = partial(make, look_ahead=other)
-    if lora is not None:
-        policies.merge(policy.pipe, lora, lora_scale)
-    settings = {
-        "model": model, "merge_lora": merge_lora, "lora": lora, "lora_scale": lora_scale,
-        "method": method, "options": wanted.options, "rewards": wanted.rewards,
-        "budget": vars(wanted.budget), "steps": steps, "guidance": guidance, "seeds": numbers,
-        "kernel": sampling.kernel, "eta": sampling.eta, "resolution": resolution, "dtype": dtype,
-    }  # fmt: skip
-    found: list[list[Result]] = []  # of each job, the plain picture's, then the best so far
+    plain: list[Result] = []
+    best: list[Result] = []
     try:
-        for prompt, seed in jobs:  # one at a time: each has a budget of its own
-            task = Task(policy, reward, [prompt], sampling, [seed], batch)
-            found.append([])
-            title = f"{prompt.text[:40]} [{seed}]"
-            if search(task, make(task), wanted.budget, title, found[-1].extend)[0].stopped:
+        for start in range(0, len(jobs), batch):
+            some, several = zip(*jobs[start : start + batch], strict=True)
+            task = Task(policy, reward, some, sampling, several, batch)
+
+            def keep(found: Sequence[Result], start: int = start) -> None:
+                plain.extend(found if len(plain) == start else ())
+                best[start:] = found
+
+            title = some[0].text[:40] if len(some) == 1 else f"{len(some)} pictures"
+            if search(task, make(task), wanted.budget, title, keep)[0].stopped:
                 print("stopped; the best so far is kept")
                 break
     finally:
-        if found := [seen for seen in found if seen]:
-            plain, best = [seen[0] for seen in found], [seen[-1] for seen in found]
+        if best:
+            how |= {"method": method, "options": wanted.options, "rewards": wanted.rewards}
+            how |= {"budget": vars(wanted.budget)}
+            done, several = jobs[: len(best)], len(numbers) > 1
             columns = {"plain": plain, method.replace("_", " "): best}
-            _write(jobs, columns, settings, grid, out)
+            picture = grids.comparison_grid(
+                {name: [r.image for r in column] for name, column in columns.items()},
+                [f"{prompt.text} [{seed}]" if several else prompt.text for prompt, seed in done],
+                {name: list(map(_scores, column)) for name, column in columns.items()},
+            )
+            grids.save_png(picture, grid, how | {"seeds": numbers})
+            if out is not None:
+                _write(out, names, done, best, how)
     return Path(grid)
+
+
+def loaded(how: Mapping[str, Any]) -> policies.Policy:
+    """The policy of a model, LoRA and settings as `drawn.Drawn` has them."""
+    options = default_device(), how["dtype"], how["resolution"]
+    policy = policies.load(how["model"], *options, merge_lora=how["merge_lora"])
+    if how["lora"] is not None:
+        policies.merge(policy.pipe, how["lora"], how["lora_scale"])
+    return policy
 
 
 def _scores(result: Result) -> dict[str, float]:
@@ -166,27 +127,21 @@ def _scores(result: Result) -> dict[str, float]:
 
 
 def _write(
+    out: str,
+    names: Sequence[str],
     jobs: Sequence[tuple[Prompt, int]],
-    columns: dict[str, list[Result]],
-    settings: dict[str, Any],
-    grid: str,
-    out: str | None,
+    best: Sequence[Result],
+    how: Mapping[str, Any],
 ) -> None:
-    """The grid, and in the folder `out` the pictures of the last column, of the jobs done."""
-    *_, best = columns.values()
-    done, several = jobs[: len(best)], len(settings["seeds"]) > 1
-    picture = grids.comparison_grid(
-        {name: [r.image for r in column] for name, column in columns.items()},
-        [f"{prompt.text} [{seed}]" if several else prompt.text for prompt, seed in done],
-        {name: list(map(_scores, column)) for name, column in columns.items()},
-    )
-    grids.save_png(picture, grid, settings)
-    if out is None:
-        return
-    traces = []
-    for i, ((prompt, seed), result) in enumerate(zip(done, best, strict=True)):
-        name = f"{i:03d}_seed{seed}.png"
-        grids.save_png(grids.to_pil(result.image), Path(out) / name, settings)
-        found = {"prompt": prompt.text, "text": result.text, "trace": result.trace}
-        traces.append({"image": name, "seed": seed, **found})
-    write_atomic(Path(out) / "trace.json", json.dumps(traces, indent=1).encode())
+    """The best pictures of the jobs done, and their traces, in the folder `out`."""
+    found, traces = {}, []
+    for name, (prompt, seed), result in zip(names, jobs, best, strict=False):
+        text = result.text if result.text != prompt.text else None
+        image, scores = grids.to_pil(result.image), _scores(result)
+        found[name] = Drawn(
+            image, prompt, seed, result.noise, how, text, scores, redraws=result.redraws
+        )
+        said = {"prompt": prompt.text, "text": result.text, "trace": result.trace}
+        traces.append({"image": name, "seed": seed, **said})
+    drawn.write(out, found)
+    write_atomic(Path(out) / drawn.TRACE, to_json(traces, indent=1).encode())

@@ -36,10 +36,10 @@ def critique(
 
     All of the same noise, and all scored under the original prompt p. Test-time critique and
     refinement after RationalRewards (arXiv 2604.11626), whose code runs one round and has no check
-    that it helped; its threshold below which a picture is refined at all is left out. A judge whose
-    answer cannot be read leaves its prompt out of the round, with a warning; what was drawn before
-    is not drawn again, and a round that finds nothing new is the last. Not reproduced: no judge
-    that can see was at hand.
+    that it helped; its threshold below which a picture is refined at all is left out. What was
+    drawn before is not drawn again: a prompt's first round that finds nothing new is its last, as
+    is one whose answer cannot be read, with a warning. Not reproduced: no judge that can see was at
+    hand.
 
     judge: None is the first of the task's rewards that is one (a `vlm`). A result's `text` is the
     prompt that its picture was drawn of. Raises ValueError where there is no judge.
@@ -56,16 +56,16 @@ def critique(
 
 
 def _refined(task: Task, rounds: int, judge: Judge) -> Iterator[Step]:
-    rows = list(range(len(task)))
-    noise = task.noise(rows)
-    best = draw(task, rows, noise)
+    tried = list(range(len(task)))
+    noise = task.noise(tried)
+    best = draw(task, tried, noise)
     images, totals = list(best.images), best.total.tolist()
     prompts = [prompt.text for prompt in task.prompts]
     drawn = [{text} for text in prompts]
     yield best
     for _ in range(rounds):
         new: dict[int, str] = {}
-        for i in rows:
+        for i in [i for i in task.account.open() if i in tried]:
             try:
                 said = judge.critique(images[i], task.prompts[i].text)
                 new[i] = judge.refine(images[i], prompts[i], said)

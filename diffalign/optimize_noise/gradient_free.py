@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 import torch
@@ -17,7 +18,7 @@ Cosine = Annotated[float, Bounds(-1, 1)]
 def best_of_n(task: Task, n: Count = 16) -> Iterator[Step]:
     """n independent pictures of each prompt, the plain sample among them.
 
-    A step draws as many of each prompt as fit in a batch.
+    A step draws as many of each prompt as fit in a batch, and no more than its budget allows.
     """
     yield _fresh(task, [0])
     yield from _independent(task, range(1, n))
@@ -35,9 +36,11 @@ def random_search(task: Task, rounds: Count = 4) -> Iterator[Step]:
 
 
 def _independent(task: Task, draws: range) -> Iterator[Step]:
-    size = max(1, task.batch // len(task))
-    for first in range(draws.start, draws.stop, size):
-        yield _fresh(task, range(first, min(first + size, draws.stop)))
+    while draws:
+        rows = task.account.open()
+        size = task.affordable(rows, min(len(draws), max(1, task.batch // len(task))))
+        yield _fresh(task, draws[:size])
+        draws = draws[size:]
 
 
 def _fresh(task: Task, draws: Sequence[int]) -> Step:
@@ -73,24 +76,23 @@ def zero_order(
     neighbours. Each prompt has its own base. restart: False keeps a base that no neighbour beats.
     All noises of a sampler are turned as one vector; tt-scale-flux has the initial one alone.
     """
-    rows = range(len(task))
     step = _fresh(task, [0])
     base, reward = list(step.noise), step.total.tolist()
     known = [True] * len(task)
     yield step
     for r in range(rounds):
         draws = range(1 + r * (neighbours + 1), 1 + (r + 1) * (neighbours + 1))
-        groups = []
-        for i in rows:
+        groups = {}
+        for i in task.account.open():  # a restart costs a prompt one picture more than others
             fresh = task.noise([i] * (neighbours + 1), draws)
             if not known[i]:
                 base[i] = fresh[-1]
             near = neighbour(base[i].expand_as(fresh[:-1]), fresh[:-1], cosine)
-            groups.append(near if known[i] else torch.cat([base[i][None], near]))
-        sizes = [len(group) for group in groups]
-        step = draw(task, [i for i in rows for _ in groups[i]], torch.cat(groups))
+            groups[i] = near if known[i] else torch.cat([base[i][None], near])
+        sizes = [len(group) for group in groups.values()]
+        step = draw(task, [i for i in groups for _ in groups[i]], torch.cat([*groups.values()]))
         yield step
-        for i, totals in enumerate(step.total.split(sizes)):
+        for i, totals in zip(groups, step.total.split(sizes), strict=True):
             if not known[i]:
                 reward[i] = totals[0].item()
             best = int(totals[-neighbours:].argmax()) - neighbours
@@ -185,7 +187,7 @@ def _walk(
         last = k == len(levels) - 1
         step = finish(task, rows, noise, x if last else _clean(task, rows, x, k))
         if last:
-            yield step
+            yield replace(step, redraws=False)
         best = step.total.view(len(task), -1).topk(keep).indices
         best = (best + torch.arange(len(task)).to(best)[:, None] * keep * children).flatten()
         noise, x = noise[best], x[best]

@@ -72,7 +72,7 @@ def noise_gradient(
     for part in task.batches(len(rows)):
         own, z = rows[part], noise[part].detach().requires_grad_(keep)
         with torch.set_grad_enabled(keep):
-            states = list(chain(task, own, z))
+            states = list(chain(task.policy, task.cond(own), task.sampling, z))
         images, total, parts, grad = reward_gradient(task, own, states[-1], checkpoint)
         grad = pulled_back(states[-1], z, grad) if keep else adjoint(task, own, states, grad)
         steps.append(Step(own, images, z.detach(), total, parts))

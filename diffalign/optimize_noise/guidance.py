@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import torch
@@ -121,4 +122,4 @@ def _guided(
                 states.append(step.mean if z is None else step.sample(z[part]))
             x = torch.cat(states)
         drawn += stochastic
-    yield finish(task, rows, noise, x)
+    yield replace(finish(task, rows, noise, x), redraws=False)

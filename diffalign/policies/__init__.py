@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import logging
-import warnings
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from diffusers import AutoencoderKL, AutoencoderTiny, DiffusionPipeline
 
+from ..config import ModelConfig
 from ..dynamics import Levels
-from .base import Cond, Policy, pixels_per_latent, text_options
+from .base import Cond, Policy
+from .configs import pixels_per_latent, read_config, text_options
 from .flux import FluxPolicy
+from .lora_files import check as check_lora
+from .run_folder import resolve
 from .sd3 import SD3Policy
 from .unet import UNetPolicy
 
@@ -23,12 +23,15 @@ __all__ = [
     "Cond",
     "Policy",
     "check",
+    "check_lora",
     "check_tiny_vae",
     "family",
     "load",
     "merge",
     "peek",
     "pipeline",
+    "prepared",
+    "read_text_encoders",
     "text_options",
 ]
 
@@ -47,17 +50,9 @@ FAMILIES: dict[str, type[Policy]] = {
 
 
 def check(name: str) -> None:
-    """Refuse a local path that is no pipeline folder; a hub id passes. No weights are read."""
-    path = Path(name)
-    looks_local = path.is_absolute() or name.startswith((".", "~", "assets/", "runs/"))
-    if path.is_dir():
-        if not (path / "model_index.json").exists():
-            raise ValueError(
-                f"model.name={name!r} has no model_index.json, so it is not a diffusers pipeline; "
-                "give the folder that pipe.save_pretrained wrote"
-            )
-    elif looks_local or path.exists():
-        raise ValueError(f"model.name={name!r} is not a folder; give a local pipeline or a hub id")
+    """Refuse a local path that is neither a pipeline folder nor a run; a hub id passes. No weights
+    are read."""
+    resolve(name)
 
 
 def family(name: str) -> type[Policy]:
@@ -65,14 +60,7 @@ def family(name: str) -> type[Policy]:
 
     Raises ValueError for a class of no known family, or when neither a folder nor a hub id fits.
     """
-    check(name)
-    try:
-        config: Any = DiffusionPipeline.load_config(name)
-        pipeline = config["_class_name"]
-    except OSError as error:
-        raise ValueError(
-            f"model.name={name!r} is neither a local folder nor a hub id that can be read: {error}"
-        ) from error
+    pipeline = read_config(resolve(name).base, "model_index.json").get("_class_name")
     if pipeline not in FAMILIES:
         raise ValueError(
             f"model.name={name!r} is a {pipeline}; supported: {', '.join(sorted(FAMILIES))}"
@@ -82,37 +70,29 @@ def family(name: str) -> type[Policy]:
 
 def peek(name: str, steps: int, resolution: int | None = None) -> tuple[Levels, tuple[int, ...]]:
     """(K + 1,) levels and latent shape of a pipeline, without reading any weights."""
-    return family(name).peek(name, steps, resolution)
+    model = resolve(name)
+    return family(name).peek(model.base, steps, resolution or model.resolution)
 
 
 def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
-    """The diffusers pipeline itself, of a local folder or hub id; merge_lora is added to its
-    weights."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    index: Any = DiffusionPipeline.load_config(name)
-    # diffusers asks for parts that were saved as none (SD3 without its T5) to be passed as None
-    parts = {key: None for key, value in index.items() if value == [None, None]}
-    with warnings.catch_warnings():
-        # torch_dtype is to become dtype, which our oldest diffusers does not know
-        warnings.simplefilter("ignore", FutureWarning)
-        pipe: Any = DiffusionPipeline.from_pretrained(name, **parts, **options)
-    if merge_lora is not None:
-        merge(pipe, merge_lora)
-    return pipe
+    """The diffusers pipeline itself, of a local folder, hub id or run folder; merge_lora is added
+    to its weights. `options` are those of `from_pretrained`.
+
+    It has no safety checker and no watermark, whatever its config says, and says so: they would
+    change finished pictures, which training does not see.
+    """
+    from . import loading  # diffusers: seconds, which a refusal need not wait for
+
+    return loading.pipeline(name, merge_lora, **options)
 
 
 def merge(pipe: Any, lora: str, scale: float = 1.0) -> None:
-    """Add scale ΔW of a LoRA, a folder or hub id, to a pipeline's weights. Raises ValueError for
-    one that has nothing for it."""
-    pipe.load_lora_weights(lora)
-    if not pipe.get_list_adapters():
-        raise ValueError(
-            f"the LoRA {lora!r} has nothing for a {type(pipe).__name__}; give one that was trained "
-            "on such a model"
-        )
-    pipe.fuse_lora(lora_scale=scale)
-    pipe.unload_lora_weights()
+    """Add scale ΔW of a LoRA, a file, folder or hub id, to a pipeline's weights, or put the whole
+    denoiser that a run trained in place of its own (scale 1). Raises ValueError for one that has
+    nothing for it or does not fit."""
+    from . import loading  # diffusers: seconds, which a refusal need not wait for
+
+    loading.merge(pipe, lora, scale)
 
 
 def load(
@@ -130,13 +110,17 @@ def load(
     merge_lora: a LoRA that becomes part of the model before anything else.
     Raises as `family` does.
     """
+    from . import loading  # diffusers: seconds, which a refusal need not wait for
+
     kind = family(name)
-    half = getattr(torch, dtype)
+    peek(name, 1, resolution)  # refuses what cannot be drawn before the weights are read
+    half, size = getattr(torch, dtype), resolution or resolve(name).resolution
     # in half precision some VAEs overflow
     dtypes = {"default": half, "vae": torch.float32}
     if train_all:
         dtypes[kind.denoiser] = torch.float32
-    policy = kind(pipeline(name, merge_lora, torch_dtype=dtypes), device, half, resolution)
+    policy = kind(pipeline(name, merge_lora, torch_dtype=dtypes), device, half, size)
+    policy.read_base = partial(loading.denoiser, name, merge_lora, kind.denoiser)
     if train_all:
         policy.network.requires_grad_(True)
     return policy
@@ -144,16 +128,15 @@ def load(
 
 def check_tiny_vae(tiny: str, name: str) -> None:
     """Refuse an AutoencoderTiny that does not decode the latents of the pipeline `name`."""
-    try:
-        given: Any = AutoencoderTiny.load_config(tiny)
-    except OSError as error:
+    given = read_config(tiny, "config.json", "model.tiny_vae")
+    if (kind := given.get("_class_name")) != "AutoencoderTiny":
+        raise ValueError(f"model.tiny_vae={tiny!r} is a {kind}, no AutoencoderTiny")
+    vae = read_config(resolve(name).base, "vae/config.json")
+    if vae.get("latents_mean") is not None and vae.get("latents_std") is not None:
         raise ValueError(
-            f"model.tiny_vae={tiny!r} is neither the folder of an AutoencoderTiny nor a hub id "
-            f"that can be read: {error}"
-        ) from error
-    if given["_class_name"] != "AutoencoderTiny":
-        raise ValueError(f"model.tiny_vae={tiny!r} is a {given['_class_name']}, no AutoencoderTiny")
-    vae: Any = AutoencoderKL.load_config(name, subfolder="vae")
+            f"model.tiny_vae={tiny!r} cannot stand for the VAE of {name!r}, whose latents are "
+            "normalized by latents_mean and latents_std; leave model.tiny_vae out"
+        )
     blocks = len(given["decoder_block_out_channels"]) - 1
     found = given["latent_channels"], given["upsampling_scaling_factor"] ** blocks
     needed = vae["latent_channels"], pixels_per_latent(vae)
@@ -162,3 +145,32 @@ def check_tiny_vae(tiny: str, name: str) -> None:
             f"model.tiny_vae={tiny!r} decodes {found[0]} channels to {found[1]} pixels a latent, "
             f"and the VAE of {name!r} {needed[0]} channels to {needed[1]}; use one made for it"
         )
+
+
+def prepared(model: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Policy:
+    """The policy of a config's section `model`, ready to be trained: with its LoRA, whose
+    initialisation depends on the seed, or with all weights of the denoiser."""
+    m = model
+    policy = load(m.name, device, m.dtype, m.resolution, not m.lora_rank, m.merge_lora)
+    if m.lora_rank:
+        policy.add_lora(m.lora_rank, m.lora_alpha, m.lora_targets, seed)
+    if m.tiny_vae is not None:
+        policy.add_tiny_vae(m.tiny_vae)
+    policy.decode_batch = m.decode_batch
+    policy.max_sequence_length = m.max_sequence_length
+    if m.gradient_checkpointing:
+        for part in (policy.network, policy.vae, policy.tiny_vae):
+            if part is not None:
+                part.enable_gradient_checkpointing()
+    return policy
+
+
+def read_text_encoders(policy: Policy, model: ModelConfig) -> None:
+    """Give a policy of `prepared` the text encoders again that it has freed."""
+    # a LoRA may be part of them, and is merged into a pipeline that is whole
+    left = {} if model.merge_lora else dict.fromkeys((policy.denoiser, "vae"))
+    dtype = {"torch_dtype": getattr(torch, model.dtype)}
+    read = pipeline(model.name, model.merge_lora, **left, **dtype).components
+    names = [k for k, v in read.items() if "text_encoder" in k and v is not None]
+    parts = {k: read[k].to(policy.device).requires_grad_(False).eval() for k in names}
+    policy.pipe.register_modules(**parts)

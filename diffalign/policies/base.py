@@ -7,9 +7,8 @@ here: classifier-free guidance, prompt cache, decoding, trained weights and thei
 from __future__ import annotations
 
 import copy
-import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +16,11 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from ..dynamics import PREDICTIONS, Levels, Prediction, native_target
 from . import lora
+from .configs import read_config
 
 
 @dataclass(frozen=True)
@@ -43,40 +42,6 @@ class Cond:
 
     def __len__(self) -> int:
         return len(next(iter(self.positive.values())))
-
-
-def latent_side(resolution: int, factor: int, patch: int = 1) -> int:
-    """Side of the latents of a picture of `resolution` pixels.
-
-    factor: pixels per latent. patch: latents per token of a transformer. Raises ValueError where
-    the resolution is no multiple of both.
-    """
-    step = factor * patch
-    if resolution % step:
-        valid = max(step, round(resolution / step) * step)
-        raise ValueError(
-            f"model.resolution={resolution} is not a multiple of {step}, the pixels of a "
-            f"{'latent' if patch == 1 else 'token'} of this model; the nearest is {valid}"
-        )
-    return resolution // factor
-
-
-def pixels_per_latent(vae: Mapping[str, Any]) -> int:
-    """The factor between the sides of picture and latents, from the config of a VAE."""
-    return 2 ** (len(vae["block_out_channels"]) - 1)
-
-
-def text_options(pipe: Any) -> dict[str, int]:
-    """What `pipe(...)` must be told to encode prompts as a policy does: its number of T5 tokens.
-
-    It is the pipeline's default, or less where its T5 tokenizer has a smaller maximum.
-    """
-    default = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
-    if default is None:
-        return {}
-    t5 = pipe.tokenizer_3 if "tokenizer_3" in pipe.components else pipe.tokenizer_2
-    most = default.default if t5 is None else t5.model_max_length
-    return {"max_sequence_length": min(default.default, most)}
 
 
 class Policy(ABC):
@@ -112,13 +77,33 @@ class Policy(ABC):
         self.vae: Any = pipe.vae
         self.tiny_vae: Any = None
         scheduler = pipe.scheduler
-        self.schedule_config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        config = {**scheduler.config, "_class_name": type(scheduler).__name__}
+        self.schedule_config = self.scheduler_config(type(pipe).__name__, config)
         self.latent_shape = self.shape(self.network.config, self.vae.config, resolution)
         self.resolution = resolution
         self.decode_batch = 16
         self.calls = 0  # samples through the denoiser so far, both branches of CFG counted
         self._prompts: dict[str, dict[str, Tensor]] = {}
+        self.read_base: Callable[[], Any] = self._read_base  # the denoiser before any training
         self._copies: dict[str, Any] = {}  # of a wholly trained network: "base", "old", ...
+
+    @classmethod
+    def check(
+        cls, index: Mapping[str, Any], network: Mapping[str, Any], vae: Mapping[str, Any]
+    ) -> None:
+        """Refuse, by the configs of pipeline, denoiser and VAE, a model that asks for something
+        else than this family does. No weights are read."""
+        kind = index["vae"][1]
+        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
+            raise ValueError(f"the VAE is a {kind}; use a pipeline with a plain AutoencoderKL")
+        taken, given = network["in_channels"], network.get("out_channels")
+        decoded, latent = vae["latent_channels"], cls.shape(network, vae, None)[0]
+        if given not in (None, taken) or latent != decoded:
+            raise ValueError(
+                f"the denoiser takes {taken} channels and gives {given or taken}, and the VAE has "
+                f"{decoded}: it is no plain text-to-image model (inpainting and editing models "
+                "take a picture besides); use one that is"
+            )
 
     @classmethod
     @abstractmethod
@@ -128,12 +113,18 @@ class Policy(ABC):
         """Shape of a latent, from the configs of denoiser and VAE; refuses what cannot be run."""
 
     @classmethod
+    def scheduler_config(cls, pipeline: str, config: dict[str, Any]) -> dict[str, Any]:
+        """The scheduler's config as `schedule` wants it, of a pipeline of the class `pipeline`.
+
+        `config["_class_name"]` is the scheduler's class.
+        """
+        return config
+
+    @classmethod
     @abstractmethod
     def schedule(cls, config: dict[str, Any], steps: int, shape: tuple[int, ...]) -> Levels:
-        """The (steps + 1,) levels of a run, noise to data, from the scheduler's config.
-
-        `config["_class_name"]` is the scheduler's class; shape is that of a latent.
-        """
+        """The (steps + 1,) levels of a run, noise to data, from `scheduler_config` and the shape
+        of a latent."""
 
     @abstractmethod
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -151,12 +142,20 @@ class Policy(ABC):
         cls, name: str, steps: int, resolution: int | None = None
     ) -> tuple[Levels, tuple[int, ...]]:
         """Levels of a sampling run and shape of a latent, from the pipeline's configs alone."""
-        # load_config only reads a JSON file, of whatever class
-        network: Any = UNet2DConditionModel.load_config(name, subfolder=cls.denoiser)
-        vae: Any = AutoencoderKL.load_config(name, subfolder="vae")
-        scheduler: Any = DDIMScheduler.load_config(name, subfolder="scheduler")
-        shape = cls.shape(network, vae, resolution)
-        return cls.schedule(scheduler, steps, shape), shape
+        index = read_config(name, "model_index.json")
+        network = read_config(name, f"{cls.denoiser}/config.json")
+        vae = read_config(name, "vae/config.json")
+        scheduler = read_config(name, "scheduler/scheduler_config.json")
+        try:
+            cls.check(index, network, vae)
+            shape = cls.shape(network, vae, resolution)
+            config = {"_class_name": index["scheduler"][1], **scheduler}
+            config = cls.scheduler_config(index["_class_name"], config)
+            return cls.schedule(config, steps, shape), shape
+        except KeyError as error:
+            raise ValueError(
+                f"model.name={name!r} is incomplete: its configs do not say {error}"
+            ) from error
 
     def levels(self, steps: int) -> Levels:
         """The (steps + 1,) levels of a sampling run, from noise to data."""
@@ -201,6 +200,10 @@ class Policy(ABC):
         if zeros:
             return Cond(positive, {k: torch.zeros_like(v) for k, v in positive.items()})
         return Cond(positive, rows([negative] * len(prompts)))
+
+    def knows(self, prompts: Sequence[str]) -> bool:
+        """Whether `encode` needs no text encoder for these."""
+        return all(p in self._prompts for p in prompts)
 
     @property
     def has_text_encoders(self) -> bool:
@@ -261,14 +264,21 @@ class Policy(ABC):
             return torch.cat([self._decode(chunk, vae) for chunk in x0.split(self.decode_batch)])
 
     def _decode(self, x0: Tensor, vae: Any) -> Tensor:
-        # a tiny VAE takes latents as the denoiser has them, and says so by a scale of 1
-        x0 = x0 / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-        image = vae.decode(x0.to(vae.dtype)).sample.float()
+        image = vae.decode(self.unscaled(x0, vae.config).to(vae.dtype)).sample.float()
         return (image / 2 + 0.5).clamp(0, 1)
+
+    def unscaled(self, x0: Tensor, vae: Mapping[str, Any]) -> Tensor:
+        """What the VAE with this config decodes for the denoiser's latents (n, *latent).
+
+        A tiny VAE takes latents as the denoiser has them, and says so by a scale of 1.
+        """
+        return x0 / vae["scaling_factor"] + (vae.get("shift_factor") or 0.0)
 
     def add_tiny_vae(self, name: str) -> None:
         """Have `decode(tiny=True)` use the AutoencoderTiny of a local folder or hub id."""
-        vae: Any = AutoencoderTiny.from_pretrained(name)
+        from .loading import tiny_vae
+
+        vae = tiny_vae(name)
         self.tiny_vae = vae.to(self.device).requires_grad_(False).eval()
 
     def add_lora(
@@ -336,12 +346,15 @@ class Policy(ABC):
                 yield
             return
         if "base" not in self._copies:
-            base = type(self.network).from_pretrained(
-                self.pipe.config._name_or_path, subfolder=self.denoiser
-            )
+            base = self.read_base()
             self._copies["base"] = base.to(self.network.device).requires_grad_(False).eval()
         with self._instead(self._copies["base"]):
             yield
+
+    def _read_base(self) -> Any:
+        return type(self.network).from_pretrained(
+            self.pipe.config._name_or_path, subfolder=self.denoiser
+        )
 
     @contextmanager
     def adapter(self, name: str) -> Iterator[None]:

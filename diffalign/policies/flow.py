@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from ..dynamics import Levels
+from . import schedulers
 from .base import Policy
+
+ODD = (
+    "invert_sigmas", "stochastic_sampling",
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
+)  # fmt: skip
+"""Settings of the Euler scheduler that change more than where the levels are shifted to."""
 
 PATCH = 2  # latents a side of a token, in every released SD3 and FLUX
 
 
 class FlowPolicy(Policy):
-    """A rectified flow, x = (1 - sigma) x0 + sigma noise, told t = 1000 sigma."""
+    """A rectified flow, x = (1 - sigma) x0 + sigma noise, told t = 1000 sigma (1000 being the
+    scheduler's number of training timesteps)."""
 
     predicts = "flow"
 
     def at(self, time: Tensor) -> Levels:
-        return Levels(1000 * time, 1 - time, time).to(self.device)
+        t = self.schedule_config["num_train_timesteps"] * time
+        return Levels(t, 1 - time, time).to(self.device)
 
 
 def flow_levels(
@@ -30,29 +37,22 @@ def flow_levels(
     """alpha = 1 - sigma, t = 1000 sigma, (steps + 1,), the last at sigma 0.
 
     The sigmas are shifted, sigma -> s sigma / (1 + (s - 1) sigma), by the constant `shift`, or with
-    `use_dynamic_shifting` by s = e^mu, mu linear in the number of image tokens. linspace: start
+    `use_dynamic_shifting` by s = e^mu or
+    mu (`time_shift_type`), mu linear in the number of image tokens, and then stretched to end at
+    `shift_terminal`. linspace: start
     from 1 ... 1 / steps as FluxPipeline does, else from the scheduler's own range as SD3's.
     Raises ValueError for other schedulers than the plain Euler one.
     """
     name = config["_class_name"]
-    odd = [f" with {k}" for k in ("invert_sigmas", "stochastic_sampling") if config.get(k)]
+    odd = [f" with {k}" for k in ODD if config.get(k)]
     if name != "FlowMatchEulerDiscreteScheduler" or odd:
         raise ValueError(
             f"the scheduler {name}{''.join(odd)} of this flow model is not supported; save the "
             "pipeline with a plain FlowMatchEulerDiscreteScheduler (any solver integrates the same "
             "flow)"
         )
-    scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(config)
-    c = scheduler.config
-    mu = None
-    if c.use_dynamic_shifting:
-        tokens = shape[1] // PATCH * (shape[2] // PATCH)
-        slope = (c.max_shift - c.base_shift) / (c.max_image_seq_len - c.base_image_seq_len)
-        mu = c.base_shift + slope * (tokens - c.base_image_seq_len)
-    if linspace:
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=mu)
-    else:
-        scheduler.set_timesteps(steps, mu=mu)
-    t = torch.cat([scheduler.timesteps.cpu().float(), torch.zeros(1)])
-    sigma = scheduler.sigmas.cpu().float()
-    return Levels(t, 1 - sigma, sigma)
+    tokens = shape[1] // PATCH * (shape[2] // PATCH)
+    sigma = schedulers.flow_sigmas(config, steps, tokens, linspace)
+    n = config.get("num_train_timesteps", schedulers.FLOW["num_train_timesteps"])
+    sigma = torch.cat([sigma, torch.zeros(1)])
+    return Levels(sigma * n, 1 - sigma, sigma)

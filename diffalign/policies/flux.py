@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dynamics import Levels
-from .base import latent_side, pixels_per_latent
+from .configs import latent_side, pixels_per_latent
 from .flow import PATCH, FlowPolicy, flow_levels
 
 

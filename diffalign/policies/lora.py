@@ -11,11 +11,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-WEIGHTS = "pytorch_lora_weights.safetensors"
+from .run_folder import WEIGHTS as WEIGHTS
 
 
 def add(
@@ -31,6 +29,9 @@ def add(
     targets are suffixes of module names. Raises ValueError when one matches no layer of the
     network.
     """
+    from peft import LoraConfig  # seconds, which a refusal need not wait for
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     layers = (nn.Linear, nn.Conv2d, BaseTunerLayer)
     modules = [n for n, m in network.named_modules() if isinstance(m, layers)]
     for target in targets:
@@ -62,11 +63,15 @@ def add(
 
 def state_dict(network: nn.Module, name: str = "default") -> dict[str, Tensor]:
     """The raw A and B of the adapter `name`, keyed as peft does."""
+    from peft import get_peft_model_state_dict
+
     state = get_peft_model_state_dict(network, adapter_name=name)
     return {k: v.detach().cpu().clone() for k, v in state.items()}
 
 
 def load_state_dict(network: nn.Module, state: dict[str, Tensor], name: str = "default") -> None:
+    from peft import set_peft_model_state_dict
+
     result = set_peft_model_state_dict(network, state, adapter_name=name)
     if result.unexpected_keys:
         raise ValueError(
@@ -108,6 +113,8 @@ def active(network: Any, name: str) -> Iterator[None]:
 
 def set_scale(network: nn.Module, scale: float) -> None:
     """Weaken or strengthen the adapter: W + scale ΔW. It is the product BA that is scaled."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
     for module in network.modules():
         if isinstance(module, BaseTunerLayer):
             module.set_scale("default", scale)  # type: ignore[operator]

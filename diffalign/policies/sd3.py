@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from ..dynamics import Levels
-from .base import latent_side, pixels_per_latent
-from .flow import FlowPolicy, flow_levels
+from .configs import latent_side, pixels_per_latent
+from .flow import PATCH, FlowPolicy, flow_levels
 
 
 class SD3Policy(FlowPolicy):
@@ -30,6 +30,8 @@ class SD3Policy(FlowPolicy):
         cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
     ) -> tuple[int, ...]:
         side, patch = network["sample_size"], network["patch_size"]
+        if patch != PATCH:
+            raise ValueError(f"patch_size={patch} of this transformer is not the {PATCH} of SD3's")
         if resolution is not None:
             side = latent_side(resolution, pixels_per_latent(vae), patch)
         largest = network["pos_embed_max_size"] * patch

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ..dynamics import Levels
-from .base import Policy, latent_side, pixels_per_latent
+from . import schedulers
+from .base import Policy
+from .configs import latent_side, pixels_per_latent
 
-KINDS = ("epsilon", "v_prediction")
+XL = "StableDiffusionXLPipeline"
 
 
 class UNetPolicy(Policy):
@@ -23,7 +22,9 @@ class UNetPolicy(Policy):
 
     The noise schedule and the spacing of the timesteps are the pipeline's own, read as DDIM; other
     samplers of the hub's configuration (PNDM, Euler) only differ in how they integrate, and Euler
-    starts from noise of scale `sigma` where DDIM starts from scale 1.
+    starts from noise of scale `sigma` where DDIM starts from scale 1. Settings of a scheduler that
+    change more than that (clipping, Karras sigmas) are refused. Guidance is not rescaled, as the
+    pipelines do not unless they are told to.
 
     A LoRA goes to all attention projections, as in DDPO and AlignProp. Left out: convolutions, time
     embedding, the feed-forward of the transformer blocks and their proj_in and proj_out.
@@ -40,26 +41,65 @@ class UNetPolicy(Policy):
         resolution: int | None = None,
     ):
         super().__init__(pipe, device, dtype, resolution)
-        self.predicts = pipe.scheduler.config.prediction_type
-        ddim: Any = DDIMScheduler.from_config(self.schedule_config)
-        self.abar = ddim.alphas_cumprod.double()
+        self.predicts = self.schedule_config["prediction_type"]
+        self.abar = schedulers.alphas_cumprod(self.schedule_config).double()
         self.zero_negative = pipe.config.get("force_zeros_for_empty_prompt", False)
-        self.is_xl = self.network.config.addition_embed_type == "text_time"
+        self.is_xl = type(pipe).__name__ == XL
+        if self.is_xl:
+            self._check_time_ids()
         factor = pixels_per_latent(self.vae.config)
         height, width = (side * factor for side in self.latent_shape[1:])
         # original size, crop corner, target size
         self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device)
 
+    def _check_time_ids(self) -> None:
+        c = self.network.config
+        pooled = self.pipe.text_encoder_2.config.projection_dim
+        numbers = (c.projection_class_embeddings_input_dim - pooled) / c.addition_time_embed_dim
+        if numbers != 6:
+            raise ValueError(
+                f"this UNet takes {numbers:g} numbers beside the text and SDXL gives 6, the sizes "
+                "and the crop; SDXL's refiner is not supported, use the base model"
+            )
+
     @classmethod
-    def shape(
-        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
-    ) -> tuple[int, ...]:
+    def check(
+        cls, index: Mapping[str, Any], network: Mapping[str, Any], vae: Mapping[str, Any]
+    ) -> None:
+        super().check(index, network, vae)
         if network.get("time_cond_proj_dim") is not None:
             raise ValueError(
                 "this UNet takes the guidance scale as an input (time_cond_proj_dim), as latent "
                 "consistency models do, and these are not supported; use the model it was "
                 "distilled from, or a Turbo model"
             )
+        if index.get("requires_aesthetics_score"):
+            raise ValueError(
+                "requires_aesthetics_score of this pipeline is of SDXL's refiner, which only goes "
+                "on from another model's picture; use the base model"
+            )
+        kind = network.get("addition_embed_type")
+        given = ("text_time",) if index["_class_name"] == XL else (None, "text")
+        if kind not in given:
+            raise ValueError(
+                f"addition_embed_type={kind!r} of this UNet is not what a {index['_class_name']} "
+                "gives its UNet; use a model whose pipeline and UNet belong together"
+            )
+        asks = [
+            f"{key}={network[key]!r}"
+            for key in ("class_embed_type", "num_class_embeds", "encoder_hid_dim_type")
+            if network.get(key) not in (None, "text_proj")
+        ]
+        if asks:
+            raise ValueError(
+                f"{asks[0]} of this UNet is a condition beside the text, which a text-to-image "
+                "pipeline does not give it; use a model that takes text alone"
+            )
+
+    @classmethod
+    def shape(
+        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
+    ) -> tuple[int, ...]:
         size = network["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         if resolution is not None:
@@ -67,29 +107,25 @@ class UNetPolicy(Policy):
         return network["in_channels"], height, width
 
     @classmethod
+    def scheduler_config(cls, pipeline: str, config: dict[str, Any]) -> dict[str, Any]:
+        return schedulers.as_ddim(pipeline, config)
+
+    @classmethod
     def schedule(cls, config: dict[str, Any], steps: int, shape: tuple[int, ...]) -> Levels:
-        """VP levels `alpha = sqrt(abar_t)`, `sigma = sqrt(1 - abar_t)` at the scheduler's
-        timesteps.
+        """VP levels `alpha = sqrt(abar_t)`, `sigma = sqrt(1 - abar_t)` at the timesteps of a DDIM
+        scheduler, see `schedulers.as_ddim`.
 
         The state after step i is at the timestep of step i + 1. diffusers steps to `t - 1000 //
         steps` instead, which is the same whenever `steps` divides the number of training timesteps.
         """
-        name, kind = config["_class_name"], config.get("prediction_type", "epsilon")
-        if "beta_start" not in config:
-            raise ValueError(f"{name} has no DDPM noise schedule; use a pipeline with e.g. DDIM")
-        if kind not in KINDS:
+        abar, t = schedulers.alphas_cumprod(config), schedulers.timesteps(config, steps)
+        if steps > len(abar) or len(abar) <= t.max():
             raise ValueError(
-                f"prediction_type={kind!r} of the scheduler is not supported; "
-                f"known: {', '.join(KINDS)}"
+                f"{steps} steps from timestep {t.max()} are more than this model was trained for, "
+                f"{len(abar)}; use fewer"
             )
-        # Turbo models carry set_alpha_to_one=False for a sampler that ends at sigma 0 anyway
-        if "set_alpha_to_one" not in inspect.signature(getattr(diffusers, name)).parameters:
-            config = config | {"set_alpha_to_one": True}
-        scheduler: Any = DDIMScheduler.from_config(config)
-        scheduler.set_timesteps(steps)
-        t = scheduler.timesteps.cpu()
-        final = torch.as_tensor(scheduler.final_alpha_cumprod).reshape(1).cpu()
-        abar = torch.cat([scheduler.alphas_cumprod.cpu()[t], final]).double()
+        final = torch.ones(1) if config["set_alpha_to_one"] else abar[:1]
+        abar = torch.cat([abar[t], final]).double()
         t = torch.cat([t, torch.zeros(1, dtype=t.dtype)])
         return Levels(t.float(), abar.sqrt().float(), (1 - abar).sqrt().float())
 
@@ -113,3 +149,10 @@ class UNetPolicy(Policy):
         return self.network(
             x.to(self.dtype), t, encoder_hidden_states=embeds, added_cond_kwargs=added
         ).sample
+
+    def unscaled(self, x0: Tensor, vae: Mapping[str, Any]) -> Tensor:
+        mean, std = vae.get("latents_mean"), vae.get("latents_std")
+        if type(self.pipe).__name__ != XL or mean is None or std is None:  # as its pipeline does
+            return x0 / vae["scaling_factor"]
+        mean, std = (torch.tensor(v, device=x0.device).view(1, -1, 1, 1) for v in (mean, std))
+        return x0 * std / vae["scaling_factor"] + mean

@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from ..decoding import write_atomic
+from ..decoding import check_file, write_atomic
 from . import sections
 from .run import read
 
@@ -25,6 +25,7 @@ def write(
     if not runs:
         raise ValueError("there is no run to report on; give at least one folder")
     path = Path(out if out is not None else NAME if len(runs) > 1 else Path(runs[0]) / NAME)
+    check_file(path, "--out")
     found = read(runs)
     title = found[0].name if len(found) == 1 else f"{len(found)} runs"
     page = Template(files(__name__).joinpath("page.html").read_text("utf-8"))

@@ -33,9 +33,11 @@ class Line:
     ringed: Sequence[int] = ()
 
 
-def chart(title: str, lines: Sequence[Line], across: str, warning: float | None = None) -> str:
+def chart(
+    title: str, lines: Sequence[Line], across: str, warning: tuple[float, str] | None = None
+) -> str:
     """A <figure>: a heading with the first and last value, axes, lines. across: what the x axis is.
-    warning: where a line says over-optimised."""
+    warning: where a line says what."""
     known = [(x, y) for line in lines for x, y in line.points if y is not None]
     if not known:
         return ""
@@ -43,13 +45,13 @@ def chart(title: str, lines: Sequence[Line], across: str, warning: float | None 
     x_axis = Axis([x for x, _ in known], LEFT, WIDTH - RIGHT, "inside", across == "epoch")
     y_axis = Axis([y for _, y in known], HEIGHT - BOTTOM, TOP)
     parts = [_grid(x_axis, y_axis, across)]
-    if warning is not None and x_axis.low <= warning <= x_axis.high:
-        x = x_axis(warning)
+    if warning is not None and x_axis.low <= warning[0] <= x_axis.high:
+        x = x_axis(warning[0])
         end = x > WIDTH / 2  # the words stay inside
         parts.append(
             f'<g class="warn"><path d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"/><text x="'
             f'{x + (4 if end else -4):.1f}" y="{TOP - 4}" text-anchor="{"end" if end else "start"}'
-            '">over-optimised</text></g>'
+            f'">{escape(warning[1])}</text></g>'
         )
     parts += [_line(line, x_axis, y_axis) for line in lines]
     parts += _marks(lines, x_axis, y_axis)

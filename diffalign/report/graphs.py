@@ -22,7 +22,7 @@ def legend(runs: Sequence[Run]) -> str:
             for i, run in enumerate(runs)
         ]
         if any(run.flagged for run in runs):
-            items.append('<li class="warn"><i class="ring"></i>found over-optimised</li>')
+            items.append('<li class="warn"><i class="ring"></i>flagged by the guard</li>')
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -31,7 +31,7 @@ def curves(runs: Sequence[Run]) -> Iterator[str]:
     alone, costs = len(runs) == 1, [run.cost() for run in runs]
     # an epoch of one run may cost many of another
     by_cost = not alone and all(costs)
-    warning = runs[0].flagged[0] if alone and runs[0].flagged else None
+    warning = next(iter(runs[0].warnings), None) if alone else None
     names = dict.fromkeys(f"eval/{name}" for run in runs for name in run.measures)
     # rewards in training are of different samplers, and not to be compared
     for name in ["reward_mean", *names] if alone else names:

@@ -5,16 +5,28 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rewards.redaction import redact
+
 from .. import pictures
-from ..decoding import read_yaml
+from ..config import TrainConfig
+from ..decoding import ConfigError, decode_value, field_types, read_sections
 from ..pictures import Evaluated
 from ..tracking import read_metrics
+from ..verdict import WARNINGS, warning
 
 Point = tuple[float, float | None]
+
+SECTIONS = field_types(TrainConfig)
+TYPES = SECTIONS | {
+    f"{section}.{key}": kind
+    for section, hint in SECTIONS.items()
+    if is_dataclass(hint)
+    for key, kind in field_types(hint).items()
+}
 
 MEASURED = {
     "kl": "mean square difference of the network's outputs to the base model's",
@@ -35,11 +47,14 @@ class Run:
     alike: bool = True
 
     def setting(self, key: str, default: Any = None) -> Any:
-        """A dotted setting; configs of other versions may lack it."""
+        """A dotted setting; configs of other versions may lack it, or mean something else by it."""
         value: Any = self.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
-        return default if value is None else value
+        try:
+            return default if value is None else decode_value(TYPES[key], value, key)
+        except ConfigError:
+            return default
 
     def column(self, name: str) -> list[Point]:
         """(epoch, value) of the rows that have the metric."""
@@ -90,9 +105,14 @@ class Run:
         return "other" if name in MEASURED else "judge"
 
     @property
+    def warnings(self) -> list[tuple[int, str]]:
+        """(epoch, what the guard found wrong, in a word) of the evaluations that it flagged."""
+        found = [(row["step"], warning(row)) for row in self.rows]
+        return [(epoch, WARNINGS[name]) for epoch, name in found if name]
+
+    @property
     def flagged(self) -> list[int]:
-        """Epochs of the evaluations that the guard found over-optimised."""
-        return [row["step"] for row in self.rows if row.get("over_optimised")]
+        return [epoch for epoch, _ in self.warnings]
 
     @property
     def guarded(self) -> int:
@@ -140,10 +160,9 @@ def read(dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
 
 
 def _read(folder: Path, name: str) -> Run:
-    from rewards.redaction import redact  # late: with it come torch and the models
-
     path = folder / "config.yaml"
-    config = redact(read_yaml(path)) if path.exists() else {}  # written by another version
+    # written by another version, it may hold secrets
+    config = redact(read_sections(path)) if path.exists() else {}
     return Run(folder, name, config, read_metrics(folder), pictures.load(folder))
 
 

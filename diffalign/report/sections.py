@@ -13,6 +13,17 @@ from .charts import number
 from .run import Run
 from .viewer import columns_of, data_uri, viewer
 
+MEANINGS = {  # of the guard's warnings
+    "over-optimised": "a judge or the diversity fell while the reward was above the base model’s",
+    "collapsed": "a judge or the diversity fell, and the reward did not rise",
+    "failed": "the reward fell below the base model’s",
+}
+KEPT = {  # whether there are judges, and diversities
+    (True, True): ", and neither a judge nor the diversity was found to fall",
+    (True, False): ", and no judge was found to fall",
+    (False, True): ", and the diversity did not fall",
+    (False, False): "",
+}
 GRIDS = 8  # runs whose grid.png is shown, where there are no single pictures
 
 
@@ -32,7 +43,7 @@ def build(runs: Sequence[Run]) -> str:
                 "What the reward was bought with: the further from the base model for the same "
                 "reward, the likelier it is that something else was lost."
                 + (" At the end of a line is its epoch." if alone else "")
-                + (" Ringed: found over-optimised." if any(run.flagged for run in runs) else ""),
+                + (" Ringed: flagged by the guard." if any(run.flagged for run in runs) else ""),
             ),
             _section("Pictures", *_pictures(runs)),
             _section("Every held-out prompt", tables.prompts(runs[0]) if alone else ""),
@@ -66,24 +77,40 @@ def _header(runs: Sequence[Run]) -> str:
 
 def _verdict(run: Run) -> str:
     """What there is to say first."""
-    found, tone = run.change("reward"), ""
-    said = f"{_progress(run)}."
+    found, said = run.change("reward"), f"{_progress(run)}."
     if found and run.epochs:
         said = f"Held-out reward {number(found[0])} → {number(found[1])} in {said}"
-    if run.flagged:
-        tone, guard = ' class="warn"', (
-            f"Over-optimised from epoch {run.flagged[0]} ({len(run.flagged)} of {run.guarded} "
-            "evaluations): a judge or the diversity fell while the reward was above the base "
-            "model’s."
-        )  # fmt: skip
-    elif run.guarded:
-        watched = "judges and diversity" if run.setting("eval.rewards") else "diversity; no judge"
-        guard = (
-            f"Not found over-optimised in {tables.count(run.guarded, 'evaluation')} ({watched})."
+    tone = ' class="warn"' if run.warnings else ""
+    return f"<p>{escape(said)}</p><p{tone}>{escape(_guard(run))}</p>"
+
+
+def _guard(run: Run) -> str:
+    """What the guard found over the run, and at its last evaluation."""
+    seen = [row for row in run.rows if row.get("over_optimised") is not None]
+    if not seen:
+        return "Over-optimisation has not been looked for."
+    looks, said = tables.count(len(seen), "evaluation"), []
+    for word in dict.fromkeys(word for _, word in run.warnings):
+        epochs = [epoch for epoch, other in run.warnings if other == word]
+        many = f"{len(epochs)} of {looks}"
+        said.append(f"{word.capitalize()} from epoch {epochs[0]} ({many}): {MEANINGS[word]}.")
+    judged = bool(run.setting("eval.rewards"))
+    if "improved" not in seen[-1]:  # of a version that looked for nothing else
+        said = said or [f"Not found over-optimised in {looks}."]
+    elif seen[-1]["step"] not in run.flagged:
+        verdict, reward = (
+            "No significant change",
+            "neither rose nor fell by more than chance explains",
         )
-    else:
-        guard = "Over-optimisation has not been looked for."
-    return f"<p>{escape(said)}</p><p{tone}>{escape(guard)}</p>"
+        if seen[-1]["improved"]:
+            verdict, reward = "Improved", "rose by more than chance explains"
+        elif not run.known("eval/reward"):
+            reward = "cannot be compared over the run"
+        kept = KEPT[judged, bool(run.known("eval/diversity"))]
+        said.append(f"{verdict} (at the last of {looks}): the held-out reward {reward}{kept}.")
+    if not judged:
+        said.append("No judge watched; eval.rewards names those that notice over-optimisation.")
+    return " ".join(said)
 
 
 def _progress(run: Run) -> str:

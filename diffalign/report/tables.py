@@ -81,13 +81,18 @@ def compared(runs: Sequence[Run]) -> str:
             found = run.change(name)
             gain = "" if found is None else f"<small>{_signed(found[1] - found[0])}</small>"
             row.append("–" if found is None else f"{number(found[1])}<br>{gain}")
-        flag = f'<span class="warn">from epoch {run.flagged[0]}</span>' if run.flagged else "no"
-        rows.append([*row, flag if run.guarded else "–"])
+        rows.append([*row, _flag(run)])
     if not names:
         return ""
-    return table(["run", *map(escape, names), "over-optimised"], rows) + about(
+    return table(["run", *map(escape, names), "the guard"], rows) + about(
         "Means at the last evaluation, and below them the change from the first."
     )
+
+
+def _flag(run: Run) -> str:
+    for epoch, word in run.warnings:
+        return f'<span class="warn">{word} from epoch {epoch}</span>'
+    return "nothing found" if run.guarded else "–"
 
 
 def prompts(run: Run) -> str:

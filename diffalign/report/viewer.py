@@ -118,7 +118,7 @@ def _figure(
 
 
 def _shots(run: Run) -> list[Evaluated]:
-    """Some of a run's evaluations, evenly spaced, and the first that was over-optimised."""
+    """Some of a run's evaluations, evenly spaced, and the first that the guard flagged."""
     shown = spread(run.shots, EPOCHS)
     shown += [s for s in run.shots if run.flagged[:1] == [s.epoch] and s not in shown]
     return sorted(shown, key=lambda s: s.epoch)

@@ -1,0 +1,60 @@
+"""Configs of a pipeline, and what follows from them without any weights."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rewards.loading import reading
+
+
+def read_config(name: str, file: str, option: str = "model.name") -> dict[str, Any]:
+    """A JSON file of a local folder or hub id; nothing else of it is read. Raises ValueError."""
+    with reading(f"{option}={name!r}", name):
+        path = Path(name).expanduser() / file
+        if not Path(name).expanduser().is_dir():
+            from huggingface_hub import hf_hub_download
+
+            folder, _, last = file.rpartition("/")
+            path = Path(hf_hub_download(name, last, subfolder=folder or None))
+        config = json.loads(path.read_bytes())
+        if not isinstance(config, dict):
+            raise ValueError(f"{file} holds no settings")
+        return config
+
+
+def latent_side(resolution: int, factor: int, patch: int = 1) -> int:
+    """Side of the latents of a picture of `resolution` pixels.
+
+    factor: pixels per latent. patch: latents per token of a transformer. Raises ValueError where
+    the resolution is no multiple of both.
+    """
+    step = factor * patch
+    if resolution % step:
+        valid = max(step, round(resolution / step) * step)
+        raise ValueError(
+            f"model.resolution={resolution} is not a multiple of {step}, the pixels of a "
+            f"{'latent' if patch == 1 else 'token'} of this model; the nearest is {valid}"
+        )
+    return resolution // factor
+
+
+def pixels_per_latent(vae: Mapping[str, Any]) -> int:
+    """The factor between the sides of picture and latents, from the config of a VAE."""
+    return 2 ** (len(vae["block_out_channels"]) - 1)
+
+
+def text_options(pipe: Any) -> dict[str, int]:
+    """What `pipe(...)` must be told to encode prompts as a policy does: its number of T5 tokens.
+
+    It is the pipeline's default, or less where its T5 tokenizer has a smaller maximum.
+    """
+    default = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
+    if default is None:
+        return {}
+    t5 = pipe.tokenizer_3 if "tokenizer_3" in pipe.components else pipe.tokenizer_2
+    most = default.default if t5 is None else t5.model_max_length
+    return {"max_sequence_length": min(default.default, most)}

@@ -1,0 +1,144 @@
+"""Pipelines and their weights, read: from folders, the hub, or run folders."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderTiny, DiffusionPipeline
+from torch import nn
+
+from rewards.loading import LoadingError, pretrained, reading
+
+from . import lora_files
+from .configs import read_config
+from .run_folder import DENOISERS, resolve, trained_denoiser
+
+XL = "StableDiffusionXLPipeline"
+
+
+@cache
+def note(text: str) -> None:
+    """Say something once, on the first process."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
+
+
+def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
+    """See `policies.pipeline`."""
+    model = resolve(name)
+    index = read_config(model.base, "model_index.json")
+    # diffusers asks for parts that were saved as none (SD3 without its T5) to be passed as None
+    parts: dict[str, Any] = {key: None for key, value in index.items() if value == [None, None]}
+    if index["_class_name"] == "StableDiffusionPipeline":
+        parts |= {"safety_checker": None, "requires_safety_checker": False}
+        if index.get("safety_checker", [None, None])[1]:
+            note(f"{name}: drawn without its safety checker, as in training")
+    if index["_class_name"] == XL:
+        parts |= {"add_watermarker": False}
+        if index.get("add_watermarker"):
+            note(f"{name}: drawn without its watermark, as in training")
+    if model.denoiser is not None:
+        denoiser = next(k for k in DENOISERS if k in index)
+        parts[denoiser] = _whole(model.denoiser, denoiser, index, options)
+    pipe = _read(name, model.base, {**parts, **options})
+    for part in (*model.loras, *([] if merge_lora is None else [merge_lora])):
+        merge(pipe, part)
+    return pipe
+
+
+def denoiser(name: str, merge_lora: str | None, part: str) -> Any:
+    """The denoiser of a model in float32, and nothing else of it; `part` is its name."""
+    model = resolve(name)
+    index = read_config(model.base, "model_index.json")
+    options = {"torch_dtype": torch.float32}
+    kept = (part, "scheduler")
+    parts = {k: None for k, v in index.items() if isinstance(v, list) and k not in kept}
+    if model.denoiser is not None:
+        parts[part] = _whole(model.denoiser, part, index, options)
+    pipe = _read(name, model.base, {**parts, **options})
+    for lora in (*model.loras, *([] if merge_lora is None else [merge_lora])):
+        merge(pipe, lora)
+    return getattr(pipe, part)
+
+
+def _read(name: str, base: str, options: dict[str, Any]) -> Any:
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    option = f"model.name={name!r}"
+    with warnings.catch_warnings():
+        # torch_dtype is to become dtype, which our oldest diffusers does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        pipe: Any = pretrained(DiffusionPipeline.from_pretrained, option, base, **options)
+    for key, value in pipe.components.items():
+        # transformers makes up an empty tokenizer where there are no files of one
+        if isinstance(value, transformers.PreTrainedTokenizerBase) and (
+            len(value) <= len(value.all_special_tokens)
+        ):
+            raise LoadingError(f"{option} has no files of its {key}; give a complete pipeline")
+        if isinstance(value, nn.Module) and any(p.is_meta for p in value.parameters()):
+            raise LoadingError(f"{option} has no weights for its {key}; give a complete pipeline")
+    return pipe
+
+
+def _whole(run: str, part: str, index: Any, options: dict[str, Any]) -> Any:
+    """The denoiser that a run has trained all weights of, of the class that its base names."""
+    kind = getattr(diffusers, index[part][1])
+    dtypes = options.get("torch_dtype", torch.float32)
+    dtype = dtypes.get(part, dtypes["default"]) if isinstance(dtypes, dict) else dtypes
+    option = f"the run {run!r}"
+    return pretrained(kind.from_pretrained, option, run, subfolder=part, torch_dtype=dtype)
+
+
+def tiny_vae(name: str) -> Any:
+    """The AutoencoderTiny of a local folder or hub id."""
+    return pretrained(AutoencoderTiny.from_pretrained, f"model.tiny_vae={name!r}", name)
+
+
+def trained(run: str, network: Any) -> Any:
+    """The denoiser of a run folder that trained all its weights, of the class of `network`."""
+    part = trained_denoiser(run)
+    if part is None:
+        raise ValueError(f"{run!r} holds no denoiser; give a run folder with one")
+    found = pretrained(
+        type(network).from_pretrained, f"the run {run!r}", run, subfolder=part,
+        torch_dtype=network.dtype,
+    )  # fmt: skip
+    ours, theirs = (
+        {k: tuple(v.shape) for k, v in one.state_dict().items()} for one in (found, network)
+    )
+    if ours != theirs:
+        raise ValueError(
+            f"the run {run!r} trained a {type(network).__name__} of another size than this "
+            "model's; give the model that it was trained on"
+        )
+    return found
+
+
+def merge(pipe: Any, lora: str, scale: float = 1.0) -> None:
+    """See `policies.merge`."""
+    part = trained_denoiser(lora)
+    if part is not None:
+        if scale != 1:
+            raise ValueError(
+                f"{lora!r} holds a whole {part}, which cannot be scaled as a LoRA can; use 1"
+            )
+        network = getattr(pipe, part, None)
+        if network is None:
+            raise ValueError(
+                f"the run {lora!r} trained a {part}, and a {type(pipe).__name__} has none; give "
+                "the model that it was trained on"
+            )
+        network.load_state_dict(trained(lora, network).state_dict())
+        return
+    lora_files.load(pipe, lora)
+    with reading(f"the LoRA {lora!r}", str(Path(lora))):
+        pipe.fuse_lora(lora_scale=scale)
+        pipe.unload_lora_weights()

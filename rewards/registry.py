@@ -1,0 +1,33 @@
+"""Tables of names whose modules are imported when they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """{name: object}, of ``places`` {name: "module:attribute"} in a package.
+
+    To list the names, or to refuse one that is not there, imports nothing.
+    """
+
+    def __init__(self, package: str, places: Mapping[str, str]):
+        self.places = {name: f"{package}.{place}" for name, place in places.items()}
+
+    def __getitem__(self, name: str) -> T:
+        module, _, attribute = self.places[name].partition(":")
+        found: Any = getattr(importlib.import_module(module), attribute)
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
