@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 import draccus
 import yaml
 
+from rewards.redaction import redact
+
 from . import decoding
 from .decoding import (
     ConfigError,
-    Section,
     near_divisors,
     pairs,
     read_yaml,
@@ -30,6 +31,7 @@ from .decoding import (
     suggest,
     write_atomic,
 )
+from .section import Section
 
 T = TypeVar("T")
 
@@ -262,8 +264,6 @@ class TrainConfig(Section):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the complete configuration as YAML, atomically, without secrets."""
-        from rewards.redaction import redact  # late: with it come torch and the models
-
         text = yaml.safe_dump(redact(self.to_dict()), sort_keys=False, allow_unicode=True)
         write_atomic(path, text.encode())
 

@@ -23,6 +23,7 @@ from diffalign.decoding import suggest, write_atomic
 from diffalign.grids import save_png
 from diffalign.text import read_text
 from rewards.files import open_image
+from rewards.redaction import redact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,8 +165,6 @@ class Tracker:
         self.rows: list[dict[str, Any]] = []
         self.columns = ["step"]
         if self.accelerator is not None:
-            from rewards.redaction import redact  # late: with it come torch and the models
-
             self.accelerator.init_trackers("diffalign", config=_flat(redact(config or {})))
         if not self.main:
             return
