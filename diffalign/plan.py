@@ -86,6 +86,13 @@ class Plan:
         model = config.model
         levels, shape = policies.peek(model.name, config.sampler.steps, model.resolution)
         uses_cfg = policies.family(model.name).uses_cfg
+        for section in ("sampler", "eval"):
+            name, scale = f"{section}.guidance", getattr(config, section).guidance
+            if scale is not None and scale > 1 and not policies.knows_guidance(model.name):
+                raise ConfigError(
+                    f"{name}={scale:g} does nothing: {model.name!r} takes no guidance scale, as "
+                    "FLUX.1-schnell does not; use 1"
+                )
         if model.tiny_vae is not None:
             policies.check_tiny_vae(model.tiny_vae, model.name)
         sampling = Sampling(levels, config.sampler.kernel, config.sampler.eta, 1.0)

@@ -113,6 +113,11 @@ class Policy(ABC):
         """Shape of a latent, from the configs of denoiser and VAE; refuses what cannot be run."""
 
     @classmethod
+    def knows_guidance(cls, network: Mapping[str, Any]) -> bool:
+        """Whether a guidance scale changes anything, by the config of the denoiser."""
+        return True
+
+    @classmethod
     def scheduler_config(cls, pipeline: str, config: dict[str, Any]) -> dict[str, Any]:
         """The scheduler's config as `schedule` wants it, of a pipeline of the class `pipeline`.
 
