@@ -308,7 +308,7 @@ class TrainConfig(Section):
         self._check_window(require)
         require(
             "train.lr",
-            not self.train.lr > LARGEST_LR,
+            not LARGEST_LR < self.train.lr < math.inf,
             "is far too large: AdamW moves every weight by about as much a step; use e.g. 3e-4",
         )
         require("train.ema", self.train.ema < 1, "is a decay; use less than 1, such as 0.9")

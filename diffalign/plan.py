@@ -81,8 +81,6 @@ class Plan:
         if config.model.merge_lora is not None:
             policies.check_lora(config.model.merge_lora, "model.merge_lora", config.model.name)
         reward_library.check(rewards, *for_rewards(data + held_out))
-        if gradient:
-            reward_library.check_gradient(rewards)
         if config.eval.rewards:
             reward_library.check(config.eval.rewards, *for_judges(held_out))
         model = config.model
@@ -94,6 +92,7 @@ class Plan:
         stochastic, trajectory = sampling.stochastic, method.needs is Needs.TRAJECTORY
         if gradient:
             method.surrogate(config.sampler.steps, torch.Generator())
+            reward_library.check_gradient(rewards)
         if not trajectory:
             for name in ("window", "window_range", "tail"):
                 value = getattr(config.sampler, name)

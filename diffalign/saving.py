@@ -90,13 +90,12 @@ def state(trainer: Trainer) -> dict[str, Any]:
     """All that a run needs to go on, and what it is. Raises NotFinite rather than give one whose
     weights or optimizer state are not finite."""
     known = {name: part.state_dict() for name, part in parts(trainer).items()}
-    settings = identity.settings(trainer.plan)
     found = copy.deepcopy(known) | {
         "epoch": trainer.epoch,
         "calls": trainer.calls,
         "adapter": trainer.policy.state_dict(),
         "copies": {name: trainer.policy.state_dict(name) for name in _copies(trainer)},
-        "run": {"digest": identity.digest(settings), "settings": settings},
+        "run": {"digest": identity.digest(trainer.settings), "settings": trainer.settings},
     }
     bad = _infinite(found)
     if bad:

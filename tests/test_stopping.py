@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -218,18 +219,23 @@ def test_signals_of_others_are_left_alone():
     assert seen == [before[signal.SIGTERM]]
 
 
-def test_a_signal_that_was_swallowed_is_raised_again():
-    with Signals() as signals:
-        signals.check()
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
-        except KeyboardInterrupt:
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does after the terminal: the same one
-        time.sleep(0.1)
-        with pytest.raises(Interrupted, match="SIGTERM"):
-            signals.check()
+def test_a_signal_that_was_swallowed_or_held_is_raised():
+    for swallow in (True, False):
+        with Signals() as signals:
+            with signals.held():
+                pass
+            if swallow:
+                with suppress(KeyboardInterrupt):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(0.1)
+                os.kill(os.getpid(), signal.SIGTERM)  # soon after another it is the same request
+                time.sleep(0.1)
+            reached = []
+            with pytest.raises(Interrupted, match="SIGTERM"), signals.held():  # noqa: PT012
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+                reached.append(True)
+            assert reached
 
 
 def test_any_other_error_keeps_the_epochs_done_and_is_raised_as_it_is(make):

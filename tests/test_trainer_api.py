@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 from test_trainer import redness, rows_of
 
 import rewards
-from diffalign import ConfigError, algorithms, checkpoint, cli, policies
+from diffalign import ConfigError, TrainConfig, algorithms, checkpoint, cli, policies
 from diffalign.algorithms import Algorithm, GradientAlgorithm, Needs
 from diffalign.algorithms.ddpo import DDPO
 from diffalign.policies import lora
@@ -19,6 +20,7 @@ from diffalign.prompts import Prompt
 from diffalign.sampling import Sampler
 
 make = test_trainer.make  # the fixture
+ROOT = Path(__file__).parents[1]
 QUICK = {"eval.prompts": None, "data.groups": 2, "train.checkpoint_every": 1}
 
 
@@ -127,8 +129,19 @@ def test_pictures_of_the_current_weights(make, pipelines):
     assert any(np.any(np.asarray(a) != np.asarray(b)) for a, b in zip(before, after, strict=True))
     known = trainer.sample(texts[:1], [3], steps=3, guidance=2.5)  # whatever it is drawn with
     assert np.abs(np.asarray(known[0], float) - np.asarray(after[1], float)).max() <= 1
-    with pytest.raises(ConfigError, match="is no list of texts"):
+    with pytest.raises(ValueError, match="is one text, not a list"):
         trainer.sample("a red dog")
+
+
+def test_the_example_of_the_docs(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    code = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "runs.md").read_text(), re.DOTALL)
+    small = ["--train.epochs", "1", "--sampler.steps", "2", "--algorithm.last", "1"]
+    small += ["--eval.prompts", "null", "--log.dir", str(tmp_path / "run")]
+    from_file = TrainConfig.from_file
+    monkeypatch.setattr(TrainConfig, "from_file", lambda path: from_file(path, small))
+    exec(code[0], {})
+    assert (tmp_path / "run" / "apple_1.png").exists()
 
 
 def test_an_average_is_what_is_drawn(make):
@@ -142,12 +155,11 @@ def test_an_average_is_what_is_drawn(make):
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [
-        ("a red apple", "prompts='a red apple' is no list of texts"),
-        (7, "prompts=7 is no list"),
-        (["a dog", " "], r"prompts\[1\]=.* is no text"),
-        ([1, 2], r"prompts\[0\]=1 is no text"),
-        ([{"prompt": "a"}], r"prompts\[0\]=.*Prompt for one with metadata"),
-        ([], "cannot be drawn"),
+        ("a red apple", r"prompts='a red apple' is one text, not a list; write \['a red apple'\]"),
+        (7, r"prompts\[0\]: 7 is not a text"),
+        ([1, 2], r"prompts\[0\]: 1 is not a text"),
+        ([{"text": "a"}], r"prompts\[0\]: no \"prompt\" among the keys text"),
+        ([], "prompts is empty; give at least one text"),
     ],
 )
 def test_prompts_from_python_are_texts(make, prompts, said):
