@@ -196,7 +196,10 @@ def raised(kind, text="", cause=None):
         (raised(RuntimeError, "size mismatch for a.weight"), "do not fit its config"),
         (raised(EOFError, "Ran out of input"), "is damaged .*hub's cache"),
         (raised(PermissionError, "denied"), "may not be read"),
-        (raised(TypeError, "something else. And more"), r"cannot be loaded \(TypeError: some.* else"),
+        (
+            raised(TypeError, "something else. And more"),
+            r"cannot be loaded \(TypeError: some.* else",
+        ),
     ],
 )
 def test_what_libraries_raise(load, message):
