@@ -108,7 +108,7 @@ class Meter:
     def add(self, values: Mapping[str, Tensor | float], rows: int = 1) -> None:
         """A mean over `rows` rows each: a tensor (rows,) or a scalar that is their mean."""
         for name, value in values.items():
-            value = torch.as_tensor(value).detach().double()
+            value = torch.as_tensor(value).detach().cpu().double()
             self.sums[name] = self.sums.get(name, 0.0) + value.mean().item() * rows
             self.counts[name] = self.counts.get(name, 0) + rows
             self.largest[name] = max(self.largest.get(name, -math.inf), value.max().item())
