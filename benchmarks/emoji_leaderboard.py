@@ -40,6 +40,7 @@ from diffalign.emoji_world.evaluate import draw, load_prompts, table
 from diffalign.grids import save_png
 from diffalign.plan import Plan
 from diffalign.policies.flow import FlowPolicy
+from diffalign.verdict import WARNINGS
 
 Tree = Mapping[str, Mapping[str, Any]]
 
@@ -192,7 +193,7 @@ def run(config: TrainConfig, budget: int) -> None:
         "after": {k: v for k, v in evaluated[-1].items() if k.startswith("eval/")},
         "changes": {k: changes(folder, k) for k in ("reward", "judge")},
         "emoji_eval": emoji_eval(trainer.policy),
-        "over_optimised": [row["step"] for row in evaluated if row.get("over_optimised")],
+        **{name: [row["step"] for row in evaluated if row.get(name)] for name in WARNINGS},
         "curve": [
             {"denoiser_calls": c} | {k: row[k] for k in ("eval/reward", "eval/judge")}
             for c, row in zip(calls, rows, strict=True) if "eval/reward" in row
@@ -360,7 +361,7 @@ def gains(board: Mapping[str, list[Any]]) -> list[str]:
         )
         epochs = round(r["epochs"] * points[0]["denoiser_calls"] / r["denoiser_calls"])
         scored = f"{epochs * r['reward_calls'] / r['epochs']:.0f}"
-        flagged = f"{len(r['over_optimised'])} of {len(points)}"
+        flagged = f"{sum(len(r[name]) for name in WARNINGS)} of {len(points)}"
         lines.append(f"| {r['seed']} | {r['algorithm']} | {way} | {scored} | {flagged} |")
     return [*lines, ""]
 

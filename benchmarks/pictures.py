@@ -30,7 +30,7 @@ RUNS = {
 PICTURES = {
     "emoji_wall.png": "benchmarks/emoji_wall.py --out OUT",
     "jpeg_before_after.png": "sample.py --lora runs/ddpo_jpeg --compare --seeds 0-5 "
-    f"{PROMPTS} --grid OUT",
+    f"--steps 20 --guidance 3 {PROMPTS} --grid OUT",
     "demo_before_after.png": "sample.py --lora runs/demo --compare --seeds 0-5 --guidance 1 "
     '--steps 10 --prompts "a dog on a yellow background" "a purple fish on a white background" '
     "--grid OUT",

@@ -61,12 +61,14 @@ def load(run_dir: Path) -> dict[str, Any]:
 
 
 def _is_whole(file: BinaryIO) -> bool:
-    """Whether the digest at the end is that of the rest; True where there is none."""
+    """Whether the file ends with the digest of the rest, or as a zip without a comment does, which
+    is how versions before the digest wrote it."""
     size = file.seek(0, io.SEEK_END)
-    file.seek(max(0, size - _COMMENT - 22))
-    end, comment = file.read(22), file.read()
-    if not end.startswith(_END) and not comment.startswith(MARK):
-        return True  # of a version that wrote none, or cut short, which torch notices
+    file.seek(max(0, size - 22))
+    if file.read().startswith(_END):
+        return True
+    file.seek(max(0, size - _COMMENT))
+    comment = file.read()
     file.seek(0)
     digest, left = hashlib.sha256(), size - _COMMENT
     while left > 0:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import functools
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import __version__
+from . import arguments as parsers
 from .config import CHOICES, TrainConfig
-from .decoding import ConfigError
-from .help import help_text
+from .decoding import ConfigError, suggest
+from .help import KINDS, help_text, listing
+from .stopping import TrainingStopped, exit_status, leave
 from .text import expand_user
 
 TRAIN_USAGE = """usage: python train.py CONFIG.yaml [--dry-run] [--resume] [--section.key VALUE ...]
@@ -24,39 +30,99 @@ Fine-tunes a model on rewards. Any setting of the file can be replaced on the co
   --force       with --resume: go on although settings differ that should not
   --overwrite   start anew in a log.dir that holds a run, and remove what that wrote
   --help        this text
+  --version     the version
 
 Ctrl-C, SIGTERM and SIGHUP save the epochs done. The exit status is 0 when the run is done, 1 when
 it was refused or could not go on (the message says why), 130, 143 or 129 after those signals.
 """
 
 
-def train(arguments: Sequence[str] | None = None) -> int:
+Command = Callable[[Sequence[str]], int]
+
+
+def guarded(command: Command) -> Callable[..., int]:
+    """A command with one way to fail: what a user can cause is a message and an exit status, not a
+    traceback. 1 for bad input, a failed reward and files; 130 for Ctrl-C, as shells have it.
+
+    With DIFFALIGN_DEBUG set the traceback is shown, as it is of whatever else is raised, which is
+    a bug.
+    """
+
+    @functools.wraps(command)
+    def run(arguments: Sequence[str] | None = None) -> int:
+        try:
+            status = command(expand_user(sys.argv[1:] if arguments is None else arguments))
+            sys.stdout.flush()
+        except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        except KeyboardInterrupt as error:
+            return exit_status(error)
+        except Exception as error:
+            text = message(error)
+            if text is None or os.environ.get("DIFFALIGN_DEBUG"):
+                raise
+            print(f"error: {text}", file=sys.stderr)
+            return 1
+        return status
+
+    return run
+
+
+_REMEDIES = {
+    errno.ENOSPC: "make room, or choose another disk",
+    errno.EDQUOT: "make room, or choose another disk",
+    errno.EACCES: "choose a place that you may write to or read, or change its permissions",
+    errno.EPERM: "choose a place that you may write to or read, or change its permissions",
+    errno.EROFS: "choose a place that can be written to",
+    errno.ENOTDIR: "a part of that path is a file; choose another",
+    errno.EISDIR: "give the name of a file in it",
+    errno.ENOENT: "is it spelt as it is on the disk?",
+    errno.ENAMETOOLONG: "choose a shorter name",
+}
+
+
+def message(error: Exception) -> str | None:
+    """What to tell a user of an exception; None of one that no user can cause."""
+    rewards = sys.modules.get("rewards.base")  # not imported, not raised
+    own = TrainingStopped, getattr(rewards, "RewardError", ())
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        remedy = _REMEDIES.get(error.errno or 0)
+        return f"{error.filename}: {error.strerror}" + (f"; {remedy}" if remedy else "")
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror + (f"; {tip}" if (tip := _REMEDIES.get(error.errno or 0)) else "")
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        why = str(error).partition(". ")[0] or "out of memory"
+        return f"{why}; take fewer pictures at a time, a smaller resolution or a half dtype"
+    return str(error) if isinstance(error, (ValueError, OSError, ImportError, *own)) else None
+
+
+@guarded
+def train(arguments: Sequence[str]) -> int:
     """`train.py`: returns the exit status, as `TRAIN_USAGE` has it."""
-    arguments = expand_user(sys.argv[1:] if arguments is None else arguments)
     flags = {f: f in arguments for f in ("--dry-run", "--resume", "--force", "--overwrite")}
     settings = [a for a in arguments if a not in flags]
-    # imported late: --help and a misspelt key answer at once
+    if "--version" in arguments:
+        print(f"diffalign {__version__}")
+        return 0
     if not arguments or "--help" in arguments or "-h" in arguments:
-        from .algorithms import ALGORITHMS
-
-        print(TRAIN_USAGE + "\n" + help_text(ALGORITHMS))
+        print(TRAIN_USAGE + "\n" + help_text())
         return 0 if arguments else 1
+    if not settings or settings[0].startswith("-"):
+        raise ConfigError(
+            "there is no config file; give one first, such as configs/emoji_ddpo_jpeg.yaml"
+        )
+    config = TrainConfig.from_file(settings[0], settings[1:])
+    from .plan import Plan
+
+    # before the trainer, whose imports take seconds that a refusal need not wait for
+    plan = Plan.make(config, processes=int(os.environ.get("WORLD_SIZE", 1)))
+    if flags["--dry-run"]:
+        print(plan.describe())
+        return 0
+    from .trainer import Trainer
+
     try:
-        if not settings or settings[0].startswith("-"):
-            raise ConfigError(
-                "there is no config file; give one first, such as configs/emoji_ddpo_jpeg.yaml"
-            )
-        config = TrainConfig.from_file(settings[0], settings[1:])
-        from .plan import Plan
-        from .stopping import exit_status
-        from .trainer import Trainer, TrainingStopped
-    except ConfigError as error:
-        return _fail(error)
-    try:
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        if flags["--dry-run"]:
-            print(Plan.make(config, processes=processes).describe())
-            return 0
         trainer = Trainer(
             config,
             resume=flags["--resume"],
@@ -64,22 +130,13 @@ def train(arguments: Sequence[str] | None = None) -> int:
             force=flags["--force"],
         )
         result = trainer.train()
-    except (ValueError, FileNotFoundError, TrainingStopped) as error:
-        return _fail(error)
     except KeyboardInterrupt as error:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"\nstopped by {error or 'Ctrl-C'}")
-        return exit_status(error)
+        raise
     if trainer.main:
         print(summary(result, trainer.dir))
     return 0
-
-
-def _fail(error: Exception) -> int:
-    if isinstance(error, OSError) and error.filename and error.strerror:
-        error = OSError(f"{error.filename}: {error.strerror}")
-    print(f"error: {error}", file=sys.stderr)
-    return 1
 
 
 def summary(result: dict[str, dict[str, float]], run_dir: Path) -> str:
@@ -96,7 +153,8 @@ def summary(result: dict[str, dict[str, float]], run_dir: Path) -> str:
     return "\n".join(lines)
 
 
-def sample(arguments: Sequence[str] | None = None) -> int:
+@guarded
+def sample(arguments: Sequence[str]) -> int:
     """`sample.py`: pictures of prompts × seeds with plain diffusers; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="sample.py",
@@ -128,32 +186,23 @@ def sample(arguments: Sequence[str] | None = None) -> int:
         help="draw the pictures of a noise.safetensors again, of their own prompts and settings "
         "unless others are given",
     )  # fmt: skip
-    given = expand_user(sys.argv[1:] if arguments is None else arguments)
-    if "-h" in given or "--help" in given:
+    if "-h" in arguments or "--help" in arguments:
         parser.parse_args(["--help"])
-    from rewards import RewardError
+    from .optimize_noise.options import split
 
-    try:
-        from .optimize_noise import command
-
-        method, wanted, rest = command.split(given)
-        args = vars(parser.parse_args(rest))
-        written = _redrawn(method, args) if args["noise"] else _drawn(method, wanted, args)
-    except (ValueError, OSError, RewardError) as error:
-        return _fail(error)
-    except KeyboardInterrupt:
-        return 130
-    print(written)
+    method, wanted, rest = split(arguments)
+    args = vars(parser.parse_args(rest))
+    print(_redrawn(method, args) if args["noise"] else _drawn(method, wanted, args))
     return 0
 
 
 def _drawn(method: str | None, wanted: Any, args: dict[str, Any]) -> Path:
     """Pictures of prompts × seeds, plain or by a search."""
+    if not args["prompts"]:
+        raise ConfigError("--prompts is missing; give texts, or a prompt file")
     from . import sampling
     from .optimize_noise import command
 
-    if not args["prompts"]:
-        raise ConfigError("--prompts is missing; give texts, or a prompt file")
     how = sampling.settings([args["lora"], args["model"]], args)
     how |= {k: args[k] for k in ("prompts", "lora", "compare", "grid", "out")}
     how["seeds"] = "0-3" if args["seeds"] is None else args["seeds"]
@@ -172,73 +221,86 @@ def _redrawn(method: str | None, args: dict[str, Any]) -> Path:
     return redraw(**args)
 
 
-def evaluate(arguments: Sequence[str] | None = None) -> int:
-    """`diffalign eval`: EmojiEval's table of pipelines; returns the exit status."""
-    from .emoji_world import evaluate as emoji_eval
-
-    try:
-        return emoji_eval.main(arguments)
-    except ValueError as error:
-        return _fail(error)
-
-
-def score(arguments: Sequence[str] | None = None) -> int:
+@guarded
+def score(arguments: Sequence[str]) -> int:
     """`diffalign score`: finished pictures; returns the exit status."""
-    from rewards import RewardError
-
-    from .score import main as run
-
     try:
-        return run(arguments)
-    except (ValueError, RewardError) as error:
-        return _fail(error)
+        return _run("score", arguments, parsers.scoring())
     except KeyboardInterrupt:
         print("\nstopped; what was scored is kept, and the same command goes on")
-        return 130
+        raise
 
 
-def serve_rewards(arguments: Sequence[str] | None = None) -> int:
+@guarded
+def serve_rewards(arguments: Sequence[str]) -> int:
     """`diffalign serve-rewards`: until interrupted; returns the exit status."""
-    from rewards.server import serve
+    from rewards.serve import serve
 
-    try:
-        return serve(arguments)
-    except ValueError as error:
-        return _fail(error)
+    return serve(arguments)
 
 
-def _command(module: str) -> Callable[[Sequence[str] | None], int]:
-    """The `main` of a module of this package, which is imported when it is called."""
+def _run(
+    module: str, arguments: Sequence[str], parser: argparse.ArgumentParser | None = None
+) -> int:
+    """The `main` of a module of this package, which is imported once `parser` takes the
+    arguments."""
+    if parser is not None:
+        parser.parse_args(arguments)
+    return importlib.import_module(f".{module}", __package__).main(arguments)
 
-    def run(arguments: Sequence[str] | None = None) -> int:
-        from rewards import RewardError
 
-        try:
-            return importlib.import_module(f".{module}", __package__).main(arguments)
-        except (ValueError, OSError, RewardError) as error:
-            return _fail(error)
-        except KeyboardInterrupt:
-            return 130
+def _listing(kind: str) -> Callable[..., int]:
+    """The command that lists algorithms, rewards or searches, or describes one."""
 
-    return run
+    def run(arguments: Sequence[str]) -> int:
+        one = KINDS[kind].one
+        parser = argparse.ArgumentParser(
+            prog=f"diffalign {kind}",
+            description=f"The {kind} that there are, a line each, or all about one: its options "
+            "with types, ranges and defaults, what it needs, its source, an example.",
+        )
+        parser.add_argument("name", nargs="?", help=f"the {one} to describe")
+        print(listing(kind, parser.parse_args(arguments).name))
+        return 0
+
+    return guarded(run)
+
+
+evaluate = guarded(lambda a: _run("emoji_world.evaluate", a, parsers.evaluation()))
+grid = guarded(lambda a: _run("compare", a, parsers.grid()))
+report = guarded(lambda a: _run("report", a))
+film = guarded(lambda a: _run("film", a))
+
+COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
+    "train": (train, "fine-tune a model on rewards; CONFIG.yaml --dry-run says what it costs"),
+    "sample": (sample, "draw prompts, with or without trained weights; search better pictures"),
+    "grid": (grid, "models, runs, LoRA scales or seeds side by side in one picture"),
+    "report": (report, "one HTML file on a run, or comparing several"),
+    "film": (film, "the evaluations of a run as a strip and an animation"),
+    "score": (score, "score finished pictures with rewards"),
+    "eval": (evaluate, "EmojiEval's table of pipelines"),
+    "serve-rewards": (serve_rewards, "serve rewards over HTTP"),
+    "algorithms": (_listing("algorithms"), "list the algorithms, or describe one"),
+    "rewards": (_listing("rewards"), "list the rewards, or describe one"),
+    "searches": (_listing("searches"), "list the searches of sample, or describe one"),
+}
+"""The commands, in the order in which they are used, and what each does."""
 
 
 def main() -> None:
     """The `diffalign` command."""
-    commands = {
-        "train": train,
-        "sample": sample,
-        "eval": evaluate,
-        "score": score,
-        "serve-rewards": serve_rewards,
-        "grid": _command("compare"),
-        "report": _command("report"),
-        "film": _command("film"),
-    }
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in commands:
-        print(f"usage: diffalign {{{','.join(commands)}}} ...", file=sys.stderr)
-        raise SystemExit(name not in ("-h", "--help"))
-    from .stopping import leave
-
-    leave(commands[name](expand_user(sys.argv[2:])))
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in COMMANDS:
+        leave(COMMANDS[name][0](arguments))
+    if name == "--version":
+        print(f"diffalign {__version__}")
+    elif name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: diffalign COMMAND ...\n\nAlign text-to-image models with rewards.\n")
+        for command, (_, what) in COMMANDS.items():
+            print(f"  {command:<{width}}  {what}")
+        print("\ndiffalign COMMAND --help: all about one; diffalign --version")
+    else:
+        tip = suggest(name, COMMANDS)
+        print(f"error: there is no command {name!r}{tip}", file=sys.stderr)
+        raise SystemExit(2)

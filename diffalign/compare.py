@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,8 +11,8 @@ from torchvision.transforms.functional import to_tensor
 
 import rewards as reward_library
 
+from . import arguments as arguments_of
 from . import grids, optimize_noise, policies
-from .config import CHOICES
 from .optimize_noise import Budget, Result, Task
 from .policies import Policy
 from .prompts import Prompt, collect, for_rewards
@@ -173,44 +172,7 @@ def _scores(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`diffalign grid`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="diffalign grid",
-        description="Set models side by side: a row a prompt, the base model and what is asked for "
-        "in columns, the same noise along a row. Several seeds are several rows of a prompt, or, "
-        "with nothing to compare, the columns.",
-    )
-    parser.add_argument("--prompts", nargs="+", required=True, help="texts, or prompt files")
-    parser.add_argument(
-        "--runs", nargs="+", default=[], metavar="RUN",
-        help="run folders, or any LoRA that diffusers loads",
-    )  # fmt: skip
-    parser.add_argument(
-        "--lora-scales", nargs="+", type=float, metavar="S",
-        help="a column for each: 0 = the base model, 1 = as trained; of every run",
-    )  # fmt: skip
-    parser.add_argument(
-        "--interpolate", nargs=2, metavar=("A", "B"), help="from one LoRA to another"
-    )
-    parser.add_argument("--points", type=int, default=5, help="columns of --interpolate")
-    parser.add_argument("--seeds", default="0", help='"0-7", "3" or "1,5,9"')
-    parser.add_argument(
-        "--reward", action="append", metavar="NAME[=JSON]",
-        help="written under the pictures: clip='{\"model\": \"assets/emoji-clip\"}'",
-    )  # fmt: skip
-    parser.add_argument(
-        "--reno", nargs="+", type=int, default=[], metavar="N",
-        help="a column for each: the best of N iterations of ReNO on the model, for --reward",
-    )  # fmt: skip
-    own = "; default: that of the first run's evaluations"
-    parser.add_argument("--model", help=f"pipeline folder or hub id{own}")
-    parser.add_argument("--merge-lora", help=f"LoRA merged into the model first{own}")
-    parser.add_argument("--steps", type=int, help=f"denoising steps{own}, or 20")
-    parser.add_argument("--guidance", type=float, help=f"guidance scale{own}, or 3")
-    parser.add_argument("--resolution", type=int, help=f"side in pixels{own}")
-    parser.add_argument("--dtype", choices=CHOICES["model.dtype"], help=f"of the network{own}")
-    parser.add_argument("--cell", type=int, help="side of a picture in the grid; default: 192-512")
-    parser.add_argument("--out", default="grid.png", help="PNG to write")
-    args = parser.parse_args(arguments)
+    args = arguments_of.grid().parse_args(arguments)
     texts = collect(args.prompts, "--prompts")
     how = settings([*[*args.runs, *(args.interpolate or ())][:1], args.model], vars(args))
     size = how["resolution"]

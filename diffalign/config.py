@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 import draccus
 import yaml
 
+from rewards.redaction import redact
+
 from . import decoding
 from .decoding import (
     ConfigError,
-    Section,
     near_divisors,
     pairs,
     read_yaml,
@@ -30,6 +31,7 @@ from .decoding import (
     suggest,
     write_atomic,
 )
+from .section import Section
 
 T = TypeVar("T")
 
@@ -262,8 +264,6 @@ class TrainConfig(Section):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the complete configuration as YAML, atomically, without secrets."""
-        from rewards.redaction import redact  # late: with it come torch and the models
-
         text = yaml.safe_dump(redact(self.to_dict()), sort_keys=False, allow_unicode=True)
         write_atomic(path, text.encode())
 
@@ -308,7 +308,7 @@ class TrainConfig(Section):
         self._check_window(require)
         require(
             "train.lr",
-            not self.train.lr > LARGEST_LR,
+            not LARGEST_LR < self.train.lr < math.inf,
             "is far too large: AdamW moves every weight by about as much a step; use e.g. 3e-4",
         )
         require("train.ema", self.train.ema < 1, "is a decay; use less than 1, such as 0.9")

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from .fonts import legible
 from .grids import GREY, INK
 from .verdict import WARNINGS, warning
 
@@ -34,16 +35,17 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
     across = min(len(shown), 3 if len(shown) % 3 == 0 or len(shown) > 4 else 2)
     figure, axes = panels(len(shown), across, PANEL)
     for name, ax in zip(shown, axes, strict=True):
+        label = legible(name, system=False)  # matplotlib draws with DejaVu Sans alone
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if not points:
-            ax.set_title(f"{name}: no values yet", loc="left", color=GREY)
+            ax.set_title(f"{label}: no values yet", loc="left", color=GREY, parse_math=False)
             ax.set_axis_off()
             continue
         steps, values = zip(*points, strict=True)
         color = TRAINED if name == "reward_mean" else JUDGED
         dots = None if len(points) <= 30 else [0, len(points) - 1]
         ax.plot(steps, values, color=color, lw=2.5, marker="o", ms=6, mec="white", markevery=dots)
-        ax.set_title(name, loc="left", color=INK)
+        ax.set_title(label, loc="left", color=INK, parse_math=False)
         ends = values if len(values) == 1 else (values[0], values[-1])
         ax.set_title(" to ".join(f"{v:.4g}" for v in ends), loc="right", color=color, size=11)
         ax.set_xlabel("epoch")

@@ -75,8 +75,8 @@ class Guard:
         """Scores of every held-out picture, "reward" and the judges, and their diversity; the first
         are the base model's. NaN: not scored; compared is what has a score in both evaluations.
 
-        prompts: which prompt every picture is of. Without them up to four neighbours are taken for
-        one prompt's pictures, which is right for 1, 2 and 4 a prompt, and cautious.
+        prompts: which prompt every picture is of. Without them up to eight neighbours are taken for
+        one prompt's pictures, which is right for 1, 2, 4 and 8 a prompt, and finds less.
 
         Returns what is wrong, in words; empty where nothing is. `verdict` holds it in a word.
         `is_best` says whether the judges' mean change from the base model, each over its standard
@@ -85,7 +85,7 @@ class Guard:
         now = {k: [float(x) for x in scores[k]] for k in ("reward", *self.judges)}
         n, first, self.verdict = len(now["reward"]), not self.base, ""
         if prompts is None:
-            size = max(1, min(4, n // 8))  # eight groups are the least to find anything by
+            size = max(1, min(8, n // 8))  # eight groups are the least to find anything by
             prompts = [i // size for i in range(n)]
         if first:
             self.base = {"scores": now, "diversity": spread}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from .config import TrainConfig
 from .diagnostics import Guard, diversity, thumbnails
 from .pictures import fitted
 from .pictures import save as save_pictures
-from .policies import Cond, Policy
+from .policies import Cond, Policy, read_text_encoders
 from .prompts import Prompt, for_judges, for_rewards
 from .rollout import Sampling, rollout, sample_seed
 
@@ -109,6 +110,35 @@ class Evaluation:
             self.wrong()
         return means | ({} if self.spread is None else {"eval/diversity": self.spread})
 
+    @torch.no_grad()
+    def draw(
+        self,
+        texts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> list[Image.Image]:
+        """A picture of every text from the initial noise of every seed, all of a text's together:
+        the noise that diffusers draws with `torch.Generator().manual_seed(seed)`. Text encoders
+        that were freed are read again where a text is new."""
+        policy, how, size = self.policy, self.sampling, self.config.sampler.batch
+        if steps is not None:
+            how = replace(how, levels=policy.levels(steps))
+        if guidance is not None:
+            how = replace(how, guidance=guidance)
+        read = not (policy.has_text_encoders or policy.knows(texts))
+        if read:
+            read_text_encoders(policy, self.config.model)
+        rows, drawn = [(text, seed) for text in texts for seed in seeds], []
+        for start in range(0, len(rows), size):
+            chunk = rows[start : start + size]
+            cond = policy.encode([text for text, _ in chunk])
+            paths = rollout(policy, cond, how, [seed for _, seed in chunk], size, store=False)
+            drawn += [grids.to_pil(picture) for picture in policy.decode(paths.final)]
+        if read:
+            policy.free_text_encoders()
+        return drawn
+
     def write(self, run_dir: Path, epoch: int) -> None:
         """Keep what the last evaluation drew, as that of `epoch`, and the grid beside the first."""
         if self.main and self.pictures:
@@ -135,18 +165,3 @@ class Evaluation:
             [p.text for p in self.prompts[: len(images)]],
             {name: [score for _, score in column] for name, column in columns.items()},
         )
-
-
-@torch.no_grad()
-def draw(
-    policy: Policy, sampling: Sampling, texts: Sequence[str], seeds: Sequence[int], batch: int
-) -> list[Image.Image]:
-    """A picture of every text from the initial noise of every seed, all of a text's together: the
-    noise that diffusers draws with `torch.Generator().manual_seed(seed)`, `batch` at a time."""
-    rows, drawn = [(text, seed) for text in texts for seed in seeds], []
-    for start in range(0, len(rows), batch):
-        chunk = rows[start : start + batch]
-        cond = policy.encode([text for text, _ in chunk])
-        paths = rollout(policy, cond, sampling, [seed for _, seed in chunk], batch, store=False)
-        drawn += [grids.to_pil(picture) for picture in policy.decode(paths.final)]
-    return drawn

@@ -9,10 +9,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 from . import pictures
 from .decoding import check_folder, write_atomic
+from .fonts import Font
 from .grids import GREY, GUTTER, INK, comparison_grid, fit, image_grid, save_png
 from .pictures import Evaluated
 from .report.run import epoch_name
@@ -77,14 +78,13 @@ def frame(shot: Evaluated, prompts: int, cell: int) -> Image.Image:
     body = image_grid(shown, across, texts)
     values = [x for row in shot.scores.get("reward", []) for x in row if x is not None]
     size = min(max(body.width / 45, 14), 28)
-    font, top = ImageFont.load_default(size), round(size * 1.3) + 2 * GUTTER
+    font, top = Font(size), round(size * 1.3) + 2 * GUTTER
     canvas = Image.new("RGB", (body.width, body.height + top), "white")
     canvas.paste(body, (0, top))
-    draw = ImageDraw.Draw(canvas)
-    draw.text((GUTTER, GUTTER), epoch_name(shot.epoch), INK, font)
+    font.draw(canvas, GUTTER, GUTTER, epoch_name(shot.epoch), INK)
     if values:
         mean = f"mean reward {sum(values) / len(values):.3f}"
-        draw.text((body.width - GUTTER, GUTTER), mean, GREY, font, anchor="ra")
+        font.draw(canvas, body.width - GUTTER, GUTTER, mean, GREY, "right")
     return canvas
 
 

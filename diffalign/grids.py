@@ -1,4 +1,4 @@
-"""Pictures of pictures: before/after grids with prompts and scores, drawn with PIL alone."""
+"""Pictures of pictures: before/after grids with prompts and scores, drawn with PIL."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from diffalign.decoding import to_json, write_atomic
+from diffalign.fonts import Font, legible
+from rewards.files import flat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,6 +24,7 @@ Score = float | None | Mapping[str, float]
 
 INK, GREY = "#1f2430", "#6b7280"
 GUTTER = 8  # px between pictures
+LINES = 4  # of a label or a header at most, and of a prompt beside low pictures
 SMALLEST, LARGEST = 192, 512  # px of a cell, when not told: legible text beside, a file of few MB
 
 
@@ -47,11 +50,9 @@ def save_png(
     """
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"{path} does not end in .png, and that is what is written")
-    from rewards.redaction import redact  # late: with it come torch and the models
-
     info = PngInfo()
     if metadata is not None:
-        info.add_text("diffalign", to_json(redact(metadata)))
+        info.add_text("diffalign", to_json(metadata))
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=info)
     write_atomic(path, data.getvalue())
@@ -67,14 +68,13 @@ def comparison_grid(
 
     Args:
         columns: header -> one picture per prompt, PIL or (3, H, W) in [0, 1].
-        prompts: written on the left, wrapped; the rows grow with them.
+        prompts: written on the left, wrapped, and cut where they are higher than the pictures.
         scores: header -> one score per prompt, written under the picture: a float, {name: float}
             or None. Columns without an entry have none.
         cell: longer side of a picture in px. None = that of the first picture, brought into
             [192, 512] by a whole factor where it is smaller.
 
-    Raises `ValueError` when lengths do not match or there is nothing to show. The font has Latin
-    letters only.
+    Raises `ValueError` when lengths do not match or there is nothing to show.
     """
     if not columns or not prompts:
         raise ValueError("a grid needs at least one column and one prompt")
@@ -89,10 +89,12 @@ def comparison_grid(
     pictures = fit([p for column in columns.values() for p in column], cell)
     width = max(p.width for p in pictures)
     size = _text_size(width)
-    head, body, small = (ImageFont.load_default(round(size * s)) for s in (1.15, 1, 0.85))
-    texts = [wrap(prompt, body, round(width * 0.9)) for prompt in prompts]
-    left = math.ceil(max(body.getlength(line) for lines in texts for line in lines)) + 2 * GUTTER
-    headers = [wrap(name, head, width) for name in columns]
+    head, body, small = (Font(size * s) for s in (1.15, 1, 0.85))
+    most = max(LINES, max(p.height for p in pictures) // _line(body))
+    texts = [wrap(text or "(empty prompt)", body, round(width * 0.9), most) for text in prompts]
+    widths = [body.getlength(line) for lines in texts for line in lines]
+    left = math.ceil(max(widths, default=0)) + 2 * GUTTER
+    headers = [wrap(name, head, width, LINES) for name in columns]
     top = max(len(h) for h in headers) * _line(head) + 2 * GUTTER
 
     rows, heights = [], []
@@ -108,22 +110,21 @@ def comparison_grid(
     canvas = Image.new(
         "RGB", (left + (width + GUTTER) * len(columns), top + sum(heights) + GUTTER), "white"
     )
-    draw = ImageDraw.Draw(canvas)
     for c, lines in enumerate(headers):
         x = left + c * (width + GUTTER) + width / 2
         start = top - GUTTER - len(lines) * _line(head)
         for n, line in enumerate(lines):
-            draw.text((x, start + n * _line(head)), line, INK, head, anchor="ma")
+            head.draw(canvas, x, start + n * _line(head), line, INK, "middle")
     y = top
     for lines, (row, notes), height in zip(texts, rows, heights, strict=True):
         for n, line in enumerate(lines):
-            draw.text((GUTTER, y + n * _line(body)), line, INK, body)
+            body.draw(canvas, GUTTER, y + n * _line(body), line, INK)
         for c, picture in enumerate(row):
             x = left + c * (width + GUTTER)
             canvas.paste(picture, (x + (width - picture.width) // 2, y))
             for n, line in enumerate(notes[c]):
-                place = (x + width / 2, y + picture.height + 2 + n * _line(small))
-                draw.text(place, line, GREY, small, anchor="ma")
+                below = y + picture.height + 2 + n * _line(small)
+                small.draw(canvas, x + width / 2, below, line, GREY, "middle")
         y += height
     return canvas
 
@@ -142,8 +143,8 @@ def image_grid(
     pictures = [_pil(p) for p in images]
     columns = min(columns, len(pictures))
     width = max(p.width for p in pictures)
-    font = ImageFont.load_default(round(_text_size(width) * 0.85))
-    texts = [wrap(label, font, width) for label in labels or [""] * len(pictures)]
+    font = Font(_text_size(width) * 0.85)
+    texts = [wrap(label, font, width, LINES) for label in labels or [""] * len(pictures)]
     heights = [
         max(
             p.height + len(t) * _line(font)
@@ -153,21 +154,22 @@ def image_grid(
     ]
     total = sum(heights) + GUTTER * (len(heights) + 1)
     canvas = Image.new("RGB", ((width + GUTTER) * columns + GUTTER, total), "white")
-    draw = ImageDraw.Draw(canvas)
     for i, (picture, lines) in enumerate(zip(pictures, texts, strict=True)):
         x = GUTTER + i % columns * (width + GUTTER)
         y = GUTTER * (i // columns + 1) + sum(heights[: i // columns])
         canvas.paste(picture, (x + (width - picture.width) // 2, y))
         for n, line in enumerate(lines):
-            place = (x + width / 2, y + picture.height + 2 + n * _line(font))
-            draw.text(place, line, GREY, font, anchor="ma")
+            below = y + picture.height + 2 + n * _line(font)
+            font.draw(canvas, x + width / 2, below, line, GREY, "middle")
     return canvas
 
 
-def wrap(text: str, font: Any, width: float) -> list[str]:
-    """Breaks a text into lines of at most `width` px, at spaces, and inside a word too long."""
-    lines = [""]
-    for word in text.split():
+def wrap(text: str, font: Font, width: float, most: int | None = None) -> list[str]:
+    """Breaks a text, as it can be drawn, into lines of at most `width` px, at spaces, and inside a
+    word too long. Of more than `most` >= 2 lines the first are kept, and the text's end after an
+    ellipsis: it may say the seed."""
+    words, lines = legible(text).split(), [""]
+    for word in words:
         joined = f"{lines[-1]} {word}".strip()
         if font.getlength(joined) <= width:
             lines[-1] = joined
@@ -177,10 +179,20 @@ def wrap(text: str, font: Any, width: float) -> list[str]:
             if lines[-1] and font.getlength(lines[-1] + letter) > width:
                 lines.append("")
             lines[-1] += letter
-    return [line for line in lines if line] if any(lines) else []
+            if most is not None and len(lines) > most + 1:  # the first may be empty
+                break
+    lines = [line for line in lines if line]
+    if most is None or len(lines) <= most:
+        return lines
+    end = ""
+    for letter in reversed(" ".join(words)):
+        if font.getlength(f"… {letter}{end}") > width:
+            break
+        end = letter + end
+    return [*lines[: most - 1], f"… {end.partition(' ')[2] or end}"]
 
 
-def _line(font: Any) -> int:
+def _line(font: Font) -> int:
     return round(font.size * 1.3)
 
 
@@ -189,7 +201,7 @@ def _text_size(width: int) -> float:
 
 
 def _pil(picture: Picture) -> Image.Image:
-    return picture.convert("RGB") if isinstance(picture, Image.Image) else to_pil(picture)
+    return flat(picture) if isinstance(picture, Image.Image) else to_pil(picture)
 
 
 def fit(pictures: Sequence[Picture], cell: int | None = None) -> list[Image.Image]:
@@ -207,7 +219,7 @@ def fit(pictures: Sequence[Picture], cell: int | None = None) -> list[Image.Imag
     return fitted
 
 
-def _score_lines(scores: Sequence[Score] | None, i: int, font: Any, width: int) -> list[str]:
+def _score_lines(scores: Sequence[Score] | None, i: int, font: Font, width: int) -> list[str]:
     score = scores[i] if scores else None
     if score is None:
         return []

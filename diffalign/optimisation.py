@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from .config import OptimConfig
 from .decoding import ConfigError
 from .policies import Policy
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 from .stopping import IN_A_ROW, NotFinite, unusable_gradient
 
 

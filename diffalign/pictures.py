@@ -10,16 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
-from torch import Tensor
 
 from rewards.files import open_image
 
 from .decoding import write_atomic
 from .grids import to_pil
 from .text import read_text
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 T = TypeVar("T")
 

@@ -7,18 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
-
 import rewards as reward_library
 
-from . import algorithms, policies, prompts, windows
-from .algorithms import Needs
+from . import algorithms, prompts
 from .config import SamplerConfig, TrainConfig
 from .decoding import ConfigError
-from .optimisation import check_optimizer
 from .prompts import Prompt, PromptSampler, for_judges, for_rewards
-from .rollout import Sampling
-from .tracking import check_trackers
 
 
 @dataclass(frozen=True)
@@ -47,14 +41,32 @@ class Plan:
         """Check `config` as a whole. Raises ConfigError or ValueError, one clear message.
 
         `rewards`, `train_prompts` and `algorithm` stand in place of the config's, see `Trainer`."""
-        config, method = _with_algorithm(config, algorithm)
-        gradient = method.needs is Needs.GRADIENT
-        config.check(advantages=not gradient)
+        config.check(advantages=False)
         if config.data.groups % processes:
             raise ConfigError(
                 f"data.groups={config.data.groups} is not a multiple of the {processes} processes, "
                 "and a group stays on one process; make it one"
             )
+        data = (
+            prompts.load(config.data.prompts)
+            if train_prompts is None
+            else prompts.collect(train_prompts)
+        )
+        PromptSampler(len(data), config.data.groups)
+        held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
+
+        # from here on torch is imported, a second that what is refused above need not wait for
+        config, method = _with_algorithm(config, algorithm)
+        import torch
+
+        from . import policies, windows
+        from .algorithms import Needs
+        from .optimisation import check_optimizer
+        from .rollout import Sampling
+        from .tracking import check_trackers
+
+        gradient = method.needs is Needs.GRADIENT
+        config.check(advantages=not gradient)
         if method.single_update:
             for name in ("updates_per_epoch", "inner_epochs"):
                 if getattr(config.train, name) != 1:
@@ -68,16 +80,7 @@ class Plan:
         policies.check(config.model.name)
         if config.model.merge_lora is not None:
             policies.check_lora(config.model.merge_lora, "model.merge_lora", config.model.name)
-        data = (
-            prompts.load(config.data.prompts)
-            if train_prompts is None
-            else prompts.collect(train_prompts)
-        )
-        PromptSampler(len(data), config.data.groups)
-        held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
         reward_library.check(rewards, *for_rewards(data + held_out))
-        if gradient:
-            reward_library.check_gradient(rewards)
         if config.eval.rewards:
             reward_library.check(config.eval.rewards, *for_judges(held_out))
         model = config.model
@@ -96,6 +99,7 @@ class Plan:
         stochastic, trajectory = sampling.stochastic, method.needs is Needs.TRAJECTORY
         if gradient:
             method.surrogate(config.sampler.steps, torch.Generator())
+            reward_library.check_gradient(rewards)
         if not trajectory:
             for name in ("window", "window_range", "tail"):
                 value = getattr(config.sampler, name)
@@ -135,6 +139,11 @@ class Plan:
     def _calls(self) -> tuple[float, float, str]:
         """Denoiser calls for a sample: of its rollout and of each time it is learnt from, the
         gradient-free ones included; and what is learnt, in words. Means where that is random."""
+        import torch
+
+        from . import windows
+        from .algorithms import Needs
+
         steps, c = self.config.sampler.steps, self.config
         frozen = self.algorithm.frozen_calls(c.train.updates_per_epoch * c.train.inner_epochs)
         if self.algorithm.needs is Needs.FINAL:
@@ -169,6 +178,8 @@ class Plan:
 
     def describe(self) -> str:
         """The geometry and the cost of the run, for --dry-run."""
+        from .algorithms import Needs
+
         c, n = self.config, self.samples
         updates = c.train.updates_per_epoch * c.train.inner_epochs
         branches = 2 if self.uses_cfg and c.sampler.guidance > 1 else 1

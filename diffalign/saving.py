@@ -46,6 +46,12 @@ def open_run(
     if not resume or not (trainer.dir / checkpoint.NAME).exists():
         return None, {}
     state = checkpoint.load(trainer.dir)
+    bad = _infinite(state)
+    if bad:  # of a version that saved such a state
+        raise ConfigError(
+            f"{trainer.dir / checkpoint.NAME}: {' and '.join(bad)} hold NaN or inf, which no "
+            "training mends; start anew with --overwrite and a lower train.lr"
+        )
     changed = identity.changes(trainer.dir, state, trainer.plan)
     if changed and not force:
         raise ConfigError(
@@ -90,13 +96,12 @@ def state(trainer: Trainer) -> dict[str, Any]:
     """All that a run needs to go on, and what it is. Raises NotFinite rather than give one whose
     weights or optimizer state are not finite."""
     known = {name: part.state_dict() for name, part in parts(trainer).items()}
-    settings = identity.settings(trainer.plan)
     found = copy.deepcopy(known) | {
         "epoch": trainer.epoch,
         "calls": trainer.calls,
         "adapter": trainer.policy.state_dict(),
         "copies": {name: trainer.policy.state_dict(name) for name in _copies(trainer)},
-        "run": {"digest": identity.digest(settings), "settings": settings},
+        "run": {"digest": identity.digest(trainer.settings), "settings": trainer.settings},
     }
     bad = _infinite(found)
     if bad:
@@ -212,4 +217,4 @@ def _infinite(state: Mapping[str, Any]) -> list[str]:
         return not floating or bool(value.isfinite().all())
 
     parts = {"weights": "adapter", "averages": "copies", "optimizer": "optimisation"}
-    return [name for name, key in parts.items() if not finite(state[key])]
+    return [name for name, key in parts.items() if not finite(state.get(key))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import math
@@ -17,6 +16,7 @@ import rewards
 from rewards.device import default_device
 from rewards.files import IMAGE_SUFFIXES, MOST_PIXELS, load_image
 
+from . import arguments as arguments_of
 from . import prompts
 from .decoding import write_atomic
 from .prompts import Prompt, for_rewards
@@ -138,6 +138,9 @@ def _done(path: Path, header: list[str], rows: list[list[str]]) -> list[list[str
         lines = list(csv.reader(io.StringIO(whole, newline="")))
         if len(lines) > 1 and len(lines[-1]) < len(header):  # cut within a prompt of several lines
             lines.pop()
+        for line in lines:
+            if len(line) < 2:
+                raise ValueError(f"a line of {len(line)} columns")
         [float(value) for line in lines[1:] for value in line[2:]]
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(
@@ -153,8 +156,8 @@ def _done(path: Path, header: list[str], rows: list[list[str]]) -> list[list[str
     for line, row in zip(lines[1:], rows, strict=False):
         if line[:2] != row:
             raise ValueError(
-                f"{path} goes on with {', '.join(line[:2])} where the folder has "
-                f"{', '.join(row)}; choose another --out, or delete it"
+                f"{path} goes on with {line[0]} ({line[1]!r}) where the folder has {row[0]} "
+                f"({row[1]!r}); choose another --out, or delete it"
             )
     if len(done) > len(rows):
         raise ValueError(f"{path} has {len(done)} rows for {len(rows)} pictures; choose another")
@@ -163,19 +166,7 @@ def _done(path: Path, header: list[str], rows: list[list[str]]) -> list[list[str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`diffalign score`; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="diffalign score", description="Score finished pictures with rewards."
-    )
-    parser.add_argument("images", help="folder of pictures, searched at any depth")
-    parser.add_argument(
-        "--reward", action="append", required=True, metavar="NAME[=JSON]",
-        help='a reward and its options: clip=\'{"model": "openai/clip-vit-base-patch32"}\'',
-    )  # fmt: skip
-    parser.add_argument("--prompts", help=".txt or .jsonl: one a picture, in the order of names")
-    parser.add_argument("--out", default="scores.csv", help="CSV to write, or to go on with")
-    parser.add_argument("--batch", type=int, default=16, help="pictures at a time")
-    parser.add_argument("--device", help="default: cuda, else mps, else cpu")
-    args = parser.parse_args(arguments)
+    args = arguments_of.scoring().parse_args(arguments)
     spec = rewards.from_arguments(args.reward)
     means = score(args.images, spec, args.prompts, args.out, args.batch, args.device)
     for name, mean in means.items():

@@ -7,6 +7,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 from .config import TrainConfig
@@ -20,7 +22,7 @@ class TrainingStopped(RuntimeError):
     folder cannot be written. The message says why, what was saved, and the remedy."""
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(ValueError):
     """Gradients, or what was trained, are NaN or infinite. The same on all processes."""
 
 
@@ -42,7 +44,7 @@ class Signals:
 
     def __init__(self) -> None:
         self.last: int | None = None
-        self._when = -AGAIN
+        self._when = float("-inf")
         self._holding = False
         self._before: dict[int, Any] = {}
 
@@ -66,8 +68,13 @@ class Signals:
             self._when = time.monotonic()
             raise Interrupted(number)
 
-    def check(self) -> None:
-        """Raises `Interrupted` again where whatever was running swallowed it."""
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Signals wait inside; on leaving, one that did, or that whatever ran before has swallowed,
+        is raised."""
+        self._holding = True
+        yield
+        self._holding = False
         if self.last is not None:
             raise Interrupted(self.last)
 

@@ -14,18 +14,19 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
-from torch import Tensor
 
-from diffalign.curves import draw_curves
 from diffalign.decoding import suggest, write_atomic
 from diffalign.grids import save_png
 from diffalign.text import read_text
 from rewards.files import open_image
+from rewards.redaction import redact
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EXTRA = ("tensorboard", "wandb", "trackio")
 """The trackers that `pip install diffalign[track]` brings."""
@@ -108,6 +109,8 @@ class Meter:
     def add(self, values: Mapping[str, Tensor | float], rows: int = 1) -> None:
         """A mean over `rows` rows each: a tensor (rows,) or a scalar that is their mean."""
         for name, value in values.items():
+            import torch
+
             value = torch.as_tensor(value).detach().cpu().double()
             self.sums[name] = self.sums.get(name, 0.0) + value.mean().item() * rows
             self.counts[name] = self.counts.get(name, 0) + rows
@@ -162,8 +165,6 @@ class Tracker:
         self.rows: list[dict[str, Any]] = []
         self.columns = ["step"]
         if self.accelerator is not None:
-            from rewards.redaction import redact  # late: with it come torch and the models
-
             self.accelerator.init_trackers("diffalign", config=_flat(redact(config or {})))
         if not self.main:
             return
@@ -236,6 +237,8 @@ class Tracker:
     def curve(self, path: str | os.PathLike[str]) -> None:
         """Draws reward_mean and every eval/ column over the steps, one panel each, as PNG."""
         if self.main:
+            from diffalign.curves import draw_curves  # brings matplotlib along
+
             save_png(draw_curves(self.rows), path)
 
     def close(self) -> None:

@@ -25,7 +25,7 @@ from .advantages import PromptTracker, combined_advantages, zero_variance_share
 from .algorithms import Algorithm, Needs
 from .config import TrainConfig
 from .diagnostics import diversity
-from .evaluation import Evaluation, draw
+from .evaluation import Evaluation
 from .learning import Learner, Rollout
 from .optimisation import Optimisation
 from .plan import Plan
@@ -85,8 +85,8 @@ class Trainer:
             )
         self.plan = Plan.make(config, rewards, prompts, self.world, algorithm)
         self.config = config = self.plan.config
+        self.settings = identity.settings(self.plan)  # now: an algorithm may adapt its options
         self.algorithm, self.on_epoch_end = self.plan.algorithm, on_epoch_end
-        self.on_epoch_end = on_epoch_end
         state, changed = saving.open_run(self, resume, overwrite, force)
         device = self.accelerator.device
 
@@ -192,10 +192,13 @@ class Trainer:
                         wrong = self._guarded()
                         verdict = self.evaluation.guard.verdict
                         metrics |= {name: float(name == verdict) for name in VERDICTS}
-                self.tracker.log(self.epoch, metrics)
-                self.complete = self._state()
+                with signals.held():  # the row and the state that it is of, or neither
+                    self.tracker.log(self.epoch, metrics)
+                    self.complete = self._state()
                 done = done or bool(wrong and c.eval.guard == "stop")
-                done = self._told_to_stop(metrics) or done
+                if self.on_epoch_end is not None:
+                    told = self.on_epoch_end(self, self.epoch, dict(metrics))
+                    done = done or True in gather_object([told])
                 every = c.train.checkpoint_every
                 if self.main and (done or (every and self.epoch % every == 0)):
                     self.save()
@@ -203,17 +206,10 @@ class Trainer:
                     self._report()
                 bar.update()
                 bar.set_postfix(reward=f"{metrics['reward_mean']:.4g}")
-                signals.check()
                 if done:
                     break
             self.optimisation.check_made()
         return {"before": before, "after": after}
-
-    def _told_to_stop(self, metrics: dict[str, float]) -> bool:
-        """Whether `on_epoch_end` says so, on any process."""
-        if self.on_epoch_end is None:
-            return False
-        return True in gather_object([self.on_epoch_end(self, self.epoch, dict(metrics))])
 
     def say(self, text: str) -> None:
         """Print beside the progress bar, once for all processes."""
@@ -330,19 +326,8 @@ class Trainer:
         the noise of every seed, all seeds of a prompt together, drawn as the evaluations are but
         for `steps` and `guidance`. Each process that calls this draws all of them."""
         texts = [p.text for p in collect(prompts)]
-        sampling = self.evaluation.sampling
-        if steps is not None:
-            sampling = replace(sampling, levels=self.policy.levels(steps))
-        if guidance is not None:
-            sampling = replace(sampling, guidance=guidance)
-        read = not (self.policy.has_text_encoders or self.policy.knows(texts))
-        if read:  # they were freed
-            policies.read_text_encoders(self.policy, self.config.model)
         with self._averaged():
-            drawn = draw(self.policy, sampling, texts, seeds, self.config.sampler.batch)
-        if read:
-            self.policy.free_text_encoders()
-        return drawn
+            return self.evaluation.draw(texts, seeds, steps, guidance)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

@@ -8,14 +8,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from .loading import reading
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MOST_PIXELS = 2**26  # of a picture; as a tensor it takes 12 bytes each
 _TOO_LARGE = f"is too large, the limit is {MOST_PIXELS:,} pixels; scale it down"
@@ -60,6 +61,8 @@ def read_tensors(path: str, option: str) -> Any:
             from safetensors.torch import load_file
 
             return load_file(path)
+        import torch
+
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -123,6 +126,8 @@ def flat(image: Image.Image) -> Image.Image:
 
 def load_image(path: str | Path) -> Tensor:
     """(1, 3, H, W) float32 in [0, 1] of ``open_image``."""
+    import torch
+
     rgb = np.array(open_image(path))
     return torch.from_numpy(rgb).permute(2, 0, 1)[None] / 255
 

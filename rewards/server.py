@@ -14,16 +14,13 @@ proxy in front.
 
 # No `from __future__ import annotations`: FastAPI evaluates those of its handlers, whose names are
 # local here so that fastapi is imported only by who serves.
-import argparse
 import asyncio
 import base64
 import hmac
 import io
 import json
-import os
 import struct
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,14 +29,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from . import Spec, build, from_arguments
+from . import Spec, build
 from .base import Reward, RewardError, evaluate
-from .device import default_device
 from .http import PROTOCOL
 
 PNG_START = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR"
 PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"
-TOKEN_VARIABLE = "REWARD_SERVER_TOKEN"
 
 
 def app(
@@ -223,35 +218,3 @@ def _png_size(file: bytes) -> tuple[int, int]:
     if not width or not height:
         raise ValueError(f"is {width}x{height}")
     return width, height
-
-
-def serve(arguments: Sequence[str] | None = None) -> int:
-    """The command line: serves until interrupted. Raises ValueError for a setting that is wrong."""
-    parser = argparse.ArgumentParser(prog="serve-rewards", description="Serve rewards over HTTP.")
-    parser.add_argument(
-        "--reward",
-        action="append",
-        required=True,
-        metavar="NAME[=JSON]",
-        help='e.g. jpeg, clip=\'{"model": "openai/clip-vit-base-patch32"}\' or module:function; '
-        "repeat for more",
-    )
-    parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: every network interface")
-    parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument(
-        "--token", default=os.environ.get(TOKEN_VARIABLE),
-        help=f"default: ${TOKEN_VARIABLE}, which no list of processes shows",
-    )  # fmt: skip
-    parser.add_argument("--device", default=default_device())
-    parser.add_argument("--timeout", type=float, default=120.0, help="seconds to receive, to score")
-    args = parser.parse_args(arguments)
-    if not args.token and args.host not in ("127.0.0.1", "localhost", "::1"):
-        raise ValueError(f"--host {args.host} is open to others: set --token or ${TOKEN_VARIABLE}")
-    try:
-        import fastapi  # noqa: F401  (app needs it)
-        import uvicorn
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error}; serving needs: pip install fastapi uvicorn") from error
-    api = app(from_arguments(args.reward), args.token, args.device, timeout=args.timeout)
-    uvicorn.run(api, host=args.host, port=args.port, access_log=False)
-    return 0

@@ -19,6 +19,7 @@ from diffalign import TrainConfig, algorithms, cli, policies, sampling
 from diffalign.algorithms import Needs
 from diffalign.optimize_noise import command
 from diffalign.plan import Plan
+from diffalign.tracking import read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,7 +83,10 @@ def test_help_is_grouped_and_names_everything(capsys):
             ["--algorithm", "{type: draft}", "--rewards.jpeg", "1"],
             r"rewards\.jpeg is not differentiable.*surrogate",
         ),
-        (["--algorithm", "{type: draft, last: 9}"], r"last=9 exceeds sampler\.steps=4"),
+        (
+            ["--algorithm", "{type: draft, last: 9}", "--rewards", "{jpeg: {surrogate: true}}"],
+            r"last=9 exceeds sampler\.steps=4",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(
@@ -241,8 +245,25 @@ def environment():
     return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
 
 
-def test_ctrl_c_keeps_what_was_trained(config, tmp_path):
+HANGS = """
+import threading, time
+calls = 0
+def reward(images, prompts):
+    global calls
+    calls += 1
+    time.sleep(600 if calls == 9 else 0.01)  # beside the thread that trains
+    return images.mean((1, 2, 3))
+"""
+
+
+@pytest.mark.parametrize(("name", "hangs"), [("SIGINT", False), ("SIGTERM", True)])
+def test_a_signal_keeps_what_was_trained(config, tmp_path, monkeypatch, name, hangs):
+    number = getattr(signal, name)
     command = [sys.executable, "train.py", str(config), "--train.epochs", "100000"]
+    if hangs:  # one call evaluates the base, then one an epoch
+        (tmp_path / "hanging.py").write_text(HANGS)
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        command += ["--rewards", "{'hanging:reward': 1.0}"]
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         # a shell's background job inherits that Ctrl-C is ignored
@@ -251,13 +272,14 @@ def test_ctrl_c_keeps_what_was_trained(config, tmp_path):
     metrics = tmp_path / "run" / "metrics.csv"
     deadline = time.time() + 60
     while time.time() < deadline and process.poll() is None:
-        if metrics.exists() and len(metrics.read_text().splitlines()) > 3:
+        if metrics.exists() and len(metrics.read_text().splitlines()) > (8 if hangs else 3):
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=30)
-    assert process.returncode == 130, err.decode()
+    assert process.returncode == 128 + number, err.decode()
     assert b"--resume goes on" in out
+    assert f"stopped by {name}".encode() in out
     assert (tmp_path / "run" / "checkpoint.pt").exists()
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
 
@@ -295,6 +317,60 @@ def test_two_processes_train_the_same_adapter(config, tmp_path, monkeypatch):
         states.append(torch.cat([v.flatten() for v in state["adapter"].values()]))
     assert {p.name for p in tmp_path.glob("?of?")} == {"0of1", "0of2", "1of2"}
     assert (states[0] - states[1]).norm() < 1e-4 * states[0].norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C"])
+def test_a_signal_to_two_processes_keeps_what_was_trained(config, tmp_path, how):
+    import torch
+
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    command += ["--standalone", "train.py", str(config), "--log.dir", str(run)]
+    command += ["--train.epochs", "100000", "--train.checkpoint_every", "0"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment() | {"ACCELERATE_USE_CPU": "true"},
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.time() + 90
+    while time.time() < deadline and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len(read_metrics(run)) > 3:
+            break
+        time.sleep(0.1)
+    done = read_metrics(run)[-1]["step"]
+    if how == "SIGTERM":  # the launcher passes it on
+        process.terminate()
+    else:  # a terminal sends it to all, and then the launcher a SIGTERM
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=25) != 0  # the launcher kills after 30 s
+    assert torch.load(run / "checkpoint.pt", weights_only=True)["epoch"] >= done
+
+
+@pytest.mark.slow
+def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_on_all(
+    config, tmp_path, monkeypatch
+):
+    import torch
+
+    (tmp_path / "poisoned.py").write_text(
+        "import os\n"
+        "calls = 0\n"
+        "def reward(images, prompts):\n"
+        "    global calls\n"
+        "    calls += images.requires_grad\n"
+        "    value = images.mean((1, 2, 3))\n"
+        "    if os.environ.get('RANK') == '1' and calls == 2:\n"
+        "        value = value + (images * 0).square().sum((1, 2, 3)).sqrt()\n"
+        "    return value\n"
+        "reward.differentiable = True\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    run = tmp_path / "run"
+    options = ["--rewards", "{'poisoned:reward': 1.0}", "--algorithm", "{type: draft, last: 1}"]
+    assert launch(2, config, run, *options, "--train.epochs", "4") == 0
+    assert [row.get("skipped_steps") for row in read_metrics(run)] == [None, 0, 1, 0, 0]
+    adapter = torch.load(run / "checkpoint.pt", weights_only=True)["adapter"]
+    assert all(v.isfinite().all() for v in adapter.values())
 
 
 @pytest.mark.slow

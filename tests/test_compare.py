@@ -169,7 +169,7 @@ def test_the_command_draws_as_the_run_was_evaluated(model, loras, tmp_path, caps
     out = tmp_path / "grid.png"
     arguments = ["--prompts", "a cat", "--runs", str(run), "--lora-scales", "0.5", "1"]
     arguments += ["--out", str(out), "--cell", "64", "--reward", "jpeg"]
-    assert cli._command("compare")(arguments) == 0
+    assert cli.grid(arguments) == 0
     assert capsys.readouterr().out.endswith(f"{out}\n")
     assert list(drawn[0]) == ["base", "scale 0.5", "scale 1"]
     settings = json.loads(Image.open(out).info["diffalign"])
@@ -178,7 +178,7 @@ def test_the_command_draws_as_the_run_was_evaluated(model, loras, tmp_path, caps
     assert settings["columns"]["scale 0.5"] == {str(run): 0.5}
     assert settings["prompts"] == ["a cat"]
     both = ["--runs", loras[0], loras[1], "--steps", "3", "--seeds", "0,2"]
-    assert cli._command("compare")(["--prompts", "a cat", *both, "--out", str(out)]) == 0
+    assert cli.grid(["--prompts", "a cat", *both, "--out", str(out)]) == 0
     assert list(drawn[0]) == ["base", "a", "b"]
     assert json.loads(Image.open(out).info["diffalign"])["steps"] == 3
 
@@ -211,7 +211,7 @@ def test_refusals_before_a_model_is_loaded(
     paths = dict(zip(("A", "B", "WHOLE"), loras, strict=True))
     arguments = [paths.get(word, word) for word in arguments]
     given = [] if "--model" in arguments else ["--model", model]
-    assert cli._command("compare")(["--prompts", "a cat", *given, *arguments]) == 1
+    assert cli.grid(["--prompts", "a cat", *given, *arguments]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert re.search(message, error), error

@@ -267,12 +267,12 @@ def test_yaml_merge_keys_are_not_duplicates(write):
         ({"advantage": {"std": "x"}}, ["advantage.std='x'", "valid: group, global"]),
         ({"algorithm": {"type": 3}}, ["algorithm.type=3"]),
         ({"data": {"group_size": 1}}, ["data.group_size=1", "2 or more", "baseline=tracker"]),
+        ({"train": {"lr": 1e9}}, ["train.lr=1000000000.0 is far too large", "3e-4"]),
         (
-            {"sampler": {"batch": 24}},
-            ["sampler.batch=24 does not divide the 64 images", "use 8, 16, 32 or 64"],
+            {"train": {"updates_per_epoch": 3}},
+            ["updates_per_epoch=3 does not divide the 64 images", "use 1, 2, 4 or 8"],
         ),
-        ({"sampler": {"batch": 100}}, ["use 32 or 64"]),
-        ({"train": {"updates_per_epoch": 3}}, ["updates_per_epoch=3", "use 1, 2, 4 or 8"]),
+        ({"train": {"updates_per_epoch": 100}}, ["use 32 or 64"]),
         (
             {"advantage": {"baseline": "tracker", "min_count": 32}},
             ["min_count=32 is never reached", "buffer_size=16"],

@@ -326,7 +326,7 @@ def test_settings_are_those_of_the_run(pipelines, tmp_path, capsys):
 )
 def test_a_damaged_run_is_said_to_be(pipelines, tmp_path, text, message, capsys):
     (tmp_path / "config.yaml").write_text(text)
-    for command in (cli.sample, cli._command("compare")):
+    for command in (cli.sample, cli.grid):
         option = "--lora" if command is cli.sample else "--runs"
         (tmp_path / "pytorch_lora_weights.safetensors").touch()
         assert command([option, str(tmp_path), "--prompts", "a cat"]) == 1

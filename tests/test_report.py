@@ -271,7 +271,7 @@ Image.new("RGB", (8, 8)).save(SMALL, "WEBP")
         ("metrics.jsonl", b'{"step": 0}\n\xff\n', ":2: byte 0xff at offset 12 is not UTF-8"),
         ("config.yaml", b"train: {lr: 1", ":1: "),
         ("config.yaml", b"train: 3", ": train is 3, no section of settings"),
-        (SHEET, b"RIFF", " cannot be read ("),
+        (SHEET, b"RIFF", " cannot be read as a picture ("),
         (SHEET, SMALL.getvalue(), " is too small for its pictures; remove it"),
         (TABLE, b'{"epoch": 4, "pro', " cannot be read ("),
         (TABLE, b"[1]", " cannot be read ("),
@@ -285,7 +285,7 @@ def test_a_damaged_run_is_said_to_be(tmp_path, file, content, message, capsys):
     run = fake_run(tmp_path / "run")
     (run / file).write_bytes(content)
     for command in ("report", "film") if file in (SHEET, TABLE) else ("report",):
-        assert cli._command(command)([str(run)]) == 1
+        assert cli.COMMANDS[command][0]([str(run)]) == 1
         error = capsys.readouterr().err
         assert error.startswith(f"error: {run / file}")
         assert message in error
@@ -322,7 +322,7 @@ def test_places_that_cannot_be_written_to(tmp_path, command, out, message, capsy
     run = fake_run(tmp_path / "run")
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
-    assert cli._command(command)([str(run), "--out", str(tmp_path / out)]) == 1
+    assert cli.COMMANDS[command][0]([str(run), "--out", str(tmp_path / out)]) == 1
     assert re.search(f"error: .*{message}", capsys.readouterr().err)
 
 
@@ -332,23 +332,24 @@ def test_a_full_disk_is_said_to_be(tmp_path, monkeypatch, capsys):
 
     run = fake_run(tmp_path / "run")
     monkeypatch.setattr("os.replace", full)
-    assert cli._command("report")([str(run)]) == 1
+    assert cli.report([str(run)]) == 1
     assert capsys.readouterr().err == (
-        f"error: {run / 'report.html'}: cannot be written: No space left on device\n"
+        f"error: {run / 'report.html'}: cannot be written: No space left on device; "
+        "make room, or choose another disk\n"
     )
 
 
 def test_a_run_of_one_evaluation_and_none(tmp_path, capsys):
     run = fake_run(tmp_path / "run", epochs=0)
     assert len(list((run / "pictures").glob("*.json"))) == 1
-    assert cli._command("film")([str(run)]) == 0
+    assert cli.film([str(run)]) == 0
     assert Image.open(run / "film.webp").n_frames == 1
     shutil.rmtree(run / "pictures")
     capsys.readouterr()
     for folder in (run, tmp_path, tmp_path / "nothing"):
-        assert cli._command("film")([str(folder)]) == 1
+        assert cli.film([str(folder)]) == 1
         assert "holds no pictures/epoch_*.json" in capsys.readouterr().err
-    assert cli._command("film")([str(run), "--cell", "0"]) == 1
+    assert cli.film([str(run), "--cell", "0"]) == 1
     assert "--cell 0 is too few; use 1 or more" in capsys.readouterr().err
 
 
@@ -368,7 +369,7 @@ def test_several_runs(tmp_path, monkeypatch, capsys):
     b = fake_run(tmp_path / "b" / "run", epochs=2, train={"epochs": 2, "lr": 5e-4})
     other = fake_run(tmp_path / "other", seed=1)
     monkeypatch.chdir(tmp_path)
-    assert cli._command("report")([str(a), str(b)]) == 0
+    assert cli.report([str(a), str(b)]) == 0
     assert capsys.readouterr().out == "report.html\n"
     page = Page(tmp_path / "report.html")
     assert "2 runs" in page.text
@@ -380,9 +381,9 @@ def test_several_runs(tmp_path, monkeypatch, capsys):
     assert page.source.count('class="line run1"') == 5 + 3  # over cost, and against the distance
     page = Page(report.write([a, other], tmp_path / "two.html"))
     assert re.findall(r"<option[^>]*>([^<]*)", page.source)[:2] == ["run: base", "other: base"]
-    assert cli._command("report")([str(a), str(a)]) == 1
+    assert cli.report([str(a), str(a)]) == 1
     assert "one is given twice" in capsys.readouterr().err
-    assert cli._command("report")([str(tmp_path)]) == 1
+    assert cli.report([str(tmp_path)]) == 1
     assert "no metrics.jsonl" in capsys.readouterr().err
 
 
@@ -454,9 +455,7 @@ def test_numbers():
 
 def test_film(tmp_path, capsys):
     folder = fake_run(tmp_path / "run", epochs=3)
-    assert (
-        cli._command("film")([str(folder), "--prompts", "5", "--epochs", "3", "--cell", "32"]) == 0
-    )
+    assert cli.film([str(folder), "--prompts", "5", "--epochs", "3", "--cell", "32"]) == 0
     assert capsys.readouterr().out.split() == [
         str(folder / f"film.{s}") for s in ("png", "webp", "gif")
     ]
@@ -468,7 +467,7 @@ def test_film(tmp_path, capsys):
         assert shown.width == 3 * 40 + 8  # five pictures are rows of three and two
     with pytest.raises(ValueError, match=r"holds no pictures/epoch_\*\.json"):
         film.film(tmp_path)
-    assert cli._command("film")([str(folder), "--epochs", "1"]) == 1
+    assert cli.film([str(folder), "--epochs", "1"]) == 1
     assert "--epochs 1 is too few; use 2 or more" in capsys.readouterr().err
 
 

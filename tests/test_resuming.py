@@ -157,6 +157,14 @@ def test_changed_settings_are_refused_before_a_model_is_loaded(make, monkeypatch
     assert "--overwrite" in str(error.value)
 
 
+def test_what_an_algorithm_adapts_is_no_other_setting(make):
+    options = {**QUICK, "algorithm.kl_weight": 1.0, "algorithm.kl_target": 1e-12, "train.epochs": 3}
+    trainer = make("ddpo", **options)
+    trainer.train()
+    assert trainer.algorithm.kl_weight > 1
+    assert make("ddpo", resume=True, **options).algorithm.kl_weight == trainer.algorithm.kl_weight
+
+
 def test_force_goes_on_as_far_as_the_weights_fit(make, capsys):
     trainer = make("ddpo", **QUICK)
     trainer.train()

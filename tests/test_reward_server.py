@@ -22,7 +22,8 @@ from PIL import Image
 
 from rewards import build, evaluate, http
 from rewards.remote import Remote
-from rewards.server import app, serve
+from rewards.serve import serve
+from rewards.server import app
 
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")

@@ -11,8 +11,8 @@ from PIL import Image
 
 import rewards
 from diffalign import cli, grids, policies
-from diffalign.optimize_noise import METHODS
-from diffalign.optimize_noise.command import split
+from diffalign.optimize_noise import METHODS, command
+from diffalign.optimize_noise.options import split
 
 SIDE = 16
 
@@ -135,6 +135,46 @@ def test_every_method_from_the_command_line(pipelines, kind, method, tmp_path, s
         assert np.array_equal(picture, np.asarray(grids.to_pil(shown)))
         assert trace["prompt"] == trace["text"]
         assert trace["trace"][-1]["best"] == seen["scores"][header][row]["reward"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "line"),
+    [
+        ("sd-v", "--best-of-n --best-of-n.n 9 --steps 2 --guidance 2 --budget.denoiser_calls 22"),
+        ("flux-schnell", "--reno --reno.iterations 4 --steps 1 --guidance 1"),
+    ],
+)
+def test_prompts_searched_for_at_once_have_what_they_have_alone(
+    pipelines, kind, line, tmp_path, monkeypatch
+):
+    tasks, search = [], command.search
+
+    def counted(task, *rest):
+        tasks.append(len(task))
+        return search(task, *rest)
+
+    monkeypatch.setattr(command, "search", counted)
+
+    def found(*arguments: str) -> list[tuple[np.ndarray, float]]:
+        out = tmp_path / f"{len(tasks)}"
+        given = [*line.split(), "--model", pipelines[kind], "--resolution", str(SIDE), *arguments]
+        given += ["--rewards.test_search_command:brightness", "1", "--grid", f"{tmp_path}/g.png"]
+        assert cli.sample([*given, "--out", str(out)]) == 0
+        traces = json.loads((out / "trace.json").read_text())
+        calls = [trace["trace"][-1]["denoiser_calls"] for trace in traces]
+        pictures = [np.asarray(Image.open(out / trace["image"]), int) for trace in traces]
+        return list(zip(pictures, calls, strict=True))
+
+    together = found("--prompts", "cat", "dog", "--seeds", "0,3")
+    apart = found("--prompts", "cat", "dog", "--seeds", "0,3", "--sampler.batch", "3")
+    assert tasks == [4, 3, 1]
+    alone = [found("--prompts", p, "--seeds", s)[0] for p in ("cat", "dog") for s in ("0", "3")]
+    for several in (together, apart):
+        for (picture, calls), (expected, spent) in zip(several, alone, strict=True):
+            assert calls == spent
+            assert abs(picture - expected).max() <= 1  # in another batch
+    if "best-of-n" in line:
+        assert {calls for _, calls in together} == {24}  # of two steps with guidance: 4 a picture
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from conftest import perturb
 from safetensors.torch import load_file
 from test_trainer import adapter, redness
 
-from diffalign import TrainingStopped, checkpoint, stopping
+from diffalign import ConfigError, TrainingStopped, checkpoint, stopping
 from diffalign.policies import lora
 from diffalign.stopping import Interrupted, NotFinite, Signals
 from diffalign.tracking import read_metrics
@@ -148,6 +149,11 @@ def test_a_state_that_is_not_finite_is_never_saved(make, tmp_path):
     with pytest.raises(NotFinite, match=r"weights are not finite.*train\.lr=0\.01 \(float32\)"):
         trainer.save()
     assert not (trainer.dir / checkpoint.NAME).exists()
+    # nor taken up, where an older version did save it
+    state = {"epoch": 1, "adapter": {"a": torch.full((2,), torch.inf)}}
+    checkpoint.save(trainer.dir, state)
+    with pytest.raises(ConfigError, match=r"weights hold NaN or inf.*--overwrite"):
+        make("draft", resume=True)
 
 
 class Kills:
@@ -218,18 +224,23 @@ def test_signals_of_others_are_left_alone():
     assert seen == [before[signal.SIGTERM]]
 
 
-def test_a_signal_that_was_swallowed_is_raised_again():
-    with Signals() as signals:
-        signals.check()
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.1)
-        except KeyboardInterrupt:
-            pass
-        os.kill(os.getpid(), signal.SIGTERM)  # as torchrun does after the terminal: the same one
-        time.sleep(0.1)
-        with pytest.raises(Interrupted, match="SIGTERM"):
-            signals.check()
+def test_a_signal_that_was_swallowed_or_held_is_raised():
+    for swallow in (True, False):
+        with Signals() as signals:
+            with signals.held():
+                pass
+            if swallow:
+                with suppress(KeyboardInterrupt):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    time.sleep(0.1)
+                os.kill(os.getpid(), signal.SIGTERM)  # soon after another it is the same request
+                time.sleep(0.1)
+            reached = []
+            with pytest.raises(Interrupted, match="SIGTERM"), signals.held():  # noqa: PT012
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.1)
+                reached.append(True)
+            assert reached
 
 
 def test_any_other_error_keeps_the_epochs_done_and_is_raised_as_it_is(make):

@@ -31,7 +31,7 @@ def make(pipelines, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(f"a red {o}" for o in OBJECTS))
 
-    def make(algorithm, run="a", rewards=None, **overrides):
+    def make(algorithm, /, run="a", rewards=None, **overrides):
         options = {k: overrides.pop(k) for k in list(overrides) if "." not in k}
         tree = {
             "model": {"name": pipelines["sd-v"], "lora_rank": 2},

@@ -10,7 +10,6 @@ the mean of the six.
 
 from __future__ import annotations
 
-import argparse
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -23,7 +22,9 @@ from torch import Tensor
 
 from rewards.device import default_device
 
+from .. import arguments as arguments_of
 from .. import policies, prompts
+from ..arguments import SPLITS
 from ..decoding import check_folder, to_json, write_atomic
 from ..grids import image_grid, save_png
 from ..report.run import short_names
@@ -37,7 +38,6 @@ from .verifier import findings
 CATEGORIES = (
     "single object", "two objects", "counting", "colours", "position", "colour attribution",
 )  # fmt: skip
-SPLITS = ("train", "held_out")
 KINDS = {"counting": "count", "two objects": "pair", "colour attribution": "pair",
          "position": "relation"}  # fmt: skip
 
@@ -125,21 +125,7 @@ def formatted(columns: dict[str, dict[str, float]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`diffalign eval`: prints the table; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="diffalign eval",
-        description="EmojiEval: GenEval's six categories in EmojiWorld, read by its verifier.",
-    )
-    parser.add_argument(
-        "models", nargs="*", help="pipeline folders, run folders or hub ids, a column each"
-    )
-    parser.add_argument("--lora", help="run folder; adds a column of the first model with it")
-    parser.add_argument("--merge-lora", help="LoRA merged into every model first")
-    parser.add_argument("--split", choices=SPLITS, default="held_out")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="folder for scores.json and a grid of pictures a column")
-    args = parser.parse_args(arguments)
+    args = arguments_of.evaluation().parse_args(arguments)
     if args.lora and not args.models:
         raise ValueError("--lora needs the model it was trained on; name that first")
     for model in args.models:

@@ -25,7 +25,6 @@ from rewards.loading import reading
 
 from .claims import Thing, judge, parse
 from .scenes import ASSETS, BACKGROUNDS, COLOURS, KINDS, OBJECTS, SIZE, Scene, sample_scene
-from .train_clip import augment
 from .training import fit, pixels
 
 NAMES, HUES, GROUNDS = list(OBJECTS), [*COLOURS, None], list(BACKGROUNDS)
@@ -155,6 +154,8 @@ def main() -> None:
     rng = random.Random(10**6 + 3)
     held = [sample_scene(rng, rng.choice(KINDS), reserved=None) for _ in range(1000)]
     held_images, held_truth = pixels(held).float() / 255, targets(held)
+
+    from .train_clip import augment  # brings transformers along, which a verdict has no use for
 
     def loss(step: int) -> Tensor:
         pick = torch.randint(len(images), (args.batch,))

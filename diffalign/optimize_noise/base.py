@@ -7,7 +7,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import ceil, inf
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -19,26 +19,7 @@ from ..decoding import Bounds, Count, Positive, Share, Weight  # noqa: F401  (fo
 from ..policies import Cond, Policy
 from ..prompts import Prompt, for_rewards
 from ..rollout import Noise, Sampling, sample_seed
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a search may take of each prompt; that of a prompt ends with the step that uses any of
-    them up.
-
-    denoiser_calls: samples through the denoiser, with or without gradient, both branches of CFG
-    counted. reward_calls: pictures scored. A backward pass is no call; it takes about as long as
-    one. Raises ValueError for what is not 0 or more.
-    """
-
-    denoiser_calls: float = inf
-    reward_calls: float = inf
-    seconds: float = inf
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not value >= 0:
-                raise ValueError(f"budget.{name}={value} is no budget; use 0 or more")
+from .options import Budget
 
 
 class Account:

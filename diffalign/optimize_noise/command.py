@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +11,8 @@ from typing import Any
 import rewards as reward_library
 from rewards.device import default_device
 
-from .. import decoding, drawn, grids, policies
-from ..decoding import pairs, to_json, write_atomic
+from .. import drawn, grids, policies
+from ..decoding import to_json, write_atomic
 from ..drawn import Drawn
 from ..prompts import Prompt, collect, for_rewards
 from ..sampling import (
@@ -22,69 +21,9 @@ from ..sampling import (
     family_of,
     parse_seeds,
 )
-from . import METHODS, build, sampling_for
-from .base import Budget, Result, Task, search
-
-
-@dataclass
-class Kernel:
-    """How pictures are drawn, `batch` at a time; None = as suits the method (`sampling_for`)."""
-
-    kernel: str | None = None
-    eta: float | None = None
-    batch: int = 16
-
-
-@dataclass
-class Wanted:
-    """What the command line says of a search. Decoded strictly, as a training config is."""
-
-    rewards: dict[str, Any] = field(default_factory=dict)
-    budget: Budget = field(default_factory=Budget)
-    sampler: Kernel = field(default_factory=Kernel)
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-SECTIONS = ("rewards", "budget", "sampler")
-
-
-def split(arguments: Sequence[str]) -> tuple[str | None, Wanted, list[str]]:
-    """The method asked for (--reno, --best-of-n ...), its settings, and all other arguments.
-
-    Settings are --METHOD.option, --rewards.NAME (a weight, or .option), --budget.LIMIT and
-    --sampler.kernel, .eta or .batch. Raises ValueError for two methods, and for settings without
-    one.
-    """
-    flags = {f"--{name.replace('_', '-')}": name for name in METHODS}
-    asked = [flags[a] for a in arguments if a in flags]
-    if len(asked) > 1:
-        raise ValueError(f"{' and '.join(asked)} were asked for; one method at a time")
-    method = asked[0] if asked else None
-    left, rest = [a for a in arguments if a not in flags], list[str]()
-    tree: dict[str, Any] = {section: {} for section in (*SECTIONS, "options")}
-    while left:
-        token = left.pop(0)
-        section = token.removeprefix("--").partition(".")[0].replace("-", "_")
-        known = token.startswith("--") and section in (*SECTIONS, *METHODS)
-        if not known or "." not in token:
-            rest.append(token)
-            continue
-        if method is None or (section in METHODS and section != method):
-            raise ValueError(
-                f"{token} belongs to a search; add one of {', '.join(sorted(flags))}"
-                if method is None
-                else f"{token} is not of --{method.replace('_', '-')}, the method asked for"
-            )
-        value = [] if "=" in token or not left else [left.pop(0)]
-        for key, text in pairs([token, *value]):
-            name = key.partition(".")[2]
-            place = section if section in SECTIONS else "options"
-            name = name if section == "rewards" else name.replace("-", "_")
-            decoding.override(Wanted, tree, f"{place}.{name}", text)
-    wanted = decoding.decode(Wanted, tree, source=" on the command line")
-    if method is not None and not wanted.rewards:
-        raise ValueError("a search needs rewards: --rewards.clip.model MODEL, or --rewards.jpeg 1")
-    return method, wanted, rest
+from . import build, sampling_for
+from .base import Result, Task, search
+from .options import Wanted
 
 
 def run(
