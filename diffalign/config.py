@@ -56,7 +56,7 @@ LARGEST_LR = 1e3  # far beyond use, and far below what AdamW cannot compute with
 @dataclass
 class ModelConfig(Section):
     name: str = "assets/emoji-sd"
-    """local folder or hub id of a diffusers pipeline"""
+    """local folder or hub id of a diffusers pipeline, or a run folder: what it trained included"""
     merge_lora: str | None = None
     """folder or hub id of a LoRA merged into the denoiser first: a Turbo, LCM or style LoRA"""
     dtype: str = "float32"

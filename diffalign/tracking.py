@@ -111,7 +111,7 @@ class Meter:
         for name, value in values.items():
             import torch
 
-            value = torch.as_tensor(value).detach().double()
+            value = torch.as_tensor(value).detach().cpu().double()
             self.sums[name] = self.sums.get(name, 0.0) + value.mean().item() * rows
             self.counts[name] = self.counts.get(name, 0) + rows
             self.largest[name] = max(self.largest.get(name, -math.inf), value.max().item())

@@ -168,7 +168,7 @@ def test_rewards(tmp_path, monkeypatch):
     torch.save({"a": Path("code")}, tmp_path / "h.pt")
     refused({"aesthetic": {"head": str(tmp_path / "h.pt")}}, "head=.* Python objects beside")
     monkeypatch.setattr(verifier, "ASSETS", tmp_path)
-    with pytest.raises(ValueError, match="the verifier .* is incomplete"):
+    with pytest.raises(ValueError, match=r"the verifier .* is incomplete"):
         verifier.load(str(tmp_path))
 
 
@@ -196,10 +196,7 @@ def raised(kind, text="", cause=None):
         (raised(RuntimeError, "size mismatch for a.weight"), "do not fit its config"),
         (raised(EOFError, "Ran out of input"), "is damaged .*hub's cache"),
         (raised(PermissionError, "denied"), "may not be read"),
-        (
-            raised(TypeError, "something else. And more"),
-            r"cannot be loaded \(TypeError: some.* else",
-        ),
+        (raised(TypeError, "else. And more"), r"cannot be loaded \(TypeError: else\)"),
     ],
 )
 def test_what_libraries_raise(load, message):
@@ -220,7 +217,7 @@ def test_a_variant_is_only_asked_for_where_there_are_no_other_files():
         asked.append(options)
         raise OSError("Error no file named model.safetensors" if len(asked) == 1 else "no fp16")
 
-    with pytest.raises(LoadingError, match="is incomplete .*no file named"):
+    with pytest.raises(LoadingError, match=r"is incomplete .*no file named"):
         pretrained(load, "m", "x", dtype=1)
     assert asked == [{"dtype": 1}, {"variant": "fp16", "dtype": 1}]
 

@@ -221,5 +221,5 @@ def test_a_lora_on_the_hub(pipelines, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     same(merged(pipelines["sd-v"], "org/lora"), expected)
     assert asked == [WEIGHTS]
-    with pytest.raises(ValueError, match="^the LoRA 'org/none' is not on this machine"):
+    with pytest.raises(ValueError, match=r"^the LoRA 'org/none' is not on this machine"):
         merged(pipelines["sd-v"], "org/none")

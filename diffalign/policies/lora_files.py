@@ -24,9 +24,7 @@ PEFT, PEFT_CONFIG = "adapter_model", "adapter_config.json"
 NAMES = (WEIGHTS, f"{PEFT}.safetensors", "pytorch_lora_weights.bin", f"{PEFT}.bin")
 Shape = tuple[int, ...]
 
-SIDES = (
-    r"(lora_A|lora_B|lora_down|lora_up|lora\d?\.down|lora\d?\.up|lora_linear_layer\.(?:down|up))"
-)
+SIDES = r"(lora_A|lora_B|lora_down|lora_up|(?:lora\d?|lora_linear_layer)\.(?:down|up))"
 LAYER = re.compile(rf"(.+)[._]{SIDES}(?:\.default)?\.weight")
 UNKNOWN = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "dora_scale": "DoRA"}
 ELSEWHERE = {  # how other programs call blocks: what they are part of
