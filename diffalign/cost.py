@@ -115,6 +115,6 @@ def advice(share: float) -> str:
     if share <= 0.5:
         return ""
     return (
-        f"evaluation takes {share:.0%} of the run: raise eval.every, or lower eval.images_per_prompt, "
-        "eval.steps or the number of eval.prompts"
+        f"evaluation takes {share:.0%} of the run: raise eval.every, or lower "
+        "eval.images_per_prompt, eval.steps or the number of eval.prompts"
     )

@@ -45,8 +45,8 @@ class Measured:
         return (
             f"time       about {words(epoch)} an epoch and {words(evaluation)} an evaluation, "
             f"{words(whole)} in all, {evaluations / whole:.0%} of it evaluation\n"
-            f"           measured once on {self.device}: {self.forward * 1000:.3g} ms a denoiser call "
-            f"({self.batch} pictures at a time), {self.backward * 1000:.3g} ms with gradient, "
+            f"           measured once on {self.device}: {self.forward * 1000:.3g} ms a denoiser "
+            f"call ({self.batch} pictures at a time), {self.backward * 1000:.3g} ms with gradient, "
             f"{self.decoded * 1000:.3g} ms a picture decoded; rewards and loading left out"
         )
 
