@@ -20,12 +20,13 @@ from .decoding import ConfigError, suggest
 from .help import KINDS, help_text, listing
 from .stopping import TrainingStopped, exit_status, leave
 from .text import expand_user
+from .timing import measured
 
 TRAIN_USAGE = """usage: python train.py CONFIG.yaml [--dry-run] [--resume] [--section.key VALUE ...]
 
 Fine-tunes a model on rewards. Any setting of the file can be replaced on the command line.
 
-  --dry-run     print the geometry and the cost, load no model
+  --dry-run     print the geometry and the cost; of a local model also the time, by one call
   --resume      go on from the checkpoint in log.dir, with the settings that the run had
   --force       with --resume: go on although settings differ that should not
   --overwrite   start anew in a log.dir that holds a run, and remove what that wrote
@@ -117,9 +118,19 @@ def train(arguments: Sequence[str]) -> int:
 
     # before the trainer, whose imports take seconds that a refusal need not wait for
     plan = Plan.make(config, processes=int(os.environ.get("WORLD_SIZE", 1)))
+    from . import folder
+
+    place = Path(os.path.expanduser(config.log.dir)), flags["--resume"], flags["--overwrite"]
     if flags["--dry-run"]:
-        print(plan.describe())
+        print(plan.describe(), flush=True)
+        try:
+            folder.check(*place)
+        except (ConfigError, FileNotFoundError) as error:  # what it costs is worth knowing yet
+            print(f"note       {error}")
+        if os.path.isdir(os.path.expanduser(config.model.name)):  # others would be downloaded
+            print(measured(settings))
         return 0
+    folder.check(*place)
     from .trainer import Trainer
 
     try:

@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 import draccus
 import yaml
 
+from rewards.redaction import redact
+
 from . import decoding
 from .decoding import (
     ConfigError,
-    Section,
     near_divisors,
     pairs,
     read_yaml,
@@ -30,6 +31,7 @@ from .decoding import (
     suggest,
     write_atomic,
 )
+from .section import Section
 
 T = TypeVar("T")
 
@@ -54,7 +56,7 @@ LARGEST_LR = 1e3  # far beyond use, and far below what AdamW cannot compute with
 @dataclass
 class ModelConfig(Section):
     name: str = "assets/emoji-sd"
-    """local folder or hub id of a diffusers pipeline"""
+    """local folder or hub id of a diffusers pipeline, or a run folder: what it trained included"""
     merge_lora: str | None = None
     """folder or hub id of a LoRA merged into the denoiser first: a Turbo, LCM or style LoRA"""
     dtype: str = "float32"
@@ -262,8 +264,6 @@ class TrainConfig(Section):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the complete configuration as YAML, atomically, without secrets."""
-        from rewards.redaction import redact  # late: with it come torch and the models
-
         text = yaml.safe_dump(redact(self.to_dict()), sort_keys=False, allow_unicode=True)
         write_atomic(path, text.encode())
 

@@ -18,7 +18,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import draccus
 import yaml
 
-from .text import read_text, unusable
+from rewards.redaction import redact
+
+from .text import read_text
 
 T = TypeVar("T")
 
@@ -84,37 +86,6 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None
         raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
 
 
-class Section:
-    """A dataclass of settings, held to its types however it is made: what Python passes is checked
-    as what a file says is. A text that begins with ~ is a path in the home directory. Raises
-    `ConfigError`."""
-
-    def __post_init__(self) -> None:
-        for name, hint in field_types(type(self)).items():
-            value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                value = os.fspath(value)
-            if isinstance(value, str):
-                value = os.path.expanduser(value)
-            setattr(self, name, value)
-            where = f"{type(self).__name__}.{name}"
-            if not _fits(hint, value, typed=True):
-                raise _wrong_type(hint, value, where)
-            check_text(value, where)
-
-
-def check_text(value: Any, where: str) -> None:
-    """Raises `ConfigError` for a text, at any depth of mappings and lists, that no file can hold in
-    UTF-8, or that holds a NUL."""
-    if isinstance(value, Mapping):
-        value = [*value, *value.values()]
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            check_text(item, where)
-    if isinstance(value, str) and (problem := unusable(value)):
-        raise ConfigError(f"{where}={value!r} {problem}")
-
-
 def check_file(path: str | os.PathLike[str], option: str) -> None:
     """Refuse, before the work, a file that cannot be written. Raises `ConfigError`."""
     if Path(path).is_dir():
@@ -132,8 +103,9 @@ def check_folder(path: str | os.PathLike[str], option: str) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON, which has no NaN and no infinity: they are null. What it does not know is a string."""
-    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
+    """JSON, without secrets. It has no NaN and no infinity: they are null. What it does not know is
+    a string."""
+    return json.dumps(_finite(redact(value)), indent=indent, default=str, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -214,14 +186,14 @@ def decode_value(hint: Any, value: Any, name: str, source: str = "") -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     try:
-        if not _fits(hint, value):
+        if not fits(hint, value):
             raise TypeError
         return draccus.decode(hint, value)
     except Exception as error:
-        raise _wrong_type(hint, value, name, source) from error
+        raise wrong_type(hint, value, name, source) from error
 
 
-def _wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigError:
+def wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigError:
     kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
     single = isinstance(value, str)
     if single and kinds & {list, tuple}:
@@ -245,14 +217,14 @@ def _wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigErr
     return ConfigError(f"{name}={value!r}{source} is not {article}{what}{remedy}")
 
 
-def _fits(hint: Any, value: Any, typed: bool = False) -> bool:
+def fits(hint: Any, value: Any, typed: bool = False) -> bool:
     """Whether a value is of a type; a text may stand for a number unless it should be `typed`."""
     # draccus takes None and bools for numbers, and anything at all for a string.
     origin, args = get_origin(hint) or hint, get_args(hint)
     if origin is Any:
         return True
     if origin in (Union, types.UnionType):
-        return any(_fits(a, value, typed) for a in args)
+        return any(fits(a, value, typed) for a in args)
     if origin is type(None) or value is None:
         return origin is type(None) and value is None
     if origin in (int, float):
@@ -263,7 +235,7 @@ def _fits(hint: Any, value: Any, typed: bool = False) -> bool:
         return isinstance(value, str)
     if origin in (list, tuple, set):
         item = args[0] if args else Any
-        return isinstance(value, (list, tuple)) and all(_fits(item, v, typed) for v in value)
+        return isinstance(value, (list, tuple)) and all(fits(item, v, typed) for v in value)
     if origin is dict:
         return isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
     return not is_dataclass(origin) or isinstance(value, origin)  # pyright: ignore

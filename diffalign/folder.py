@@ -20,7 +20,7 @@ TRAINED = (checkpoint.NAME, WEIGHTS, "best", *DENOISERS)
 """What only training makes: a folder with one of them holds a run."""
 
 _WEIGHTS = (
-    WEIGHTS,
+    *(WEIGHTS, "kohya_lora.safetensors"),
     *(f"{d}/{f}" for d in DENOISERS for f in ("config.json", "diffusion_pytorch_model*")),
 )
 WRITTEN = (

@@ -46,6 +46,12 @@ def open_run(
     if not resume or not (trainer.dir / checkpoint.NAME).exists():
         return None, {}
     state = checkpoint.load(trainer.dir)
+    bad = _infinite(state)
+    if bad:  # of a version that saved such a state
+        raise ConfigError(
+            f"{trainer.dir / checkpoint.NAME}: {' and '.join(bad)} hold NaN or inf, which no "
+            "training mends; start anew with --overwrite and a lower train.lr"
+        )
     changed = identity.changes(trainer.dir, state, trainer.plan)
     if changed and not force:
         raise ConfigError(
@@ -211,4 +217,4 @@ def _infinite(state: Mapping[str, Any]) -> list[str]:
         return not floating or bool(value.isfinite().all())
 
     parts = {"weights": "adapter", "averages": "copies", "optimizer": "optimisation"}
-    return [name for name, key in parts.items() if not finite(state[key])]
+    return [name for name, key in parts.items() if not finite(state.get(key))]

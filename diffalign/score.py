@@ -138,6 +138,9 @@ def _done(path: Path, header: list[str], rows: list[list[str]]) -> list[list[str
         lines = list(csv.reader(io.StringIO(whole, newline="")))
         if len(lines) > 1 and len(lines[-1]) < len(header):  # cut within a prompt of several lines
             lines.pop()
+        for line in lines:
+            if len(line) < 2:
+                raise ValueError(f"a line of {len(line)} columns")
         [float(value) for line in lines[1:] for value in line[2:]]
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(
@@ -153,8 +156,8 @@ def _done(path: Path, header: list[str], rows: list[list[str]]) -> list[list[str
     for line, row in zip(lines[1:], rows, strict=False):
         if line[:2] != row:
             raise ValueError(
-                f"{path} goes on with {', '.join(line[:2])} where the folder has "
-                f"{', '.join(row)}; choose another --out, or delete it"
+                f"{path} goes on with {line[0]} ({line[1]!r}) where the folder has {row[0]} "
+                f"({row[1]!r}); choose another --out, or delete it"
             )
     if len(done) > len(rows):
         raise ValueError(f"{path} has {len(done)} rows for {len(rows)} pictures; choose another")

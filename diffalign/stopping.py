@@ -22,7 +22,7 @@ class TrainingStopped(RuntimeError):
     folder cannot be written. The message says why, what was saved, and the remedy."""
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(ValueError):
     """Gradients, or what was trained, are NaN or infinite. The same on all processes."""
 
 

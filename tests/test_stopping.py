@@ -17,7 +17,7 @@ from conftest import perturb
 from safetensors.torch import load_file
 from test_trainer import adapter, redness
 
-from diffalign import TrainingStopped, checkpoint, stopping
+from diffalign import ConfigError, TrainingStopped, checkpoint, stopping
 from diffalign.policies import lora
 from diffalign.stopping import Interrupted, NotFinite, Signals
 from diffalign.tracking import read_metrics
@@ -149,6 +149,11 @@ def test_a_state_that_is_not_finite_is_never_saved(make, tmp_path):
     with pytest.raises(NotFinite, match=r"weights are not finite.*train\.lr=0\.01 \(float32\)"):
         trainer.save()
     assert not (trainer.dir / checkpoint.NAME).exists()
+    # nor taken up, where an older version did save it
+    state = {"epoch": 1, "adapter": {"a": torch.full((2,), torch.inf)}}
+    checkpoint.save(trainer.dir, state)
+    with pytest.raises(ConfigError, match=r"weights hold NaN or inf.*--overwrite"):
+        make("draft", resume=True)
 
 
 class Kills:

@@ -17,7 +17,7 @@ wait
 run train_base sd3 $out/sd3 --teacher $out/sd &
 run train_base flux $out/flux --teacher $out/sd
 wait
-run train_clip $out/judge --seed 2 --patch 16 --steps 2500 &
+run train_clip $out/judge --seed 2 --patch 16 --steps 4000 &
 run distill $out/turbo --sd $out/sd --latents $out/latents.pt
 wait
 run train_preference $out/preference --clip $out/clip
