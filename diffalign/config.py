@@ -294,6 +294,8 @@ class TrainConfig(Section):
                 bound = "0 or more" if may else "more than 0"
                 require(name, value > 0 or (may and value == 0), f"must be {bound}")
                 require(name, value != math.inf or name in _MAY_BE_INF, "is not finite")
+                large = isinstance(value, int) and value >= 2**63
+                require(name, not large, "is too large; use less than 2**63")  # torch's integers
         for name, valid in CHOICES.items():
             require(name, get(name) in valid, f"is not known{suggest(get(name), valid)}")
         if not isinstance(self.algorithm["type"], str):

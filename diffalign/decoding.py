@@ -61,8 +61,8 @@ def suggest(name: str, valid: Iterable[str]) -> str:
 
 
 def near_divisors(total: int, value: int) -> str:
-    """Divisors of `total` around `value`, in words: "8, 16, 32 or 64"."""
-    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    """Divisors of `total` around `value`, in words: "8, 16, 32 or 64"; none above a million."""
+    divisors = [d for d in range(1, min(total, 10**6) + 1) if total % d == 0]
     below, above = [d for d in divisors if d < value], [d for d in divisors if d > value]
     near = [str(d) for d in below[-2:] + above[:2]]
     return " or ".join(filter(None, [", ".join(near[:-1]), near[-1]]))
@@ -201,6 +201,13 @@ def wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigErro
     elif dict in kinds and name.endswith("rewards") and (single or isinstance(value, list)):
         each = [value] if single else value
         remedy = f"; write {{{', '.join(f'{v}: 1.0' for v in each)}}}"
+    elif dict in kinds and single:
+        remedy = f"; write {{type: {value}}}"
+    elif dict in kinds and isinstance(value, Mapping):
+        odd = next((key for key in value if not isinstance(key, str)), None)
+        remedy = f" of names; put {odd!r} in quotes"
+    elif dict in kinds and value is None:
+        remedy = "; give it keys or leave it out"
     elif hint is str and value is not None and not isinstance(value, (list, tuple, Mapping)):
         remedy = f"; put it in quotes: '{value}'"
     else:
@@ -264,7 +271,11 @@ def type_name(hint: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice: PyYAML would keep the last one in silence."""
+    """Refuses a key given twice: PyYAML would keep the last one in silence. And an alias inside of
+    what it stands for, which would have no end."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        return super().construct_object(node, deep=True)  # not deep, PyYAML would make such loops
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -308,8 +319,13 @@ def _parse(text: str, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{where}{line}: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-99-99
-        raise ConfigError(f"{where}: {error}") from error
+    except yaml.YAMLError as error:  # a character that YAML does not allow: two lines
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+    except ValueError as error:  # a date such as 2024-99-99, a number of thousands of digits
+        why = str(error).partition(";")[0]  # without Python's own remedy
+        raise ConfigError(f"{where}: {why}; mend that value, or put it in quotes") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where} is nested too deeply; write it with fewer brackets") from error
 
 
 def pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
