@@ -186,6 +186,7 @@ def sample(arguments: Sequence[str]) -> int:
     parser.add_argument("--guidance", type=float, help="guidance scale; default: 3")
     parser.add_argument("--resolution", type=int, help="side in pixels; default: the model's own")
     parser.add_argument("--dtype", choices=CHOICES["model.dtype"], help="default: float32")
+    parsers.device_of(parser)
     parser.add_argument("--grid", default="grid.png", help="PNG to write: a row a prompt")
     parser.add_argument(
         "--out",
@@ -203,14 +204,18 @@ def sample(arguments: Sequence[str]) -> int:
 
     method, wanted, rest = split(arguments)
     args = vars(parser.parse_args(rest))
+    device = args.pop("device")
+    if not args["noise"] and not args["prompts"]:
+        raise ConfigError("--prompts is missing; give texts, or a prompt file")
+    from rewards.device import choose_device
+
+    choose_device(device)
     print(_redrawn(method, args) if args["noise"] else _drawn(method, wanted, args))
     return 0
 
 
 def _drawn(method: str | None, wanted: Any, args: dict[str, Any]) -> Path:
     """Pictures of prompts × seeds, plain or by a search."""
-    if not args["prompts"]:
-        raise ConfigError("--prompts is missing; give texts, or a prompt file")
     from . import sampling
     from .optimize_noise import command
 

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import rewards
-from rewards.device import default_device
+from rewards.device import choose_device, default_device
 from rewards.files import IMAGE_SUFFIXES, MOST_PIXELS, load_image
 
 from . import arguments as arguments_of
@@ -168,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """`diffalign score`; returns the exit status."""
     args = arguments_of.scoring().parse_args(arguments)
     spec = rewards.from_arguments(args.reward)
-    means = score(args.images, spec, args.prompts, args.out, args.batch, args.device)
+    choose_device(args.device)
+    means = score(args.images, spec, args.prompts, args.out, args.batch)
     for name, mean in means.items():
         print(f"{name:<28}{mean:>10.4f}")
     print(args.out)

@@ -31,7 +31,7 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         "--token", default=os.environ.get(TOKEN_VARIABLE),
         help=f"default: ${TOKEN_VARIABLE}, which no list of processes shows",
     )  # fmt: skip
-    parser.add_argument("--device", help="default: cuda, else mps, else cpu")
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu; default: the first there is")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds to receive, to score")
     args = parser.parse_args(arguments)
     if not args.token and args.host not in ("127.0.0.1", "localhost", "::1"):
@@ -45,12 +45,12 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         import uvicorn
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}; serving needs: pip install fastapi uvicorn") from error
-    from .device import default_device
+    from .device import choose_device, default_device
     from .server import app
 
-    device = args.device or default_device()
+    choose_device(args.device)
     uvicorn.run(
-        app(spec, args.token, device, timeout=args.timeout),
+        app(spec, args.token, default_device(), timeout=args.timeout),
         host=args.host, port=args.port, access_log=False,
     )  # fmt: skip
     return 0
