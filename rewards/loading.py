@@ -205,7 +205,9 @@ def damaged(path: Path) -> str | None:
             if start == POINTER:
                 return f"{file} is a Git LFS pointer and not the file itself (git lfs pull)"
             if file.suffix == ".json":
-                json.loads(file.read_bytes())
+                found = json.loads(file.read_bytes())
+                if not isinstance(found, dict) and file.stem.endswith(("config", "index")):
+                    return f"{file} holds no settings"
             if file.suffix == ".safetensors":
                 header(file)
         except OSError:

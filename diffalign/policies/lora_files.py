@@ -251,6 +251,8 @@ def peft_settings(path: Path, option: str) -> dict[str, Any]:
         )
     with reading(f"{option} {str(file)!r}", str(file)):
         settings = json.loads(file.read_bytes())
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
     kind = settings.get("peft_type")
     odd = [k for k in ("use_dora", "modules_to_save", "lora_bias") if settings.get(k)]
     odd += ["bias"] if settings.get("bias", "none") != "none" else []
@@ -260,6 +262,13 @@ def peft_settings(path: Path, option: str) -> dict[str, Any]:
             f"{option} {str(path.parent)!r} {what} by its {PEFT_CONFIG}, and only plain LoRAs are "
             "read; merge it into the model with peft's merge_and_unload"
         )
+    try:
+        peft_scale(settings, "", 1)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise ValueError(
+            f"{option} {str(file)!r} has a lora_alpha or alpha_pattern that is not understood "
+            f"({error}); copy it again"
+        ) from None
     return settings
 
 
@@ -298,8 +307,6 @@ def peft_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
     """What peft multiplies B A of a layer by: alpha / r, or alpha / sqrt(r) with use_rslora; the
     alpha may be one of its own, by a pattern at the end of the layer's name. 1 without settings."""
     patterns = settings.get("alpha_pattern") or {}
-    alpha = next(
-        (v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", module)),
-        settings.get("lora_alpha", rank),
-    )
+    found = [float(v) for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", module)]
+    alpha = found[0] if found else float(settings.get("lora_alpha", rank))
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
