@@ -334,9 +334,8 @@ def test_starting_anew(make, tmp_path):
 
 
 def test_a_folder_in_the_place_of_a_file_of_the_run_is_named(tmp_path):
-    (tmp_path / "config.yaml").mkdir()
+    file = tmp_path / "config.yaml"
+    file.mkdir()
     with pytest.raises(ConfigError) as caught, folder.writing(tmp_path):
-        write_atomic(tmp_path / "config.yaml", b"")
-    assert f"cannot be written: Is a directory: {tmp_path / 'config.yaml'}; mend" in str(
-        caught.value
-    )
+        write_atomic(file, b"")
+    assert f"{str(tmp_path)!r} cannot be written: Is a directory: {file}; " in str(caught.value)
