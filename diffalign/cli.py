@@ -153,7 +153,8 @@ def train(arguments: Sequence[str]) -> int:
 def summary(result: dict[str, dict[str, float]], run_dir: Path) -> str:
     """Held-out means before and after, and where the files are."""
     before, after = result["before"], result["after"]
-    lines = ["", f"{'held-out prompts':<28}{'before':>10}{'after':>10}"]
+    head = f"{'held-out prompts':<28}{'before':>10}{'after':>10}"
+    lines = ["", head] if after else []
     for name in after:
         lines.append(f"{name.removeprefix('eval/'):<28}{before[name]:>10.4f}{after[name]:>10.4f}")
     lines.append("")
