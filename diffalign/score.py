@@ -85,6 +85,7 @@ def score(
     ValueError for bad input, before any model is read, OSError and RewardError."""
     if batch < 1:
         raise ValueError(f"--batch {batch} scores nothing; use 1 or more")
+    device = device or default_device()
     pictures, path = pair(Path(folder), prompt_file), Path(out)
     rewards.check(spec, *for_rewards([p for _, p in pictures]))
     rows = [[p.relative_to(folder).as_posix(), prompt.text] for p, prompt in pictures]
@@ -93,7 +94,6 @@ def score(
     lines = [header, *[row + values for row, values in zip(rows, done, strict=False)]]
     write_atomic(path, _csv(lines).encode())  # without a line that was cut short
     total = rewards.build(spec) if len(done) < len(rows) else None
-    device = device or default_device()
     bar = tqdm(total=len(rows), initial=len(done), desc="scoring", unit="image")
     with path.open("a", encoding="utf-8", newline="") as file, torch.inference_mode(), bar:
         while total is not None and len(done) < len(rows):
