@@ -124,7 +124,7 @@ def no_pictures(config: TrainConfig, updates: int) -> str:
     half = ", or use model.dtype=bfloat16 or float32" if dtype == "float16" else ""
     if updates:
         return (
-            f"after {updates} updates with train.lr={config.train.lr:g} ({dtype}) the model draws "
+            f"after {updates} update(s) with train.lr={config.train.lr:g} ({dtype}) the model draws "
             f"NaN or inf: lower train.lr{half}"
         )
     return f"{config.model.name} draws NaN or inf in {dtype} before any update" + (

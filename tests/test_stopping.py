@@ -137,7 +137,7 @@ def test_pictures_that_are_not_finite_blame_the_learning_rate_and_ruin_no_checkp
     with pytest.raises(TrainingStopped) as error:
         trainer.train()
     text = str(error.value)
-    assert "after 2 updates with train.lr=0.01 (float32) the model draws NaN or inf" in text
+    assert "after 2 update(s) with train.lr=0.01 (float32) the model draws NaN or inf" in text
     assert "VAE" not in text
     assert "not saved; what was saved before is whole" in text
     assert checkpoint.load(trainer.dir)["epoch"] == 1
