@@ -77,7 +77,6 @@ def score(
     prompt_file: str | None,
     out: str,
     batch: int = 16,
-    device: str | None = None,
 ) -> dict[str, float]:
     """Write `out`, a CSV of image, prompt and a column for each reward of `spec`, and return their
     means over the pictures that each scores. Rows that are there already are kept, so that an
@@ -85,7 +84,7 @@ def score(
     ValueError for bad input, before any model is read, OSError and RewardError."""
     if batch < 1:
         raise ValueError(f"--batch {batch} scores nothing; use 1 or more")
-    device = device or default_device()
+    device = default_device()
     pictures, path = pair(Path(folder), prompt_file), Path(out)
     rewards.check(spec, *for_rewards([p for _, p in pictures]))
     rows = [[p.relative_to(folder).as_posix(), prompt.text] for p, prompt in pictures]

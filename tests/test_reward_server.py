@@ -377,7 +377,7 @@ def test_command_line(monkeypatch):
         ("--port", "70000", "is no port"),
         ("--timeout", "0", "no time to wait"),
         ("--timeout", "nan", "no time to wait"),
-        ("--device", "cuda:99", "--device cuda:99 is not there"),
+        ("--device", "cuda:99", "--device cuda:99 cannot be used"),
         ("--device", "gpu", "--device gpu is not there"),
     ):
         with pytest.raises(ValueError, match=message):
