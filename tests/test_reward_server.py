@@ -378,7 +378,7 @@ def test_command_line(monkeypatch):
         ("--timeout", "0", "no time to wait"),
         ("--timeout", "nan", "no time to wait"),
         ("--device", "cuda:99", "--device cuda:99 cannot be used"),
-        ("--device", "gpu", "--device gpu is not there"),
+        ("--device", "gpu", "--device gpu cannot be used"),
     ):
         with pytest.raises(ValueError, match=message):
             serve(["--port", "0", "--reward", "jpeg", option, value])
