@@ -7,7 +7,6 @@ import errno
 import functools
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -56,7 +55,7 @@ def guarded(command: Command) -> Callable[..., int]:
             sys.stdout.flush()
         except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 128 + signal.SIGPIPE
+            return 141  # of SIGPIPE, as shells have it
         except KeyboardInterrupt as error:
             return exit_status(error)
         except Exception as error:
