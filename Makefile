@@ -1,5 +1,6 @@
 # Everything runs from a virtual environment in .venv, made on first use.
 VENV ?= .venv
+JOBS ?= 2
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
@@ -18,8 +19,9 @@ demo: $(READY)
 	rm -rf runs/demo
 	$(PY) train.py configs/emoji_draft_clip.yaml --log.dir runs/demo
 
+# As many processes as JOBS, one thread each.
 test: $(READY)
-	$(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n $(JOBS)
 
 # Also the tests that take longer than a minute or several processes.
 test-slow: $(READY)
