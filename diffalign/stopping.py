@@ -124,8 +124,8 @@ def no_pictures(config: TrainConfig, updates: int) -> str:
     half = ", or use model.dtype=bfloat16 or float32" if dtype == "float16" else ""
     if updates:
         return (
-            f"after {updates} update(s) with train.lr={config.train.lr:g} ({dtype}) the model draws "
-            f"NaN or inf: lower train.lr{half}"
+            f"after {updates} update(s) with train.lr={config.train.lr:g} ({dtype}) the model "
+            f"draws NaN or inf: lower train.lr{half}"
         )
     return f"{config.model.name} draws NaN or inf in {dtype} before any update" + (
         half.replace(", or", ":") or ": its weights, or the LoRA in it, are damaged"
