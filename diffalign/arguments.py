@@ -10,6 +10,11 @@ SPLITS = ("train", "held_out")
 """Of EmojiEval's prompts."""
 
 
+def device_of(parser: argparse.ArgumentParser) -> None:
+    """The option that all commands share which load a model, see `rewards.device`."""
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu; default: the first there is")
+
+
 def scoring() -> argparse.ArgumentParser:
     """`diffalign score`."""
     parser = argparse.ArgumentParser(
@@ -23,7 +28,7 @@ def scoring() -> argparse.ArgumentParser:
     parser.add_argument("--prompts", help=".txt or .jsonl: one a picture, in the order of names")
     parser.add_argument("--out", default="scores.csv", help="CSV to write, or to go on with")
     parser.add_argument("--batch", type=int, default=16, help="pictures at a time")
-    parser.add_argument("--device", help="default: cuda, else mps, else cpu")
+    device_of(parser)
     return parser
 
 
@@ -64,6 +69,7 @@ def grid() -> argparse.ArgumentParser:
     parser.add_argument("--guidance", type=float, help=f"guidance scale{own}, or 3")
     parser.add_argument("--resolution", type=int, help=f"side in pixels{own}")
     parser.add_argument("--dtype", choices=CHOICES["model.dtype"], help=f"of the network{own}")
+    device_of(parser)
     parser.add_argument("--cell", type=int, help="side of a picture in the grid; default: 192-512")
     parser.add_argument("--out", default="grid.png", help="PNG to write")
     return parser
@@ -84,5 +90,6 @@ def evaluation() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
+    device_of(parser)
     parser.add_argument("--out", help="folder for scores.json and a grid of pictures a column")
     return parser

@@ -20,12 +20,13 @@ from .decoding import ConfigError, suggest
 from .help import KINDS, help_text, listing
 from .stopping import TrainingStopped, exit_status, leave
 from .text import expand_user
+from .timing import measured
 
 TRAIN_USAGE = """usage: python train.py CONFIG.yaml [--dry-run] [--resume] [--section.key VALUE ...]
 
 Fine-tunes a model on rewards. Any setting of the file can be replaced on the command line.
 
-  --dry-run     print the geometry and the cost, load no model
+  --dry-run     print the geometry and the cost; of a local model also the time, by one call
   --resume      go on from the checkpoint in log.dir, with the settings that the run had
   --force       with --resume: go on although settings differ that should not
   --overwrite   start anew in a log.dir that holds a run, and remove what that wrote
@@ -117,9 +118,19 @@ def train(arguments: Sequence[str]) -> int:
 
     # before the trainer, whose imports take seconds that a refusal need not wait for
     plan = Plan.make(config, processes=int(os.environ.get("WORLD_SIZE", 1)))
+    from . import folder
+
+    place = Path(os.path.expanduser(config.log.dir)), flags["--resume"], flags["--overwrite"]
     if flags["--dry-run"]:
-        print(plan.describe())
+        print(plan.describe(), flush=True)
+        try:
+            folder.check(*place)
+        except (ConfigError, FileNotFoundError) as error:  # what it costs is worth knowing yet
+            print(f"note       {error}")
+        if os.path.isdir(os.path.expanduser(config.model.name)):  # others would be downloaded
+            print(measured(settings))
         return 0
+    folder.check(*place)
     from .trainer import Trainer
 
     try:
@@ -142,7 +153,8 @@ def train(arguments: Sequence[str]) -> int:
 def summary(result: dict[str, dict[str, float]], run_dir: Path) -> str:
     """Held-out means before and after, and where the files are."""
     before, after = result["before"], result["after"]
-    lines = ["", f"{'held-out prompts':<28}{'before':>10}{'after':>10}"]
+    head = f"{'held-out prompts':<28}{'before':>10}{'after':>10}"
+    lines = ["", head] if after else []
     for name in after:
         lines.append(f"{name.removeprefix('eval/'):<28}{before[name]:>10.4f}{after[name]:>10.4f}")
     lines.append("")
@@ -175,6 +187,7 @@ def sample(arguments: Sequence[str]) -> int:
     parser.add_argument("--guidance", type=float, help="guidance scale; default: 3")
     parser.add_argument("--resolution", type=int, help="side in pixels; default: the model's own")
     parser.add_argument("--dtype", choices=CHOICES["model.dtype"], help="default: float32")
+    parsers.device_of(parser)
     parser.add_argument("--grid", default="grid.png", help="PNG to write: a row a prompt")
     parser.add_argument(
         "--out",
@@ -192,14 +205,18 @@ def sample(arguments: Sequence[str]) -> int:
 
     method, wanted, rest = split(arguments)
     args = vars(parser.parse_args(rest))
+    device = args.pop("device")
+    if not args["noise"] and not args["prompts"]:
+        raise ConfigError("--prompts is missing; give texts, or a prompt file")
+    from rewards.device import choose_device
+
+    choose_device(device)
     print(_redrawn(method, args) if args["noise"] else _drawn(method, wanted, args))
     return 0
 
 
 def _drawn(method: str | None, wanted: Any, args: dict[str, Any]) -> Path:
     """Pictures of prompts × seeds, plain or by a search."""
-    if not args["prompts"]:
-        raise ConfigError("--prompts is missing; give texts, or a prompt file")
     from . import sampling
     from .optimize_noise import command
 

@@ -10,6 +10,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_tensor
 
 import rewards as reward_library
+from rewards.device import choose_device
 
 from . import arguments as arguments_of
 from . import grids, optimize_noise, policies
@@ -173,6 +174,7 @@ def _scores(
 def main(arguments: Sequence[str] | None = None) -> int:
     """`diffalign grid`; returns the exit status."""
     args = arguments_of.grid().parse_args(arguments)
+    choose_device(args.device)
     texts = collect(args.prompts, "--prompts")
     how = settings([*[*args.runs, *(args.interpolate or ())][:1], args.model], vars(args))
     size = how["resolution"]

@@ -19,10 +19,11 @@ from typing import Any, TypeVar
 import draccus
 import yaml
 
+from rewards.redaction import redact
+
 from . import decoding
 from .decoding import (
     ConfigError,
-    Section,
     near_divisors,
     pairs,
     read_yaml,
@@ -30,6 +31,7 @@ from .decoding import (
     suggest,
     write_atomic,
 )
+from .section import Section
 
 T = TypeVar("T")
 
@@ -54,7 +56,7 @@ LARGEST_LR = 1e3  # far beyond use, and far below what AdamW cannot compute with
 @dataclass
 class ModelConfig(Section):
     name: str = "assets/emoji-sd"
-    """local folder or hub id of a diffusers pipeline"""
+    """local folder or hub id of a diffusers pipeline, or a run folder: what it trained included"""
     merge_lora: str | None = None
     """folder or hub id of a LoRA merged into the denoiser first: a Turbo, LCM or style LoRA"""
     dtype: str = "float32"
@@ -262,8 +264,6 @@ class TrainConfig(Section):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the complete configuration as YAML, atomically, without secrets."""
-        from rewards.redaction import redact  # late: with it come torch and the models
-
         text = yaml.safe_dump(redact(self.to_dict()), sort_keys=False, allow_unicode=True)
         write_atomic(path, text.encode())
 
@@ -294,6 +294,8 @@ class TrainConfig(Section):
                 bound = "0 or more" if may else "more than 0"
                 require(name, value > 0 or (may and value == 0), f"must be {bound}")
                 require(name, value != math.inf or name in _MAY_BE_INF, "is not finite")
+                large = isinstance(value, int) and value >= 2**63
+                require(name, not large, "is too large; use less than 2**63")  # torch's integers
         for name, valid in CHOICES.items():
             require(name, get(name) in valid, f"is not known{suggest(get(name), valid)}")
         if not isinstance(self.algorithm["type"], str):

@@ -18,7 +18,9 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import draccus
 import yaml
 
-from .text import read_text, unusable
+from rewards.redaction import redact
+
+from .text import read_text
 
 T = TypeVar("T")
 
@@ -59,8 +61,8 @@ def suggest(name: str, valid: Iterable[str]) -> str:
 
 
 def near_divisors(total: int, value: int) -> str:
-    """Divisors of `total` around `value`, in words: "8, 16, 32 or 64"."""
-    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    """Divisors of `total` around `value`, in words: "8, 16, 32 or 64"; none above a million."""
+    divisors = [d for d in range(1, min(total, 10**6) + 1) if total % d == 0]
     below, above = [d for d in divisors if d < value], [d for d in divisors if d > value]
     near = [str(d) for d in below[-2:] + above[:2]]
     return " or ".join(filter(None, [", ".join(near[:-1]), near[-1]]))
@@ -84,37 +86,6 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None
         raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
 
 
-class Section:
-    """A dataclass of settings, held to its types however it is made: what Python passes is checked
-    as what a file says is. A text that begins with ~ is a path in the home directory. Raises
-    `ConfigError`."""
-
-    def __post_init__(self) -> None:
-        for name, hint in field_types(type(self)).items():
-            value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                value = os.fspath(value)
-            if isinstance(value, str):
-                value = os.path.expanduser(value)
-            setattr(self, name, value)
-            where = f"{type(self).__name__}.{name}"
-            if not _fits(hint, value, typed=True):
-                raise _wrong_type(hint, value, where)
-            check_text(value, where)
-
-
-def check_text(value: Any, where: str) -> None:
-    """Raises `ConfigError` for a text, at any depth of mappings and lists, that no file can hold in
-    UTF-8, or that holds a NUL."""
-    if isinstance(value, Mapping):
-        value = [*value, *value.values()]
-    if isinstance(value, (list, tuple)):
-        for item in value:
-            check_text(item, where)
-    if isinstance(value, str) and (problem := unusable(value)):
-        raise ConfigError(f"{where}={value!r} {problem}")
-
-
 def check_file(path: str | os.PathLike[str], option: str) -> None:
     """Refuse, before the work, a file that cannot be written. Raises `ConfigError`."""
     if Path(path).is_dir():
@@ -132,8 +103,9 @@ def check_folder(path: str | os.PathLike[str], option: str) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON, which has no NaN and no infinity: they are null. What it does not know is a string."""
-    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
+    """JSON, without secrets. It has no NaN and no infinity: they are null. What it does not know is
+    a string."""
+    return json.dumps(_finite(redact(value)), indent=indent, default=str, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
@@ -214,14 +186,14 @@ def decode_value(hint: Any, value: Any, name: str, source: str = "") -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     try:
-        if not _fits(hint, value):
+        if not fits(hint, value):
             raise TypeError
         return draccus.decode(hint, value)
     except Exception as error:
-        raise _wrong_type(hint, value, name, source) from error
+        raise wrong_type(hint, value, name, source) from error
 
 
-def _wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigError:
+def wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigError:
     kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
     single = isinstance(value, str)
     if single and kinds & {list, tuple}:
@@ -229,6 +201,13 @@ def _wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigErr
     elif dict in kinds and name.endswith("rewards") and (single or isinstance(value, list)):
         each = [value] if single else value
         remedy = f"; write {{{', '.join(f'{v}: 1.0' for v in each)}}}"
+    elif dict in kinds and single:
+        remedy = f"; write {{type: {value}}}"
+    elif dict in kinds and isinstance(value, Mapping):
+        odd = next((key for key in value if not isinstance(key, str)), None)
+        remedy = f" of names; put {odd!r} in quotes"
+    elif dict in kinds and value is None:
+        remedy = "; give it keys or leave it out"
     elif hint is str and value is not None and not isinstance(value, (list, tuple, Mapping)):
         remedy = f"; put it in quotes: '{value}'"
     else:
@@ -238,14 +217,14 @@ def _wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigErr
     return ConfigError(f"{name}={value!r}{source} is not {article}{what}{remedy}")
 
 
-def _fits(hint: Any, value: Any, typed: bool = False) -> bool:
+def fits(hint: Any, value: Any, typed: bool = False) -> bool:
     """Whether a value is of a type; a text may stand for a number unless it should be `typed`."""
     # draccus takes None and bools for numbers, and anything at all for a string.
     origin, args = get_origin(hint) or hint, get_args(hint)
     if origin is Any:
         return True
     if origin in (Union, types.UnionType):
-        return any(_fits(a, value, typed) for a in args)
+        return any(fits(a, value, typed) for a in args)
     if origin is type(None) or value is None:
         return origin is type(None) and value is None
     if origin in (int, float):
@@ -256,7 +235,7 @@ def _fits(hint: Any, value: Any, typed: bool = False) -> bool:
         return isinstance(value, str)
     if origin in (list, tuple, set):
         item = args[0] if args else Any
-        return isinstance(value, (list, tuple)) and all(_fits(item, v, typed) for v in value)
+        return isinstance(value, (list, tuple)) and all(fits(item, v, typed) for v in value)
     if origin is dict:
         return isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
     return not is_dataclass(origin) or isinstance(value, origin)  # pyright: ignore
@@ -292,7 +271,11 @@ def type_name(hint: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice: PyYAML would keep the last one in silence."""
+    """Refuses a key given twice: PyYAML would keep the last one in silence. And an alias inside of
+    what it stands for, which would have no end."""
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        return super().construct_object(node, deep=True)  # not deep, PyYAML would make such loops
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -336,8 +319,13 @@ def _parse(text: str, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{where}{line}: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-99-99
-        raise ConfigError(f"{where}: {error}") from error
+    except yaml.YAMLError as error:  # a character that YAML does not allow: two lines
+        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
+    except ValueError as error:  # a date such as 2024-99-99, a number of thousands of digits
+        why = str(error).partition(";")[0]  # without Python's own remedy
+        raise ConfigError(f"{where}: {why}; mend that value, or put it in quotes") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where} is nested too deeply; write it with fewer brackets") from error
 
 
 def pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:

@@ -112,9 +112,12 @@ def writing(run_dir: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK:
             raise
+        why = (error.strerror or str(error)).removeprefix("cannot be written: ")
+        if error.filename and Path(error.filename) != run_dir:
+            why = f"{why}: {error.filename}"
         raise ConfigError(
-            f"log.dir={str(run_dir)!r} cannot be written: {error.strerror or error}; mend that, or "
-            "choose another --log.dir"
+            f"log.dir={str(run_dir)!r} cannot be written: {why}; mend that, or choose another "
+            "--log.dir"
         ) from error
 
 

@@ -14,6 +14,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from diffalign.decoding import to_json, write_atomic
 from diffalign.fonts import Font, legible
+from rewards.files import flat
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,11 +50,9 @@ def save_png(
     """
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"{path} does not end in .png, and that is what is written")
-    from rewards.redaction import redact  # late: with it come torch and the models
-
     info = PngInfo()
     if metadata is not None:
-        info.add_text("diffalign", to_json(redact(metadata)))
+        info.add_text("diffalign", to_json(metadata))
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=info)
     write_atomic(path, data.getvalue())
@@ -202,8 +201,6 @@ def _text_size(width: int) -> float:
 
 
 def _pil(picture: Picture) -> Image.Image:
-    from rewards.files import flat  # late: with it come torch and the models
-
     return flat(picture) if isinstance(picture, Image.Image) else to_pil(picture)
 
 

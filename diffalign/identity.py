@@ -10,6 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from rewards.redaction import redact
+
 from . import algorithms
 from .config import TrainConfig
 from .decoding import read_yaml
@@ -55,7 +57,7 @@ def settings(plan: Any, prompts: bool = True) -> Settings:
     flat = _flat(tree)
     if prompts:
         flat |= {key: _digest_of(getattr(plan, name)) for key, name in PROMPTS.items()}
-    return _plain({key: value for key, value in flat.items() if _stays(key)})
+    return redact(_plain({key: value for key, value in flat.items() if _stays(key)}))
 
 
 def digest(known: Settings) -> str:

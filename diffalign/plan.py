@@ -11,6 +11,7 @@ import rewards as reward_library
 
 from . import algorithms, prompts
 from .config import SamplerConfig, TrainConfig
+from .cost import Cost, advice
 from .decoding import ConfigError
 from .prompts import Prompt, PromptSampler, for_judges, for_rewards
 
@@ -85,7 +86,16 @@ class Plan:
             reward_library.check(config.eval.rewards, *for_judges(held_out))
         model = config.model
         levels, shape = policies.peek(model.name, config.sampler.steps, model.resolution)
+        if held_out:
+            policies.peek(model.name, config.eval_steps, model.resolution)
         uses_cfg = policies.family(model.name).uses_cfg
+        for section in ("sampler", "eval"):
+            name, scale = f"{section}.guidance", getattr(config, section).guidance
+            if scale is not None and scale > 1 and not policies.knows_guidance(model.name):
+                raise ConfigError(
+                    f"{name}={scale:g} does nothing: {model.name!r} takes no guidance scale, as "
+                    "FLUX.1-schnell does not; use 1"
+                )
         if model.tiny_vae is not None:
             policies.check_tiny_vae(model.tiny_vae, model.name)
         sampling = Sampling(levels, config.sampler.kernel, config.sampler.eta, 1.0)
@@ -129,58 +139,21 @@ class Plan:
         """Pictures of one epoch, over all processes."""
         return self.config.data.groups * self.config.data.group_size
 
-    def _calls(self) -> tuple[float, float, str]:
-        """Denoiser calls for a sample: of its rollout and of each time it is learnt from, the
-        gradient-free ones included; and what is learnt, in words. Means where that is random."""
-        import torch
-
-        from . import windows
-        from .algorithms import Needs
-
-        steps, c = self.config.sampler.steps, self.config
-        frozen = self.algorithm.frozen_calls(c.train.updates_per_epoch * c.train.inner_epochs)
-        if self.algorithm.needs is Needs.FINAL:
-            return (
-                steps,
-                self.algorithm.times * (1 + frozen),
-                f"{self.algorithm.times} noise levels",
-            )
-        if self.algorithm.needs is Needs.TRAJECTORY:
-            low, high = windows.bounds(c.sampler, self.stochastic)
-            trained = c.sampler.window or high - low
-            share = self.samples // self.processes
-            sampled = windows.calls_per_sample(c.sampler, self.stochastic, c.data.group_size, share)
-            return sampled, trained * (1 + frozen), f"{trained} of {steps} steps"
-        generator = torch.Generator()
-        draws = [self.algorithm.surrogate(steps, generator) for _ in range(2000)]
-        active = sum(len(d.active) for d in draws) / len(draws)
-        sampled = sum(steps if d.at is None else d.at for d in draws) / len(draws)
-        sampled *= c.train.inner_epochs  # every update draws its own
-        learned = sum(
-            (1 + d.renoised) * len(d.active) * (1 + frozen) + d.renoised + (d.at is not None)
-            for d in draws
-        )
-        return sampled, learned / len(draws), f"{active:g} of {steps} steps"
-
     @property
     def calls_per_epoch(self) -> float:
         """Denoiser calls that training makes in an epoch; a mean where that is random."""
-        sampled, learned, _ = self._calls()
-        branches = 2 if self.uses_cfg and self.config.sampler.guidance > 1 else 1
-        return self.samples * (sampled + self.config.train.inner_epochs * learned) * branches
+        return Cost.of(self).epoch
 
     def describe(self) -> str:
         """The geometry and the cost of the run, for --dry-run."""
         from .algorithms import Needs
 
-        c, n = self.config, self.samples
+        c, n, cost = self.config, self.samples, Cost.of(self)
         updates = c.train.updates_per_epoch * c.train.inner_epochs
-        branches = 2 if self.uses_cfg and c.sampler.guidance > 1 else 1
-        sampled, learned, what = self._calls()
         needs, share = self.algorithm.needs, n // c.train.updates_per_epoch
         rows, unit = share, "samples"
         if needs is not Needs.GRADIENT:
-            rows = share * int(what.split()[0])
+            rows = share * int(cost.what.split()[0])
             unit = "(sample, step) pairs" if needs is Needs.TRAJECTORY else "(sample, level) pairs"
         size = c.train.micro_batch
         if needs is Needs.FINAL:  # the levels of a sample stay together
@@ -188,25 +161,10 @@ class Plan:
         chunks = math.ceil(rows / size)
         last = rows - (chunks - 1) * size
         ragged = "" if last == size else f", the last of {last}"
-        evaluations = len(self.eval_prompts) * c.eval.images_per_prompt
-        eval_branches = 2 if self.uses_cfg and c.eval_guidance > 1 else 1
-        eval_calls = evaluations * c.eval_steps * eval_branches
         rank = c.model.lora_rank
-        distance = 2 * evaluations * eval_branches if rank else 0  # to the base model
-        sampled, learned = (
-            round(n * sampled) * branches,
-            round(share * updates * learned) * branches,
-        )
-        latent = math.prod(self.latent_shape)
         trained_weights = f"LoRA rank {rank}" if rank else "all weights of the denoiser"
         kept = share if needs is Needs.GRADIENT else n  # those of one update
-        stored = kept * (c.sampler.steps + 1) * latent * 4 / 2**20
-        most, epochs = c.train.max_denoiser_calls, c.train.epochs
-        if most is not None:
-            epochs = min(epochs, math.ceil(most / self.calls_per_epoch))
-        eval_runs = 1 + math.ceil(epochs / (c.eval.every or epochs))
-        whole = epochs * (sampled + learned)
-        whole += eval_runs * eval_calls + (eval_runs - 1) * distance
+        stored = kept * (c.sampler.steps + 1) * math.prod(self.latent_shape) * 4 / 2**20
         lines = [
             f"run        {c.log.dir}",
             f"model      {c.model.name}, {trained_weights}, {c.model.dtype}",
@@ -214,17 +172,18 @@ class Plan:
             f"epoch      {c.data.groups} prompts x {c.data.group_size} images = {n} samples"
             + (f" on {self.processes} processes" if self.processes > 1 else ""),
             f"sampling   {c.sampler.steps} steps, {c.sampler.kernel}, eta {c.sampler.eta:g}, "
-            f"guidance {c.sampler.guidance:g}: {sampled:,} denoiser calls, "
+            f"guidance {c.sampler.guidance:g}: {cost.sampled:,.0f} denoiser calls, "
             f"{c.sampler.batch} at a time",
             f"update     {updates} optimiser step(s) of {rows:,} {unit}: "
             f"{chunks} micro-batch(es) of {min(size, rows)}{ragged}",
-            f"learning   {what}: {learned:,} denoiser calls",
+            f"learning   {cost.what}: {cost.learned:,.0f} denoiser calls",
             f"evaluation {len(self.eval_prompts)} prompts x {c.eval.images_per_prompt} images, "
-            f"{eval_runs} times: {eval_calls:,} denoiser calls each",
-            f"whole run  {epochs} epochs: {whole:,} denoiser calls",
+            f"{cost.evaluations} times: {cost.evaluated:,.0f} denoiser calls each",
+            f"whole run  {cost.epochs} epochs: {cost.whole:,.0f} denoiser calls, "
+            f"evaluation about {cost.share:.0%} of the work",
             f"memory     {stored:.1f} MiB of stored trajectories, beside model and activations",
         ]
-        return "\n".join(lines)
+        return "\n".join([*lines, *([f"note       {tip}"] if (tip := advice(cost.share)) else [])])
 
 
 def _without_chance(sampler: SamplerConfig) -> tuple[str, str]:

@@ -118,6 +118,8 @@ def check_drawing(
         raise ValueError(f"{option} {grid!r} does not end in .png, and that is what is written")
     if grid is not None:
         check_file(grid, option)
+    if guidance > 1 and not policies.knows_guidance(model):
+        print(f"{model} takes no guidance scale: {guidance:g} is that of none")
     return policies.peek(model, steps, resolution)
 
 

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 import rewards
-from rewards.device import default_device
+from rewards.device import choose_device, default_device
 from rewards.files import IMAGE_SUFFIXES, MOST_PIXELS, load_image
 
 from . import arguments as arguments_of
@@ -85,6 +85,7 @@ def score(
     ValueError for bad input, before any model is read, OSError and RewardError."""
     if batch < 1:
         raise ValueError(f"--batch {batch} scores nothing; use 1 or more")
+    device = device or default_device()
     pictures, path = pair(Path(folder), prompt_file), Path(out)
     rewards.check(spec, *for_rewards([p for _, p in pictures]))
     rows = [[p.relative_to(folder).as_posix(), prompt.text] for p, prompt in pictures]
@@ -93,7 +94,6 @@ def score(
     lines = [header, *[row + values for row, values in zip(rows, done, strict=False)]]
     write_atomic(path, _csv(lines).encode())  # without a line that was cut short
     total = rewards.build(spec) if len(done) < len(rows) else None
-    device = device or default_device()
     bar = tqdm(total=len(rows), initial=len(done), desc="scoring", unit="image")
     with path.open("a", encoding="utf-8", newline="") as file, torch.inference_mode(), bar:
         while total is not None and len(done) < len(rows):
@@ -138,6 +138,9 @@ def _done(path: Path, header: list[str], rows: list[list[str]]) -> list[list[str
         lines = list(csv.reader(io.StringIO(whole, newline="")))
         if len(lines) > 1 and len(lines[-1]) < len(header):  # cut within a prompt of several lines
             lines.pop()
+        for line in lines:
+            if len(line) < 2:
+                raise ValueError(f"a line of {len(line)} columns")
         [float(value) for line in lines[1:] for value in line[2:]]
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(
@@ -153,8 +156,8 @@ def _done(path: Path, header: list[str], rows: list[list[str]]) -> list[list[str
     for line, row in zip(lines[1:], rows, strict=False):
         if line[:2] != row:
             raise ValueError(
-                f"{path} goes on with {', '.join(line[:2])} where the folder has "
-                f"{', '.join(row)}; choose another --out, or delete it"
+                f"{path} goes on with {line[0]} ({line[1]!r}) where the folder has {row[0]} "
+                f"({row[1]!r}); choose another --out, or delete it"
             )
     if len(done) > len(rows):
         raise ValueError(f"{path} has {len(done)} rows for {len(rows)} pictures; choose another")
@@ -165,7 +168,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """`diffalign score`; returns the exit status."""
     args = arguments_of.scoring().parse_args(arguments)
     spec = rewards.from_arguments(args.reward)
-    means = score(args.images, spec, args.prompts, args.out, args.batch, args.device)
+    choose_device(args.device)
+    means = score(args.images, spec, args.prompts, args.out, args.batch)
     for name, mean in means.items():
         print(f"{name:<28}{mean:>10.4f}")
     print(args.out)

@@ -23,6 +23,7 @@ from diffalign.decoding import suggest, write_atomic
 from diffalign.grids import save_png
 from diffalign.text import read_text
 from rewards.files import open_image
+from rewards.redaction import redact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -110,7 +111,7 @@ class Meter:
         for name, value in values.items():
             import torch
 
-            value = torch.as_tensor(value).detach().double()
+            value = torch.as_tensor(value).detach().cpu().double()
             self.sums[name] = self.sums.get(name, 0.0) + value.mean().item() * rows
             self.counts[name] = self.counts.get(name, 0) + rows
             self.largest[name] = max(self.largest.get(name, -math.inf), value.max().item())
@@ -164,8 +165,6 @@ class Tracker:
         self.rows: list[dict[str, Any]] = []
         self.columns = ["step"]
         if self.accelerator is not None:
-            from rewards.redaction import redact  # late: with it come torch and the models
-
             self.accelerator.init_trackers("diffalign", config=_flat(redact(config or {})))
         if not self.main:
             return

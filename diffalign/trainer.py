@@ -176,6 +176,7 @@ class Trainer:
                 self.tracker.log(0, before)
                 self._report()
             if self.finished:  # resumed when there is nothing left to do
+                self.say(f"nothing left to train: epoch {self.epoch} is the last by this config")
                 with self._averaged():
                     after = self.evaluate(f"epoch {self.epoch}")
             while not self.finished:

@@ -14,7 +14,7 @@ from .rollout import Window
 
 def bounds(config: SamplerConfig, stochastic: list[bool]) -> tuple[int, int]:
     """[first, end) of the steps that windows may cover. Raises ValueError for a step among them
-    that has no chance in it."""
+    that has no chance in it, and for a window that does not fit."""
     end = len(stochastic) - stochastic[::-1].index(True)
     low, high = config.window_range or (0, end)
     silent = [i for i in range(low, high) if not stochastic[i]]
@@ -22,6 +22,12 @@ def bounds(config: SamplerConfig, stochastic: list[bool]) -> tuple[int, int]:
         raise ValueError(
             f"sampler.window_range={[low, high]} covers step {silent[0]}, which is deterministic "
             f"with sampler.kernel={config.kernel}; the others end before {end}"
+        )
+    if config.window is not None and config.window > high - low:
+        raise ValueError(
+            f"sampler.window={config.window} is wider than the {high - low} stochastic steps that "
+            f"sampler.steps={len(stochastic)} has with sampler.kernel={config.kernel}; use at most "
+            f"{high - low}"
         )
     return low, high
 

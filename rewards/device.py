@@ -4,9 +4,29 @@ from __future__ import annotations
 
 import torch
 
+_chosen: str | None = None
+
+
+def choose_device(device: str | None) -> None:
+    """Have this process run on `device`, such as cpu or cuda:1, wherever nothing else is said; None
+    leaves it to ``default_device``. Raises ValueError for one that is not there."""
+    global _chosen
+    if device is not None:
+        try:
+            torch.zeros(1, device=device).tolist()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            first = str(error).partition("\n")[0]
+            raise ValueError(
+                f"--device {device} cannot be used ({first}); this machine has {default_device()}"
+            ) from error
+    _chosen = device
+
 
 def default_device() -> str:
-    """The device type to use: CUDA where there is one, then MPS (Apple), else the CPU."""
+    """The device to use: that of `choose_device`, else CUDA where there is one, then MPS (Apple),
+    else the CPU."""
+    if _chosen is not None:
+        return _chosen
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"

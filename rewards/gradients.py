@@ -58,12 +58,13 @@ def _hull(unit: Tensor, present: Tensor) -> Tensor:
     """Weights (n, k), a distribution over the `present` rows of unit (n, k, d), of the shortest
     vector in their convex hull. The face that it lies on is found by trying all of them."""
     n, k, _ = unit.shape
-    gram = torch.einsum("nad,nbd->nab", unit, unit).double()
-    best = torch.full((n,), torch.inf, dtype=torch.float64, device=unit.device)
-    weights = torch.zeros(n, k, dtype=torch.float64, device=unit.device)
+    # small, and in float64, which MPS has not
+    gram, present = torch.einsum("nad,nbd->nab", unit, unit).cpu().double(), present.cpu()
+    best = torch.full((n,), torch.inf, dtype=torch.float64)
+    weights = torch.zeros(n, k, dtype=torch.float64)
     for size in range(1, k + 1):
         for face in itertools.combinations(range(k), size):
-            rows = torch.tensor(face, device=unit.device)
+            rows = torch.tensor(face)
             inner = gram[:, rows][:, :, rows]
             # the shortest vector of the plane through the face: inner a + μ = 0, sum a = 1
             system = F.pad(inner, (0, 1, 0, 1), value=1.0)
@@ -75,4 +76,4 @@ def _hull(unit: Tensor, present: Tensor) -> Tensor:
             best = torch.where(better, length, best)
             whole = torch.zeros_like(weights).index_copy(1, rows, a)
             weights = torch.where(better[:, None], whole, weights)
-    return weights.to(unit.dtype)
+    return weights.to(unit)

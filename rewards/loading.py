@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,12 +34,13 @@ def pretrained(
 ) -> T:
     """`load(source, **options)`, a from_pretrained, under `reading`. Where the folder or hub id
     has no weights but those of the variant fp16, these are read."""
-    with reading(option, source, unused):
+    with reading(option, source, unused) as said:
         try:
             return load(source, **options)
         except (OSError, ValueError) as error:
             if not re.search(NO_FILE, _texts(error), re.I):
                 raise
+            said.clear()
             try:
                 return load(source, variant="fp16", **options)
             except (OSError, ValueError):
@@ -64,23 +65,25 @@ def optional(load: Callable[..., T], option: str, source: str, files: tuple[str,
 
 
 @contextmanager
-def reading(option: str, source: str, unused: str = "$^") -> Iterator[None]:
+def reading(option: str, source: str, unused: str = "$^") -> Iterator[dict[str, logging.LogRecord]]:
     """Inside, a library reads weights from `source`, a file, folder or hub id.
 
     Whatever it raises becomes a LoadingError that begins with `option`, such as
     "model='org/clip'", and goes on with the cause and the remedy. So does its mere warning that
-    some weights were not in the files and are random, unless their names match `unused`.
+    some weights were not in the files and are random, unless their names match `unused`. Gives
+    what the library has logged, which is held back until the end.
     """
     with _warnings() as said:
         try:
-            yield
+            yield said
         except (LoadingError, MemoryError):
             raise
         except Exception as error:
             if type(error).__name__ == "OutOfMemoryError":  # torch's
                 raise
+            others = [k for text in said for k in _random(text)]
             said.clear()
-            raise LoadingError(f"{option} {_why(error, source)}") from error
+            raise LoadingError(f"{option} {_why(error, source, others)}") from error
         missing = [k for text in said for k in _random(text) if not re.search(unused, k)]
         if missing:
             said.clear()
@@ -117,13 +120,11 @@ def _warnings() -> Iterator[dict[str, logging.LogRecord]]:
 
 def _random(text: str) -> list[str]:
     """The weights that a library's warning says it has drawn at random."""
-    if "newly initialized" not in text:
-        return []
     listed = re.search(r"newly initialized: \[([^\]]*)\]", text)  # diffusers
     if listed:
         return re.findall(r"'([^']+)'", listed[1])
     rows = re.findall(r"^(\S+)\s*\|\s*(?:\x1b\[\d+m)*(?:MISSING|MISMATCH)", text, re.M)
-    return rows or ["some of its layers"]
+    return rows or (["some of its layers"] if "newly initialized" in text else [])
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -136,12 +137,13 @@ def _texts(error: BaseException) -> str:
     return "\n".join(str(e) for e in _chain(error))
 
 
-def _why(error: BaseException, source: str) -> str:
-    """Cause and remedy of what a library raised while it read `source`."""
+def _why(error: BaseException, source: str, others: Sequence[str] = ()) -> str:
+    """Cause and remedy of what a library raised while it read `source`; others: weights that it
+    found to be of another shape."""
     kinds = {kind.__name__ for e in _chain(error) for kind in type(e).__mro__}
     texts, path = _texts(error), Path(source).expanduser()
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    said = f"{type(error).__name__}: {first[:200]}".rstrip(": ")
+    said = f"{type(error).__name__}: {first.split('. ')[0][:200]}".rstrip(":. ")
     again = "copy it again" if path.exists() else "delete it from the hub's cache, and try again"
     if path.exists():
         if broken := damaged(path):
@@ -163,9 +165,10 @@ def _why(error: BaseException, source: str) -> str:
     ):
         off = os.environ.get("HF_HUB_OFFLINE", "0").lower() not in ("", "0", "false", "off", "no")
         why = "HF_HUB_OFFLINE is set" if off else "the hub cannot be reached"
+        hint = f" (hf download {source})" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
         return (
             f"is not on this machine, and {why}; give a local folder, or download it first where "
-            f"there is a network (hf download {source})"
+            f"there is a network{hint}"
         )
     if re.search(r"Unsupported (global|class)", texts, re.I):
         return (
@@ -182,6 +185,7 @@ def _why(error: BaseException, source: str) -> str:
     if "PermissionError" in kinds:
         return f"may not be read ({said}); change its permissions"
     if re.search(SHAPES, texts, re.I):
+        said = f"{others[0]} is of another shape" if others else said
         return f"has weights that do not fit its config ({said}); they are of different models"
     if re.search(NO_FILE, texts, re.I) or "FileNotFoundError" in kinds:
         return f"is incomplete ({said}); give a complete folder or hub id"
@@ -195,15 +199,19 @@ def damaged(path: Path) -> str | None:
     for file in files:
         if not file.is_file() or file.suffix not in (".safetensors", ".bin", ".pt", ".json"):
             continue
-        with file.open("rb") as opened:
-            start = opened.read(len(POINTER))
         try:
+            with file.open("rb") as opened:
+                start = opened.read(len(POINTER))
             if start == POINTER:
                 return f"{file} is a Git LFS pointer and not the file itself (git lfs pull)"
             if file.suffix == ".json":
-                json.loads(file.read_bytes())
+                found = json.loads(file.read_bytes())
+                if not isinstance(found, dict) and file.stem.endswith(("config", "index")):
+                    return f"{file} holds no settings"
             if file.suffix == ".safetensors":
                 header(file)
+        except OSError:
+            continue  # what is wrong with it is said by who reads it
         except ValueError as error:
             return f"{file} {error}" if file.suffix != ".json" else f"{file} is no JSON ({error})"
     return None

@@ -52,7 +52,7 @@ def refuse_secrets(options: Mapping[str, Any], prefix: str = "") -> None:
 def _is_secret(key: str, value: Any) -> bool:
     if value is None or isinstance(value, (bool, float)) or value in ("", HIDDEN, [], {}):
         return False
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", key).lower().replace("-", "_")
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])|\W", "_", key).lower()
     if _SECRET.search(words):
         return True
     return bool(_KEY.search(words)) and isinstance(value, str) and not _NAME.fullmatch(value)

@@ -45,7 +45,11 @@ class Remote(Reward):
             health = self.http.ask("/health")
         except RuntimeError as error:
             raise ValueError(str(error)) from error
-        if not isinstance(health, dict) or health.get("version") != PROTOCOL:
+        known = health if isinstance(health, dict) else {}
+        counted = isinstance(known.get("rewards"), dict) and isinstance(
+            known.get("max_images"), int
+        )
+        if not counted or known.get("version") != PROTOCOL:
             raise ValueError(f"{url} is not a reward server of version {PROTOCOL}: {health}")
         if name not in health["rewards"]:
             known = ", ".join(health["rewards"])

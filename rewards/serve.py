@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
+import socket
 from collections.abc import Sequence
 
 from . import check, from_arguments
@@ -31,13 +33,15 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         "--token", default=os.environ.get(TOKEN_VARIABLE),
         help=f"default: ${TOKEN_VARIABLE}, which no list of processes shows",
     )  # fmt: skip
-    parser.add_argument("--device", help="default: cuda, else mps, else cpu")
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu; default: the first there is")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds to receive, to score")
     args = parser.parse_args(arguments)
     if not args.token and args.host not in ("127.0.0.1", "localhost", "::1"):
         raise ValueError(f"--host {args.host} is open to others: set --token or ${TOKEN_VARIABLE}")
     if not 0 <= args.port < 2**16:
         raise ValueError(f"--port {args.port} is no port; use one from 1 to 65535, or 0 for any")
+    if not 0 < args.timeout < math.inf:
+        raise ValueError(f"--timeout {args.timeout:g} is no time to wait; use seconds above 0")
     spec = from_arguments(args.reward)
     check(spec)
     try:
@@ -45,12 +49,27 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         import uvicorn
     except ModuleNotFoundError as error:
         raise ValueError(f"{error}; serving needs: pip install fastapi uvicorn") from error
-    from .device import default_device
-    from .server import app
+    with _bound(args.host, args.port) as listener:  # before the rewards are loaded
+        from .device import choose_device, default_device
+        from .server import app
 
-    device = args.device or default_device()
-    uvicorn.run(
-        app(spec, args.token, device, timeout=args.timeout),
-        host=args.host, port=args.port, access_log=False,
-    )  # fmt: skip
+        choose_device(args.device)
+        api = app(spec, args.token, default_device(), timeout=args.timeout)
+        config = uvicorn.Config(api, host=args.host, port=args.port, access_log=False)
+        uvicorn.Server(config).run(sockets=[listener])
     return 0
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket of that address. Raises ValueError for one that cannot be had."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except (OSError, UnicodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"--host {host} --port {port}: {why}; choose another") from error
+    return listener

@@ -15,10 +15,12 @@ import yaml
 from PIL import Image
 
 import rewards
-from diffalign import TrainConfig, algorithms, cli, policies, sampling
+from diffalign import TrainConfig, algorithms, cli, policies, sampling, timing
 from diffalign.algorithms import Needs
+from diffalign.cost import Cost
 from diffalign.optimize_noise import command
 from diffalign.plan import Plan
+from diffalign.timing import Measured, words
 from diffalign.tracking import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +51,7 @@ def no_models(monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(policies, "load", refuse)
+    monkeypatch.setattr(cli, "measured", lambda settings: "")  # by a process of its own
 
 
 def test_help_is_grouped_and_names_everything(capsys):
@@ -87,6 +90,8 @@ def test_help_is_grouped_and_names_everything(capsys):
             ["--algorithm", "{type: draft, last: 9}", "--rewards", "{jpeg: {surrogate: true}}"],
             r"last=9 exceeds sampler\.steps=4",
         ),
+        (["--eval.steps", "2000"], "2000 steps .* more than this model was trained for"),
+        (["--sampler.window", "4"], r"window=4 is wider than the 3 stochastic steps .* at most 3"),
     ],
 )
 def test_bad_input_is_refused_before_a_model_is_loaded(
@@ -116,6 +121,58 @@ def test_dry_run_prices_the_run(config, capsys, no_models):
     # 8 samples x 4 steps sampled + 24 pairs trained an epoch, 4 prompts x 4 steps x CFG evaluated
     # twice, and two calls a picture for the distance to the base model at the end
     assert "2 epochs: 192 denoiser calls" in text
+
+
+def test_dry_run_measures_a_call(config, capsys):
+    assert cli.train([str(config), "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    found = re.search(
+        r"time +about (\S+) (s|min) an epoch and (\S+) s an evaluation, (\S+) (s|min) in all, "
+        r"\d+% of it evaluation\n +measured once on \w+: (\S+) ms a denoiser call \(8 pictures at "
+        r"a time\), (\S+) ms with gradient, (\S+) ms a picture decoded; rewards and loading left",
+        text,
+    )
+    assert found, text
+    assert all(float(found[i]) > 0 for i in (1, 3, 4, 6, 7, 8))
+
+
+def test_dry_run_says_what_cannot_be_measured(config, monkeypatch, capsys):
+    def poor(plan):
+        raise RuntimeError("not enough memory\nat all")
+
+    monkeypatch.setattr(timing, "measure", poor)
+    monkeypatch.setattr(sys, "argv", ["timing", str(config)])
+    timing.main()
+    assert capsys.readouterr().out == "time       not measured: not enough memory\n"
+    monkeypatch.setattr(timing.sys, "executable", "/bin/false")
+    assert timing.measured([str(config)]) == "time       not measured: status 1"
+
+
+def test_time_of_a_run_from_that_of_a_call():
+    cost = Cost(
+        sampled=100, learned=60, carried=40, what="", epochs=10, samples=8, evaluations=3,
+        pictures=5, evaluated=50, distance=10,
+    )  # fmt: skip
+    assert (cost.epoch, cost.whole) == (160, 10 * 160 + 3 * 50 + 2 * 10)
+    assert cost.share == pytest.approx(170 / (1770 + 10 * 2 * 40))
+    # an epoch: 120 calls of 0.1 s, 40 of 0.2 s, 8 pictures decoded with gradient at 3 x 0.5 s;
+    # an evaluation: 50 calls and 5 pictures; 20 calls for the distance to the base
+    text = Measured(0.1, 0.2, 0.5, 4, "cpu").describe(cost, gradient=True)
+    assert "about 32 s an epoch and 7.5 s an evaluation, 5.74 min in all, 7% of it" in text
+    assert [words(t) for t in (0.421, 12.3, 119, 210, 7560)] == [
+        "0.42 s", "12 s", "119 s", "3.5 min", "2.1 h",
+    ]  # fmt: skip
+
+
+def test_evaluation_is_a_third_of_the_readme_config_and_is_noted_where_it_dominates(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    tree = yaml.safe_load(re.search(r"```yaml\n(.*?)```", README, re.DOTALL)[1])  # type: ignore[index]
+    plan = Plan.make(TrainConfig.from_dict(tree))
+    assert Cost.of(plan).share < 0.35
+    assert "of the run: raise eval.every" not in plan.describe()
+    tree["eval"] |= {"every": 2, "guidance": 3.0}
+    text = Plan.make(TrainConfig.from_dict(tree)).describe()
+    assert re.search(r"note +evaluation takes \d\d% of the run: raise eval\.every, or lower", text)
 
 
 def test_dry_run_counts_what_the_run_does(config, capsys):
@@ -208,7 +265,8 @@ def test_train_and_sample(config, tmp_path, capsys):
     assert json.loads(Image.open(grid).info["diffalign"])["steps"] == 4
 
 
-def test_train_and_sample_a_whole_denoiser(config, tmp_path, capsys):
+def test_train_and_sample_a_whole_denoiser(config, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "measured", lambda settings: "")
     whole = ["--model.lora_rank", "0", "--model.resolution", "16"]
     assert cli.train([str(config), "--dry-run", *whole]) == 0
     assert "all weights of the denoiser" in capsys.readouterr().out

@@ -180,7 +180,12 @@ def test_refused_overrides(write, arguments, words):
         ("train: 5\n", ["section 'train'", "is 5, not a mapping"]),
         ("rewards:\n", ["rewards=None", "is not a mapping"]),
         ("rewards: [a, b]\n", ["rewards=['a', 'b']", "is not a mapping; write {a: 1.0, b: 1.0}"]),
-        ("rewards: {on: 1}\n", ["rewards={True: 1}"]),
+        ("rewards: {on: 1}\n", ["rewards={True: 1}", "put True in quotes"]),
+        ("algorithm: awm\n", ["algorithm='awm'", "is not a mapping; write {type: awm}"]),
+        ("algorithm:\n", ["is not a mapping; give it keys or leave it out"]),
+        ("rewards: &r {a: *r}\n", ["run.yaml:1", "recursive"]),
+        ("a: " + "[" * 3000, ["run.yaml is nested too deeply"]),
+        ("train: {epochs: " + "9" * 5000 + "}", ["run.yaml", "5000 digits; mend that value"]),
         ("train: {lr: null}", ["train.lr=None", "is not a float"]),
         ("train: {lr: [1]}", ["train.lr=[1]", "is not a float"]),
         ("train: {epochs: 1.5}", ["train.epochs=1.5", "is not an int"]),
@@ -364,3 +369,16 @@ def test_every_field_is_documented_and_shown_in_the_help(monkeypatch):
     assert text.count("--rewards.") >= 3
     names = [o.name for o in Subject(f"{__name__}:Variant").options]
     assert names == ["clip", "mode", "window", "size", "extra"]
+
+
+def test_divisors_of_a_huge_number_are_found_at_once():
+    config = TrainConfig(rewards={"jpeg": 1.0})
+    config.data.groups, config.train.updates_per_epoch = 10**18, 3  # all of 8e18 would take years
+    with pytest.raises(ConfigError, match="use 1, 2, 4 or 5"):
+        config.check()
+
+
+@pytest.mark.parametrize("setting", ["train.seed", "data.groups", "model.lora_rank"])
+def test_integers_that_torch_cannot_hold_are_refused(write, setting):
+    config = TrainConfig.from_file(write("rewards: {jpeg: 1}"), [f"--{setting}", str(2**63)])
+    refused(config.check, f"{setting}={2**63} is too large; use less than 2**63")

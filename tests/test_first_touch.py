@@ -18,6 +18,7 @@ from diffalign.decoding import Bounds, field_types
 from diffalign.help import KINDS, listing
 from diffalign.source import REQUIRED, Subject
 from rewards import RewardError
+from rewards.device import choose_device, default_device
 
 ROOT = Path(__file__).parents[1]
 SLOW = ("torch", "diffusers", "transformers", "accelerate", "peft", "matplotlib", "torchvision")
@@ -35,7 +36,7 @@ def run(*arguments: str) -> tuple[int, str, str, set[str]]:
         "import sys, atexit\n"
         f"atexit.register(lambda: print('imported', *(m for m in {SLOW} if m in sys.modules)))\n"
         f"sys.argv[1:] = {list(arguments)!r}\n"
-        "from diffalign.cli import main; main()"
+        "from diffalign import cli; cli.measured = lambda settings: ''; cli.main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True,
@@ -206,6 +207,25 @@ def test_one_way_to_fail(capsys, monkeypatch):
     monkeypatch.setenv("DIFFALIGN_DEBUG", "1")
     with pytest.raises(ValueError, match="a is wrong"):
         status(ValueError("a is wrong"))
+
+
+def test_the_device_of_a_command(capsys, tmp_path):
+    choose_device("cpu")
+    assert default_device() == "cpu"
+    for device in ("nonsense", "meta", "cuda:99"):
+        with pytest.raises(ValueError, match=rf"--device {device} cannot be used .*has cpu"):
+            choose_device(device)
+    assert default_device() == "cpu"
+    for command in (
+        ["sample", "--prompts", "a cat"],
+        ["grid", "--prompts", "a cat"],
+        ["eval"],
+        ["score", str(tmp_path), "--reward", "jpeg"],
+        ["serve-rewards", "--reward", "jpeg"],
+    ):
+        assert cli.COMMANDS[command[0]][0]([*command[1:], "--device", "nonsense"]) == 1
+        assert "--device nonsense cannot be used" in capsys.readouterr().err
+    choose_device(None)
 
 
 def test_a_reader_that_has_seen_enough():

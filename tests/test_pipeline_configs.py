@@ -12,12 +12,12 @@ import torch
 from conftest import SIDE, load
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from families import tiny_vae
+from families import BUILDERS, tiny_vae
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from diffalign import policies
-from diffalign.policies import schedulers
+from diffalign.policies import lora_files, schedulers
 from diffalign.rollout import Sampling, rollout
 from diffalign.sampling import draw
 
@@ -202,3 +202,30 @@ def test_pictures_are_not_censored_where_training_saw_them(pipelines, tmp_path, 
     assert capsys.readouterr().err.count("without its safety checker") == 1
     (file,) = (tmp_path / "out").glob("*.png")
     assert np.asarray(Image.open(file)).max() > 0
+
+
+def test_a_part_without_its_config_or_with_a_list_for_one_is_named(tmp_path):
+    BUILDERS["sd-epsilon"](tmp_path / "sd")
+    config = tmp_path / "sd" / "text_encoder" / "config.json"
+    config.write_text("[]")
+    with pytest.raises(ValueError, match=r"text_encoder/config.json holds no settings; copy it"):
+        policies.pipeline(str(tmp_path / "sd"))
+    config.unlink()  # transformers would take the defaults of the class
+    with pytest.raises(ValueError, match=r"has no .*text_encoder/config.json; give a complete"):
+        policies.pipeline(str(tmp_path / "sd"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        [],
+        {"peft_type": "LORA", "lora_alpha": "x"},
+        {"peft_type": "LORA", "lora_alpha": None},
+        {"peft_type": "LORA", "lora_alpha": 4, "alpha_pattern": [1]},
+        {"peft_type": "LORA", "lora_alpha": 4, "alpha_pattern": {"(": 1}},
+    ],
+)
+def test_peft_settings_that_are_not_understood_are_named(settings, tmp_path):
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=r"--lora '.*adapter_config.json' .*copy it again"):
+        lora_files.peft_settings(tmp_path / "adapter_model.safetensors", "--lora")

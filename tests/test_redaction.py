@@ -27,6 +27,7 @@ def mean(images, prompts, **options):
         {"password": 12345},
         {"headers": {"Authorization": f"Bearer {SECRET}"}},
         {"headers": {"X-Api-Key": SECRET}},
+        {"server.token": SECRET},
         {"endpoints": [f"https://me:{SECRET}@host/"]},
         {"endpoint": f"https://host/score?api_key={SECRET}&n=3"},
         {"token_env": "hf_" + "abcDEF123" * 3},

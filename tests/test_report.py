@@ -285,7 +285,7 @@ def test_a_damaged_run_is_said_to_be(tmp_path, file, content, message, capsys):
     run = fake_run(tmp_path / "run")
     (run / file).write_bytes(content)
     for command in ("report", "film") if file in (SHEET, TABLE) else ("report",):
-        assert cli._command(command)([str(run)]) == 1
+        assert cli.COMMANDS[command][0]([str(run)]) == 1
         error = capsys.readouterr().err
         assert error.startswith(f"error: {run / file}")
         assert message in error
@@ -322,7 +322,7 @@ def test_places_that_cannot_be_written_to(tmp_path, command, out, message, capsy
     run = fake_run(tmp_path / "run")
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
-    assert cli._command(command)([str(run), "--out", str(tmp_path / out)]) == 1
+    assert cli.COMMANDS[command][0]([str(run), "--out", str(tmp_path / out)]) == 1
     assert re.search(f"error: .*{message}", capsys.readouterr().err)
 
 
@@ -334,21 +334,22 @@ def test_a_full_disk_is_said_to_be(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("os.replace", full)
     assert cli.report([str(run)]) == 1
     assert capsys.readouterr().err == (
-        f"error: {run / 'report.html'}: cannot be written: No space left on device\n"
+        f"error: {run / 'report.html'}: cannot be written: No space left on device; "
+        "make room, or choose another disk\n"
     )
 
 
 def test_a_run_of_one_evaluation_and_none(tmp_path, capsys):
     run = fake_run(tmp_path / "run", epochs=0)
     assert len(list((run / "pictures").glob("*.json"))) == 1
-    assert cli._command("film")([str(run)]) == 0
+    assert cli.film([str(run)]) == 0
     assert Image.open(run / "film.webp").n_frames == 1
     shutil.rmtree(run / "pictures")
     capsys.readouterr()
     for folder in (run, tmp_path, tmp_path / "nothing"):
-        assert cli._command("film")([str(folder)]) == 1
+        assert cli.film([str(folder)]) == 1
         assert "holds no pictures/epoch_*.json" in capsys.readouterr().err
-    assert cli._command("film")([str(run), "--cell", "0"]) == 1
+    assert cli.film([str(run), "--cell", "0"]) == 1
     assert "--cell 0 is too few; use 1 or more" in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ import yaml
 from test_trainer import adapter, redness
 
 from diffalign import ConfigError, TrainConfig, checkpoint, folder, identity, policies
-from diffalign.decoding import section_keys
+from diffalign.decoding import section_keys, write_atomic
 from diffalign.plan import Plan
 
 make = test_trainer.make  # the fixture
@@ -331,3 +331,11 @@ def test_starting_anew(make, tmp_path):
     (foreign / "model_index.json").write_text("{}")
     with pytest.raises(ConfigError, match="is a pipeline"):
         make("ddpo", run="foreign", **QUICK)
+
+
+def test_a_folder_in_the_place_of_a_file_of_the_run_is_named(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.mkdir()
+    with pytest.raises(ConfigError) as caught, folder.writing(tmp_path):
+        write_atomic(file, b"")
+    assert f"{str(tmp_path)!r} cannot be written: Is a directory: {file}; " in str(caught.value)

@@ -355,14 +355,40 @@ def test_server_dies_midway():
 
 def test_command_line(monkeypatch):
     calls = []
-    monkeypatch.setattr(uvicorn, "run", lambda api, **options: calls.append((api, options)))
+    monkeypatch.setattr(
+        uvicorn.Server, "run", lambda self, sockets: calls.append(sockets[0].getsockname())
+    )
     monkeypatch.delenv("REWARD_SERVER_TOKEN", raising=False)
-    assert serve(["--reward", "jpeg", "--reward", 'half={"type": "jpeg", "quality": 50}']) == 0
-    assert calls[0][1]["host"] == "127.0.0.1"
+    rewards = [
+        "--port",
+        "0",
+        "--reward",
+        "jpeg",
+        "--reward",
+        'half={"type": "jpeg", "quality": 50}',
+    ]
+    assert serve(rewards) == 0
+    assert calls[0][0] == "127.0.0.1"
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        with pytest.raises(ValueError, match=rf"--port {port}: Address already in use; choose"):
+            serve(["--reward", "jpeg", "--port", port])
+    for option, value, message in (
+        ("--port", "70000", "is no port"),
+        ("--timeout", "0", "no time to wait"),
+        ("--timeout", "nan", "no time to wait"),
+        ("--device", "cuda:99", "--device cuda:99 is not there"),
+        ("--device", "gpu", "--device gpu is not there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            serve(["--port", "0", "--reward", "jpeg", option, value])
+    with pytest.raises(ValueError, match=r"--host no\.such\.host\.invalid"):
+        serve(["--reward", "jpeg", "--host", "no.such.host.invalid", "--token", "x"])
     with pytest.raises(ValueError, match="open to others"):
         serve(["--reward", "jpeg", "--host", "0.0.0.0"])
     monkeypatch.setenv("REWARD_SERVER_TOKEN", "secret")
-    assert serve(["--reward", "jpeg", "--host", "0.0.0.0"]) == 0
+    assert serve(["--reward", "jpeg", "--host", "0.0.0.0", "--port", "0"]) == 0
+    assert calls[1][0] == "0.0.0.0"
     for text, message in (
         ("jpeg={", "not JSON"),
         ("jpeg=3", "wants its options"),

@@ -158,6 +158,10 @@ def test_folders_and_batches_are_checked(pictures, tmp_path):
             score(str(tmp_path / folder), SPEC, None, out)
     with pytest.raises(ValueError, match="--batch 0 scores nothing"):
         score(str(pictures), SPEC, None, out, batch=0)
+    with pytest.raises(ValueError, match="--device gpu is not there"):
+        score(str(pictures), SPEC, None, out, device="gpu")
+    with pytest.raises(OSError, match="cannot be written"):
+        score(str(pictures), SPEC, None, str(pictures / "a.png" / "s.csv"))
     (pictures / "folder.png").mkdir()
     (pictures / "a.png").rename(pictures / "a.PNG")
     score(str(pictures), SPEC, None, out)

@@ -259,6 +259,13 @@ def test_interrupt_saves_and_propagates(make):
     assert make("ddpo", resume=True, force=True).epoch == trainer.epoch == 1
 
 
+def test_resuming_a_finished_run_says_that_nothing_is_left(make, capsys):
+    make("ddpo", **{"train.epochs": 1}).train()
+    assert "nothing left" not in capsys.readouterr().out
+    make("ddpo", resume=True, **{"train.epochs": 1}).train()
+    assert "nothing left to train: epoch 1 is the last" in capsys.readouterr().out
+
+
 def test_a_run_is_never_overwritten(make):
     make("ddpo").train()
     with pytest.raises(ValueError, match="already holds a run; go on with --resume"):

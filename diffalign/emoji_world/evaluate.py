@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rewards.device import default_device
+from rewards.device import choose_device, default_device
 
 from .. import arguments as arguments_of
 from .. import policies, prompts
@@ -126,6 +126,7 @@ def formatted(columns: dict[str, dict[str, float]]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """`diffalign eval`: prints the table; returns the exit status."""
     args = arguments_of.evaluation().parse_args(arguments)
+    choose_device(args.device)
     if args.lora and not args.models:
         raise ValueError("--lora needs the model it was trained on; name that first")
     for model in args.models:

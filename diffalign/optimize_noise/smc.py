@@ -56,8 +56,9 @@ class Particles:
     """m = n k particles, those of a prompt side by side, and all that belongs to each.
 
     x: (m, *latent). noise: (m, 1 + S, *latent), what `draw` makes them of. log_w: (m,) since the
-    last resampling; spent: (m,) the log-potentials of the whole ancestry, both float64. previous:
-    (m,) what `potential` remembers. x0, eps, native: what the policy says of x. slope: ∂/∂x.
+    last resampling; spent: (m,) the log-potentials of the whole ancestry; previous: (m,) what
+    `potential` remembers; these are float64 on the CPU. x0, eps, native: what the policy says of x.
+    slope: ∂/∂x.
     """
 
     x: Tensor
@@ -129,7 +130,7 @@ def steer(
     sampling, n = task.sampling, len(task)
     rows = [i for i in range(n) for _ in range(k)]
     noise = task.noise(rows, [*range(1, k + 1)] * n)
-    zero = torch.zeros(len(rows), dtype=torch.float64, device=noise.device)
+    zero = torch.zeros(len(rows), dtype=torch.float64)  # on the CPU: MPS has no float64
     p, drawn = Particles(noise[:, 0], noise, zero, zero), 1
     chance = [torch.Generator().manual_seed(sample_seed(s, "resample")) for s in task.seeds]
     for i, stochastic in enumerate(sampling.stochastic):
@@ -151,7 +152,7 @@ def steer(
             z, std = p.noise[:, drawn], step.std
             if p.slope is not None:
                 push = 0.5 * gradient * strength * std * p.slope  # δ / s
-                ratio = -(push * z + 0.5 * push.square()).double().flatten(1).sum(1)
+                ratio = -(push * z + 0.5 * push.square()).cpu().double().flatten(1).sum(1)
                 z = z + push
                 p = replace(
                     p,
@@ -160,7 +161,7 @@ def steer(
                 )
             p, drawn = replace(p, x=step.sample(z)), drawn + 1
     final = finish(task, rows, p.noise, p.x)
-    return final, p.log_w + strength * final.total.double().nan_to_num(nan=0) - p.spent
+    return final, p.log_w + strength * final.total.cpu().double().nan_to_num(nan=0) - p.spent
 
 
 def _looked(
@@ -178,7 +179,7 @@ def _looked(
         slope=torch.cat(slopes) if slopes else None,
     )
     # NaN: no reward speaks of the prompt, and all its particles are alike
-    return p, torch.cat(rewards).double().nan_to_num(nan=0) if rewards else None
+    return p, torch.cat(rewards).cpu().double().nan_to_num(nan=0) if rewards else None
 
 
 def _resampled(

@@ -26,6 +26,7 @@ __all__ = [
     "check_lora",
     "check_tiny_vae",
     "family",
+    "knows_guidance",
     "load",
     "merge",
     "peek",
@@ -72,6 +73,12 @@ def peek(name: str, steps: int, resolution: int | None = None) -> tuple[Levels, 
     """(K + 1,) levels and latent shape of a pipeline, without reading any weights."""
     model = resolve(name)
     return family(name).peek(model.base, steps, resolution or model.resolution)
+
+
+def knows_guidance(name: str) -> bool:
+    """Whether a guidance scale changes a model's pictures; FLUX.1-schnell ignores it."""
+    kind = family(name)
+    return kind.knows_guidance(read_config(resolve(name).base, f"{kind.denoiser}/config.json"))
 
 
 def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:

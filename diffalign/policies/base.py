@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import torch
@@ -111,6 +110,11 @@ class Policy(ABC):
         cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
     ) -> tuple[int, ...]:
         """Shape of a latent, from the configs of denoiser and VAE; refuses what cannot be run."""
+
+    @classmethod
+    def knows_guidance(cls, network: Mapping[str, Any]) -> bool:
+        """Whether a guidance scale changes anything, by the config of the denoiser."""
+        return True
 
     @classmethod
     def scheduler_config(cls, pipeline: str, config: dict[str, Any]) -> dict[str, Any]:
@@ -383,22 +387,14 @@ class Policy(ABC):
         """Write what was trained, or its copy `name`, as diffusers reads it; returns the path of
         the file or folder.
 
-        A LoRA is the file that `pipe.load_lora_weights(folder)` reads; a wholly trained denoiser is
-        a folder for `from_pretrained(folder, subfolder=self.denoiser)`.
+        A LoRA is the file that `pipe.load_lora_weights(folder)` reads, and of a UNet a second one
+        in kohya's format for other programs (`export.kohya`); a wholly trained denoiser is a folder
+        for `from_pretrained(folder, subfolder=self.denoiser)`.
         """
+        from . import export
+
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder) as temporary:
-            written, target = Path(temporary) / lora.WEIGHTS, folder / lora.WEIGHTS
-            if not self.is_lora:
-                written, target = Path(temporary) / self.denoiser, folder / self.denoiser
-                network = self.network if name == "default" else self._copies[name]
-                network.save_pretrained(written)
-                target.mkdir(exist_ok=True)
-                for file in written.iterdir():
-                    file.chmod(0o644)
-                    file.replace(target / file.name)
-                return target
-            layers = {f"{self.denoiser}_lora_layers": lora.exported(self.network, name)}
-            self.pipe.save_lora_weights(temporary, **layers)
-            written.chmod(0o644)  # safetensors writes for the owner alone
-            return written.replace(target)
+        if self.is_lora:
+            return export.save_lora(self.pipe, self.denoiser, self.network, name, folder)
+        network = self.network if name == "default" else self._copies[name]
+        return export.save_network(network, self.denoiser, folder)

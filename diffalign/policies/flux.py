@@ -34,6 +34,10 @@ class FluxPolicy(FlowPolicy):
     )  # fmt: skip
 
     @classmethod
+    def knows_guidance(cls, network: Mapping[str, Any]) -> bool:
+        return bool(network.get("guidance_embeds"))  # not schnell
+
+    @classmethod
     def shape(
         cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
     ) -> tuple[int, ...]:

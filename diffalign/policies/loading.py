@@ -73,6 +73,12 @@ def _read(name: str, base: str, options: dict[str, Any]) -> Any:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     option = f"model.name={name!r}"
+    # transformers takes the defaults of a class where there is no config of it
+    for folder in sorted(Path(base).glob("text_encoder*/")):
+        if not (folder / "config.json").exists():
+            raise LoadingError(
+                f"{option} has no {folder / 'config.json'}; give a complete pipeline"
+            )
     with warnings.catch_warnings():
         # torch_dtype is to become dtype, which our oldest diffusers does not know
         warnings.simplefilter("ignore", FutureWarning)

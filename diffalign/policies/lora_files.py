@@ -24,7 +24,7 @@ PEFT, PEFT_CONFIG = "adapter_model", "adapter_config.json"
 NAMES = (WEIGHTS, f"{PEFT}.safetensors", "pytorch_lora_weights.bin", f"{PEFT}.bin")
 Shape = tuple[int, ...]
 
-SIDES = r"(lora_A|lora_B|lora_down|lora_up|lora\.down|lora\.up|lora_linear_layer\.(?:down|up))"
+SIDES = r"(lora_A|lora_B|lora_down|lora_up|(?:lora\d?|lora_linear_layer)\.(?:down|up))"
 LAYER = re.compile(rf"(.+)[._]{SIDES}(?:\.default)?\.weight")
 UNKNOWN = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "dora_scale": "DoRA"}
 ELSEWHERE = {  # how other programs call blocks: what they are part of
@@ -100,7 +100,7 @@ def compare(
                 "model with the program that made it"
             )
     found = layers(lora)
-    if not found:
+    if not any("lora" in key for key in lora):
         first = next(iter(lora), "nothing")
         raise ValueError(
             f"{option} {name!r} holds no LoRA: its tensors are called as {first!r}; give a file "
@@ -188,6 +188,7 @@ def load(pipe: Any, lora: str, name: str | None = None, option: str = "the LoRA"
             with reading(said, lora):
                 pipe.load_lora_weights(lora, adapter_name=name)
         else:
+            _check_loaded(path, pipe, option, lora)
             state = _state(path, pipe, option)
             with reading(said, str(path)):
                 if state is None:
@@ -201,6 +202,19 @@ def load(pipe: Any, lora: str, name: str | None = None, option: str = "the LoRA"
             f"{said} has nothing for a {type(pipe).__name__}; give one that was trained on such a "
             "model"
         )
+
+
+def _check_loaded(path: Path, pipe: Any, option: str, lora: str) -> None:
+    """Refuse a LoRA that fits a pipeline's denoiser in part; one of which nothing does is left to
+    diffusers, which knows the names of more programs."""
+    with reading(f"{option} {lora!r}", str(path)):
+        shapes = tensor_shapes(path)
+    network = next(filter(None, (getattr(pipe, name, None) for name in DENOISERS)))
+    there = {k.replace(".base_layer", ""): tuple(v.shape) for k, v in network.named_parameters()}
+    names = {k.removesuffix(".weight") for k in there}
+    names |= {name.replace(".", "_") for name in names}
+    fits = any(stripped(layer) in names for layer in layers(shapes))
+    compare(shapes, there if fits else None, type(pipe).__name__, option, lora)
 
 
 def _downloaded(lora: str, said: str) -> Path | None:
@@ -237,6 +251,8 @@ def peft_settings(path: Path, option: str) -> dict[str, Any]:
         )
     with reading(f"{option} {str(file)!r}", str(file)):
         settings = json.loads(file.read_bytes())
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
     kind = settings.get("peft_type")
     odd = [k for k in ("use_dora", "modules_to_save", "lora_bias") if settings.get(k)]
     odd += ["bias"] if settings.get("bias", "none") != "none" else []
@@ -246,6 +262,13 @@ def peft_settings(path: Path, option: str) -> dict[str, Any]:
             f"{option} {str(path.parent)!r} {what} by its {PEFT_CONFIG}, and only plain LoRAs are "
             "read; merge it into the model with peft's merge_and_unload"
         )
+    try:
+        peft_scale(settings, "", 1)
+    except (AttributeError, TypeError, ValueError, re.error) as error:
+        raise ValueError(
+            f"{option} {str(file)!r} has a lora_alpha or alpha_pattern that is not understood "
+            f"({error}); copy it again"
+        ) from None
     return settings
 
 
@@ -284,8 +307,6 @@ def peft_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
     """What peft multiplies B A of a layer by: alpha / r, or alpha / sqrt(r) with use_rslora; the
     alpha may be one of its own, by a pattern at the end of the layer's name. 1 without settings."""
     patterns = settings.get("alpha_pattern") or {}
-    alpha = next(
-        (v for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", module)),
-        settings.get("lora_alpha", rank),
-    )
+    found = [float(v) for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", module)]
+    alpha = found[0] if found else float(settings.get("lora_alpha", rank))
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)

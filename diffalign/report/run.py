@@ -9,6 +9,8 @@ from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rewards.redaction import redact
+
 from .. import pictures
 from ..config import TrainConfig
 from ..decoding import ConfigError, decode_value, field_types, read_sections
@@ -158,8 +160,6 @@ def read(dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
 
 
 def _read(folder: Path, name: str) -> Run:
-    from rewards.redaction import redact  # late: with it come torch and the models
-
     path = folder / "config.yaml"
     # written by another version, it may hold secrets
     config = redact(read_sections(path)) if path.exists() else {}

@@ -1,0 +1,79 @@
+"""What was trained, as files: diffusers' own, and for UNets kohya's LoRA format as well."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import lora
+from .lora_files import KOHYA
+from .run_folder import WEIGHTS
+
+
+def save_lora(pipe: Any, part: str, network: Any, name: str, folder: Path) -> Path:
+    """Write the adapter `name` of a pipeline's denoiser `part` as `pipe.load_lora_weights(folder)`
+    reads it, and of a UNet as other programs do; returns the path of the former.
+
+    Each file replaces the one before as a whole.
+    """
+    layers = lora.exported(network, name)
+    with TemporaryDirectory(dir=folder) as temporary:
+        pipe.save_lora_weights(temporary, **{f"{part}_lora_layers": layers})
+        files = {WEIGHTS: Path(temporary) / WEIGHTS}
+        if part == "unet":
+            from safetensors.torch import save_file
+
+            files[KOHYA] = Path(temporary) / KOHYA
+            rank = network.peft_config[name].r
+            save_file(kohya(layers), files[KOHYA], kohya_metadata(pipe, rank))
+        for target, written in files.items():
+            written.chmod(0o644)  # safetensors writes for the owner alone
+            written.replace(folder / target)
+    return folder / WEIGHTS
+
+
+def save_network(network: Any, part: str, folder: Path) -> Path:
+    """Write a whole denoiser for `from_pretrained(folder, subfolder=part)`; returns its folder."""
+    target = folder / part
+    with TemporaryDirectory(dir=folder) as temporary:
+        written = Path(temporary) / part
+        network.save_pretrained(written)
+        target.mkdir(exist_ok=True)
+        for file in written.iterdir():
+            file.chmod(0o644)
+            file.replace(target / file.name)
+    return target
+
+
+def kohya(layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The LoRA of a UNet, `lora.exported`, under the names of kohya's sd-scripts, which ComfyUI and
+    the web interfaces read: lora_unet_<layer with _>.lora_down.weight (A, (rank, in)), .lora_up
+    (B, (out, rank)) and .alpha, a number; float32.
+
+    The alpha is the rank, a scale of 1, since the scale is in B.
+    """
+    found = {}
+    for key, value in layers.items():
+        layer, side, _ = key.rsplit(".", 2)
+        layer = "lora_unet_" + layer.replace(".", "_")
+        down = side == "lora_A"
+        found[f"{layer}.{'lora_down' if down else 'lora_up'}.weight"] = value.contiguous()
+        if down:
+            found[f"{layer}.alpha"] = torch.tensor(float(len(value)))
+    return found
+
+
+def kohya_metadata(pipe: Any, rank: int) -> dict[str, str]:
+    """What programs show of a file in kohya's format: the kind of its base model, and its rank."""
+    width = pipe.unet.config.cross_attention_dim
+    base = {"768": "sd_v1", "1024": "sd_v2"}.get(str(width), "")
+    if type(pipe).__name__ == "StableDiffusionXLPipeline":
+        base = "sdxl_base_v1-0"
+    said = {"ss_network_module": "networks.lora", "ss_base_model_version": base}
+    said |= {"ss_network_dim": str(rank), "ss_network_alpha": str(rank)}
+    return {"format": "pt"} | {k: v for k, v in said.items() if v}
