@@ -46,10 +46,9 @@ class Remote(Reward):
         except RuntimeError as error:
             raise ValueError(str(error)) from error
         known = health if isinstance(health, dict) else {}
-        counted = isinstance(known.get("rewards"), dict) and isinstance(
-            known.get("max_images"), int
-        )
-        if not counted or known.get("version") != PROTOCOL:
+        kinds = {"version": int, "rewards": dict, "max_images": int}
+        told = all(isinstance(known.get(key), kind) for key, kind in kinds.items())
+        if not told or known["version"] != PROTOCOL:
             raise ValueError(f"{url} is not a reward server of version {PROTOCOL}: {health}")
         if name not in health["rewards"]:
             known = ", ".join(health["rewards"])

@@ -56,6 +56,7 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         choose_device(args.device)
         api = app(spec, args.token, default_device(), timeout=args.timeout)
         config = uvicorn.Config(api, host=args.host, port=args.port, access_log=False)
+        print(f"serving {', '.join(spec)} at {args.host}:{listener.getsockname()[1]}", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
     return 0
 

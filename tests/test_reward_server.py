@@ -359,15 +359,8 @@ def test_command_line(monkeypatch):
         uvicorn.Server, "run", lambda self, sockets: calls.append(sockets[0].getsockname())
     )
     monkeypatch.delenv("REWARD_SERVER_TOKEN", raising=False)
-    rewards = [
-        "--port",
-        "0",
-        "--reward",
-        "jpeg",
-        "--reward",
-        'half={"type": "jpeg", "quality": 50}',
-    ]
-    assert serve(rewards) == 0
+    half = 'half={"type": "jpeg", "quality": 50}'
+    assert serve(["--port", "0", "--reward", "jpeg", "--reward", half]) == 0
     assert calls[0][0] == "127.0.0.1"
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
