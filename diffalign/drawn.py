@@ -94,7 +94,7 @@ def write(out: str, pictures: Mapping[str, Drawn]) -> None:
         line |= {"lora": drawn.how.get("lora"), "scores": drawn.scores}
         own = {k: v for k, v in drawn.prompt.metadata.items() if k not in OURS}
         lines.append(to_json({k: v for k, v in line.items() if v or k in OURS[:3]} | own) + "\n")
-        noise[name] = drawn.noise.detach().float().cpu().contiguous()
+        noise[name] = drawn.noise.detach().float().cpu().clone()
         about[name] = drawn.about()
     write_atomic(Path(out) / PROMPTS, "".join(lines).encode())
     write_atomic(Path(out) / NOISE, encoded(noise, {"diffalign": to_json(about)}))
@@ -122,7 +122,9 @@ def _stored(name: str, noise: Tensor, about: dict[str, Any]) -> Stored:
     how = {k: v for k, v in about.items() if k not in ("prompt", "text", "metadata", "scores")}
     if noise.dtype != torch.float32 or not noise.isfinite().all():
         raise ValueError(f"{name} is {noise.dtype}, or not finite")
-    prompt = Prompt(about["prompt"], about.get("metadata", {}))
+    if Path(name).name != name or not name.endswith(".png"):  # it will be written
+        raise ValueError(f"{name!r} is no name of a picture")
+    prompt = Prompt(str(about["prompt"]), dict(about.get("metadata", {})))
     seed, redraws = int(how.pop("seed")), how.pop("redraws", True)
     return Stored(name, noise, prompt, seed, about.get("text"), redraws, how)
 

@@ -155,7 +155,7 @@ def _parse_jsonl(line: str) -> Prompt:
     if not isinstance(entry, dict):
         raise ValueError(f'{line[:40]} is not an object; write {{"prompt": "..."}}')
     prompt = _from_entry(entry)
-    if not prompt.text:
+    if not prompt.text and "image" not in prompt.metadata:  # a picture may be of no prompt
         raise ValueError('"prompt" is empty; write a text or remove the line')
     return prompt
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from . import drawn, grids, policies
+from .decoding import decode
 from .drawn import Drawn, Stored
 from .optimize_noise.base import chain, last
 from .optimize_noise.command import loaded
@@ -27,7 +28,19 @@ from .sampling import (
     pictures,
 )
 
-HOW = (*vars(Settings()), "lora", "lora_scale")
+
+@dataclass
+class How(Settings):
+    """What a picture was drawn with, as `drawn.Drawn` has it; the last three are the noise's."""
+
+    lora: str | None = None
+    lora_scale: float = 1.0
+    kernel: str | None = None
+    eta: float = 0.0
+    family: str = ""
+
+
+OF_NOISE = ("kernel", "eta", "family")
 
 
 def redraw(
@@ -40,7 +53,7 @@ def redraw(
     """Write a grid of the pictures of a noise.safetensors; returns its path.
 
     With its model and settings they are the same pixels, as far as a network gives the same for
-    another batch. given: those of `HOW` that are not None replace the file's; prompts: one for all,
+    another batch. given: those of `How` that are not None replace the file's; prompts: one for all,
     or one each. out: as for `sampling.draw`. Raises ValueError for noise that does not fit, before
     a model is loaded.
     """
@@ -48,16 +61,14 @@ def redraw(
     if out is not None:
         drawn.check_out(out, grid, [one.name for one in stored])
     found: list[Drawn] = []
+    load = lru_cache(1)(Sampler)  # pictures in turn are of one model, as a rule
     for _, several in groupby(stored, key=_drawn_alike):
         group = list(several)
-        found += _plain(group) if group[0].how["kernel"] is None else _searched(group)
+        found += _plain(group, load) if group[0].how["kernel"] is None else _searched(group)
     grids.save_png(drawn.grid_of(drawn.rows_of(found)), grid, {"noise": noise, **found[0].how})
     if out is not None:
         drawn.write(out, dict(zip([one.name for one in stored], found, strict=True)))
     return Path(grid)
-
-
-_sampler = lru_cache(1)(Sampler)  # of pictures in turn, as a rule the same
 
 
 def _drawn_alike(one: Stored) -> tuple[str, str]:
@@ -77,17 +88,19 @@ def _fitting(
             f"{len(texts)} prompts for the pictures of {path}, which are {len(found)}; give one, "
             "or one each"
         )
+    given = {k: v for k, v in given.items() if k in vars(How()) and k not in OF_NOISE}
     for i, one in enumerate(found):
-        missing = [k for k in (*HOW, "kernel", "eta", "family") if k not in one.how]
+        missing = [k for k in vars(How()) if k not in one.how]
         if missing:
             raise ValueError(f"--noise {path!r} does not say the {missing[0]} of {one.name}")
+        decode(How, {k: one.how[k] for k in vars(How())}, source=f" of {one.name} in {path}")
         if not one.redraws:
             raise ValueError(
                 f"--noise {path!r}: {one.name} is not made of its noise alone, as "
                 f"{one.how.get('method')} leaves the sampler on the way; search again instead"
             )
         new = {"prompt": texts[i % len(texts)], "text": None} if texts else {}
-        found[i] = replace(one, how=one.how | {k: given[k] for k in HOW if k in given}, **new)
+        found[i] = replace(one, how={**one.how, **given}, **new)
     for how in {repr(one.how): one.how for one in found}.values():
         check_drawing(how["model"], how["steps"], how["guidance"], how["resolution"], grid)
         check_loras(how["model"], how["merge_lora"], how["lora"], how["lora_scale"])
@@ -115,10 +128,10 @@ def _check_noise(path: str, one: Stored) -> None:
         )
 
 
-def _plain(group: Sequence[Stored]) -> list[Drawn]:
+def _plain(group: Sequence[Stored], load: Callable[..., Sampler]) -> list[Drawn]:
     """By diffusers' own pipeline."""
     one, how = group[0], group[0].how
-    sampler = _sampler(how["model"], how["merge_lora"], how["dtype"])
+    sampler = load(how["model"], how["merge_lora"], how["dtype"])
     sampler.use({} if how["lora"] is None else {how["lora"]: how["lora_scale"]})
     noise = torch.cat([one.noise for one in group])
     return pictures(sampler, one.prompt, [one.seed for one in group], how, noise, one.text)

@@ -305,7 +305,7 @@ def draw(
     sampler = Sampler(model, merge_lora, dtype)
     how = {"model": model, "merge_lora": merge_lora, "lora": None, "lora_scale": lora_scale}
     how |= {"steps": steps, "guidance": guidance, "resolution": resolution, "dtype": dtype}
-    how |= {"kernel": None, "eta": None, "family": family_of(model)}
+    how |= {"kernel": None, "eta": 0.0, "family": family_of(model)}
     columns = []
     for variant in variants:
         sampler.use({} if variant is None else {variant: lora_scale})

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -211,6 +212,25 @@ def test_eval_prints_a_table(capsys, tmp_path, pipelines):
     assert saved["scores"]["real scenes"]["overall"] > 0.95
     assert 0 <= saved["scores"][Path(folder).name]["overall"] < 0.1  # random weights
     assert (tmp_path / f"{Path(folder).name}.png").exists()
+
+
+def test_eval_tells_models_of_one_name_apart(pipelines, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "draw", lambda _, texts, *how: torch.zeros(len(texts), 3, 8, 8))
+    monkeypatch.setattr(evaluate, "load_prompts", lambda _: ["a red dog"])
+    monkeypatch.setattr(evaluate, "real_scenes", lambda _: {"overall": float("nan")})
+    models = [str(shutil.copytree(pipelines["sd-v"], tmp_path / k / "model")) for k in "ab"]
+    out = ["--out", str(tmp_path / "new" / "out")]
+    assert cli.evaluate([*models, *out]) == 0
+    assert "| | real scenes | a/model | b/model |" in capsys.readouterr().out
+    text = (tmp_path / "new" / "out" / "scores.json").read_text()
+    assert json.loads(text)["scores"]["real scenes"] == {"overall": None}
+    assert cli.evaluate([models[0], models[0]]) == 1
+    assert "one is given twice; leave it out" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert cli.evaluate([models[0], "--out", str(tmp_path / "file")]) == 1
+    assert "is a file, and no folder to write to" in capsys.readouterr().err
+    assert cli.evaluate([models[0], "--steps", "0"]) == 1
+    assert "--steps 0 draws nothing" in capsys.readouterr().err
 
 
 def test_shipped_reward_models_agree_with_the_picture():

@@ -206,7 +206,22 @@ def test_noise_that_cannot_be_drawn_is_refused(pipelines, kept, monkeypatch, cap
     (tmp := dict(load_file(kept / "PLAIN" / "noise.safetensors")))["000_seed0.png"].fill_(np.nan)
     with safe_open(kept / "PLAIN" / "noise.safetensors", framework="pt") as file:
         save_file(tmp, kept / "nan", file.metadata())
+        for name, change in {
+            "steps": ('"steps": 2', '"steps": "many"'),
+            "kernel": ('"kernel": null', '"kernel": "odd"'),
+            "less": ('"lora_scale": 1.0, ', ""),
+        }.items():
+            about = file.metadata()["diffalign"]
+            assert change[0] in about
+            noise = {"000_seed0.png": torch.zeros(1, 4, 4, 4)}
+            save_file(noise, kept / name, {"diffalign": about.replace(*change)})
+        about = about.replace("000_seed0.png", "../x.png")
+        save_file({"../x.png": torch.zeros(1, 4, 4, 4)}, kept / "up", {"diffalign": about})
     cases = [
+        ("steps", [], "steps='many' of 000_seed0.png in"),
+        ("kernel", [], "unknown kernel 'odd'"),
+        ("less", [], "does not say the lora_scale of 000_seed0.png"),
+        ("up", [], "'../x.png' is no name of a picture"),
         ("PLAIN", ["--model", pipelines["sd3"]], "of a UNet model, and"),
         ("PLAIN", ["--resolution", "16"], "is noise (4, 4, 4) of a UNet model"),
         ("PLAIN", ["--resolution", "0"], "--resolution 0 is no size"),
@@ -278,6 +293,16 @@ def test_what_cannot_be_drawn_is_refused_before_the_model_is_loaded(
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert cli.sample(["--model", pipelines["sd-v"], "--prompts", "a cat", *search]) == 1
     assert "cannot be written to" in capsys.readouterr().err
+
+
+def test_the_empty_prompt_is_drawn_and_scored(pipelines, tmp_path):
+    how = ["--model", pipelines["sd-v"], "--resolution", str(SIDE), "--steps", "1"]
+    sample(tmp_path, "out", *how, "--prompts", "", "a cat", "--seeds", "0")
+    file = str(tmp_path / "out" / "prompts.jsonl")
+    assert [p.text for p in load_prompts(file)] == ["", "a cat"]
+    assert score(str(tmp_path / "out"), SPEC, file, str(tmp_path / "s.csv"))["bright"] > 0
+    again = sample(tmp_path, "again", "--noise", str(tmp_path / "out" / "noise.safetensors"))
+    assert all(np.array_equal(again[k], v) for k, v in pixels(tmp_path / "out").items())
 
 
 def test_settings_are_those_of_the_run(pipelines, tmp_path, capsys):
