@@ -24,6 +24,7 @@ from .sampling import (
     Sampler,
     check_drawing,
     check_loras,
+    check_plain,
     check_scale,
     parse_seeds,
     settings,
@@ -179,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     how = settings([*[*args.runs, *(args.interpolate or ())][:1], args.model], vars(args))
     size = how["resolution"]
     check_drawing(how["model"], how["steps"], how["guidance"], size, args.out, "--out")
+    check_plain(how["model"], size)
     check_loras(how["model"], how["merge_lora"])
     columns = _columns(args.runs, args.lora_scales, args.interpolate, args.points, how["model"])
     if args.cell is not None and args.cell < 1:

@@ -24,6 +24,7 @@ from .sampling import (
     Settings,
     check_drawing,
     check_loras,
+    check_plain,
     family_of,
     pictures,
 )
@@ -103,6 +104,8 @@ def _fitting(
         found[i] = replace(one, how={**one.how, **given}, **new)
     for how in {repr(one.how): one.how for one in found}.values():
         check_drawing(how["model"], how["steps"], how["guidance"], how["resolution"], grid)
+        if how["kernel"] is None:
+            check_plain(how["model"], how["resolution"])
         check_loras(how["model"], how["merge_lora"], how["lora"], how["lora_scale"])
     for one in found:
         _check_noise(path, one)

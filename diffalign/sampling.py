@@ -123,6 +123,16 @@ def check_drawing(
     return policies.peek(model, steps, resolution)
 
 
+def check_plain(model: str, resolution: int | None) -> None:
+    """Refuse a size that diffusers' own pipeline does not draw, though the network could."""
+    if resolution is not None and resolution % 8 and family_of(model) == "UNet":
+        near = max(8, round(resolution / 8) * 8)
+        raise ValueError(
+            f"--resolution {resolution} is no multiple of 8, and diffusers' pipelines of a UNet "
+            f"draw nothing else; the nearest is {near}"
+        )
+
+
 def family_of(model: str) -> str:
     """UNet, SD3 or Flux: what a model's noise is for, besides its shape."""
     return policies.family(model).__name__.removesuffix("Policy")
@@ -292,6 +302,7 @@ def draw(
     """
     numbers, texts = parse_seeds(seeds), collect(prompts, "--prompts")
     check_drawing(model, steps, guidance, resolution, grid)
+    check_plain(model, resolution)
     check_loras(model, merge_lora, lora, lora_scale)
     if compare and lora is None:
         raise ValueError("--compare sets the LoRA beside the base model; give --lora as well")

@@ -198,6 +198,12 @@ def test_the_command_draws_as_the_run_was_evaluated(model, loras, tmp_path, caps
         (["--reno", "5"], "--reno needs something to optimise; give --reward"),
         (["--reno", "0", "--reward", "jpeg"], "--reno 0 is no number of iterations"),
         (["--model", "./nothing"], "is not a folder"),
+        (["--resolution", "0"], "--resolution 0 is no size"),
+        (["--resolution", "12"], "--resolution 12 is no multiple of 8"),
+        (["--guidance", "nan"], "--guidance nan is no guidance scale"),
+        (["--runs", "A", "--lora-scales", "inf"], "--lora-scales inf is no factor"),
+        (["--cell", "0"], "--cell 0 shows nothing"),
+        (["--out", "."], r"does not end in \.png"),
     ],
 )
 def test_refusals_before_a_model_is_loaded(

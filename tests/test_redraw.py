@@ -290,6 +290,10 @@ def test_what_cannot_be_drawn_is_refused_before_the_model_is_loaded(
         error = capsys.readouterr().err
         assert error.startswith("error: ")
         assert message in error
+    given = ["--model", pipelines["sd-v"], "--prompts", "a cat", "--resolution", "12"]
+    if not search:  # which draws it by a sampler of our own
+        assert cli.sample(given) == 1
+        assert "--resolution 12 is no multiple of 8" in capsys.readouterr().err
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert cli.sample(["--model", pipelines["sd-v"], "--prompts", "a cat", *search]) == 1
     assert "cannot be written to" in capsys.readouterr().err
