@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,14 +237,18 @@ class TrainConfig(Section):
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
         """Reads a YAML file and applies `overrides`: ["--train.lr", "5e-4", "--data.groups=4"].
 
-        An empty `log.dir` becomes runs/<file stem>. Another `algorithm.type` than the file's drops
-        the options that the file gives its own, and says so. Raises `ConfigError`.
+        An empty `log.dir` becomes runs/<file stem>. Of the file's `algorithm`, another type keeps
+        the options that it has too; a note says which are left out. Raises `ConfigError`.
         """
         config = decode(cls, read_yaml(path), source=f" in {path}")
         if overrides:
             tree = config.to_dict()
             given = list(pairs(overrides))
-            _drop_other_options(tree["algorithm"], given, path)
+            kind = dict(given).get("algorithm.type", config.algorithm["type"])
+            if kind != config.algorithm["type"]:
+                from .algorithms import of_type  # late: it needs this module
+
+                tree["algorithm"] = of_type(kind, config.algorithm, str(path))
             for key, text in given:
                 decoding.override(cls, tree, key, text)
             # The file alone was accepted above, so that what is refused now was typed.
@@ -364,24 +367,6 @@ class TrainConfig(Section):
             require("advantage.baseline", not branches, "does not know branches; use group")
             plain = self.advantage.combine == "sum"
             require("advantage.combine", plain, "compares groups; use advantage.baseline=group")
-
-
-def _drop_other_options(
-    algorithm: dict[str, Any], given: Sequence[tuple[str, str]], path: str | os.PathLike[str]
-) -> None:
-    """Takes the file's options out of `algorithm` where `given` names another type."""
-    kind = dict(given).get("algorithm.type", algorithm["type"])
-    if kind == algorithm["type"]:
-        return
-    dropped = [f"{k}={v}" for k, v in algorithm.items() if k != "type"]
-    if dropped:
-        print(
-            f"note: algorithm.type is {kind} now, so {path}'s options of {algorithm['type']} are "
-            f"left out: {', '.join(dropped)}",
-            file=sys.stderr,
-        )
-    algorithm.clear()
-    algorithm["type"] = kind
 
 
 _MAY_BE_ZERO = (

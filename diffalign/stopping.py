@@ -63,7 +63,8 @@ class Signals:
 
     def _received(self, number: int, frame: Any) -> None:
         # torchrun sends a SIGTERM after the terminal's SIGINT: one request, not two
-        again, self.last = time.monotonic() - self._when > AGAIN, number
+        self.last = self.last or number
+        again = time.monotonic() - self._when > AGAIN
         if again and not self._holding:
             self._when = time.monotonic()
             raise Interrupted(number)

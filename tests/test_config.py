@@ -93,9 +93,9 @@ BASE = "train: {lr: 1.0e-3}\nrewards: {jpeg: 1.0, clip: 0.5}\nalgorithm: {type: 
         (["--algorithm.type", "draft"], "algorithm", {"type": "draft"}),
         (["--algorithm.type", "awm"], "algorithm", {"type": "awm", "beta": 1}),
         (
-            ["--algorithm.beta", "2", "--algorithm.type", "draft"],
+            ["--algorithm.last", "2", "--algorithm.type", "draft"],
             "algorithm",
-            {"type": "draft", "beta": 2},
+            {"type": "draft", "last": 2},
         ),
         (["--rewards", "null", "--rewards.ocr", "1"], "rewards", {"ocr": 1}),
         (
@@ -213,13 +213,21 @@ def test_refused_files(write, text, words):
     refused(lambda: TrainConfig.from_file(path), *words)
 
 
-def test_the_options_of_another_algorithm_are_left_out_with_a_note(write, capsys):
-    TrainConfig.from_file(write(BASE), ["--algorithm.type", "draft"])
+def test_what_another_algorithm_has_not_is_left_out_with_a_note(write, capsys):
+    path = write("algorithm: {type: ddpo, clip_range: 1.0e-3, kl_weight: 0.5, estimator: sf}")
+    config = TrainConfig.from_file(path, ["--algorithm.type", "dpok"])
+    assert config.algorithm == {"type": "dpok", "clip_range": 1e-3, "kl_weight": 0.5}
     noted = capsys.readouterr().err
-    assert "algorithm.type is draft now" in noted
-    assert "options of awm are left out: beta=1\n" in noted
-    TrainConfig.from_file(write(BASE), ["--algorithm.type", "awm", "--algorithm.beta", "2"])
+    assert noted == (
+        f"note: dpok has no estimator: left out of the options that {path} gives ddpo\n"
+    )
+    own = "diffalign.algorithms.draft:DRaFT"
+    config = TrainConfig.from_file(path, ["--algorithm.type", own])
+    assert config.algorithm == {"type": own, "kl_weight": 0.5}
+    assert "has no clip_range, estimator:" in capsys.readouterr().err
+    TrainConfig.from_file(path, ["--algorithm.type", "ddpo", "--algorithm.clip_range", "2"])
     assert capsys.readouterr().err == ""
+    refused(lambda: TrainConfig.from_file(path, ["--algorithm.type", "ppo"]), "'ppo'; did you mean")
 
 
 def test_what_python_passes_is_checked_as_a_file_is(tmp_path):

@@ -173,8 +173,16 @@ class Kills:
         return redness(images, prompts)
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT as a terminal has it; what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGINT"])
-def test_a_signal_saves_the_epochs_done(make, monkeypatch, name, capsys):
+def test_a_signal_saves_the_epochs_done(make, monkeypatch, name, capsys, ctrl_c):
     number = getattr(signal, name)
     before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     trainer = make("ddpo", rewards={Kills(number, 3): 1.0}, **QUICK, **{"train.epochs": 5})

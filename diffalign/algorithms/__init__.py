@@ -12,6 +12,7 @@ from rewards.registry import Registry
 
 from ..config import decode
 from ..decoding import ConfigError, suggest
+from ..source import Subject
 
 if TYPE_CHECKING:
     from .base import Algorithm, Batch, GradientAlgorithm, Needs
@@ -61,6 +62,23 @@ def build(options: Mapping[str, Any]) -> Any:
     """
     rest = {k: v for k, v in options.items() if k != "type"}
     return decode(_find(str(options.get("type"))), rest, "algorithm")
+
+
+def of_type(kind: str, options: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The config section `algorithm` of the file `source` for another type: with those of its
+    options that this one has too. A note on stderr names the others. Raises ConfigError."""
+    if kind in ALGORITHMS:
+        known = {option.name for option in Subject(ALGORITHMS.places[kind]).options}
+    else:
+        known = set(getattr(_find(kind), "__dataclass_fields__", ()))
+    others = {k: v for k, v in options.items() if k not in known | {"type"}}
+    if others:
+        print(
+            f"note: {kind} has no {', '.join(others)}: left out of the options that {source} gives "
+            f"{options['type']}",
+            file=sys.stderr,
+        )
+    return {"type": kind} | {k: v for k, v in options.items() if k in known}
 
 
 def name_of(algorithm: Algorithm) -> str:
