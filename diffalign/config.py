@@ -245,7 +245,7 @@ class TrainConfig(Section):
             tree = config.to_dict()
             given = list(pairs(overrides))
             kind = dict(given).get("algorithm.type", config.algorithm["type"])
-            if kind != config.algorithm["type"]:
+            if kind and kind != config.algorithm["type"]:
                 from .algorithms import of_type  # late: it needs this module
 
                 tree["algorithm"] = of_type(kind, config.algorithm, str(path))
