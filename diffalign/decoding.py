@@ -18,8 +18,6 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import draccus
 import yaml
 
-from rewards.redaction import redact
-
 from .text import read_text
 
 T = TypeVar("T")
@@ -103,9 +101,8 @@ def check_folder(path: str | os.PathLike[str], option: str) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON, without secrets. It has no NaN and no infinity: they are null. What it does not know is
-    a string."""
-    return json.dumps(_finite(redact(value)), indent=indent, default=str, allow_nan=False)
+    """JSON, which has no NaN and no infinity: they are null. What it does not know is a string."""
+    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -15,6 +15,7 @@ from safetensors.torch import save as encoded
 from torch import Tensor
 
 from rewards.files import IMAGE_SUFFIXES
+from rewards.redaction import redact
 
 from . import grids
 from .decoding import check_folder, to_json, write_atomic
@@ -48,7 +49,8 @@ class Drawn:
         known = {"text": self.text, "metadata": self.prompt.metadata, "scores": self.scores}
         known = {k: v for k, v in known.items() if v}
         redraws = {} if self.redraws else {"redraws": False}
-        return {"prompt": self.prompt.text, "seed": self.seed, **known, **redraws, **self.how}
+        how = redact(self.how)  # a prompt's own metadata is what its rewards are given, and stays
+        return {"prompt": self.prompt.text, "seed": self.seed, **known, **redraws, **how}
 
 
 @dataclass(frozen=True)

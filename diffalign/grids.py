@@ -15,6 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from diffalign.decoding import to_json, write_atomic
 from diffalign.fonts import Font, legible
 from rewards.files import flat
+from rewards.redaction import redact
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,7 +53,7 @@ def save_png(
         raise ValueError(f"{path} does not end in .png, and that is what is written")
     info = PngInfo()
     if metadata is not None:
-        info.add_text("diffalign", to_json(metadata))
+        info.add_text("diffalign", to_json(redact(metadata)))
     data = io.BytesIO()
     image.save(data, "PNG", pnginfo=info)
     write_atomic(path, data.getvalue())

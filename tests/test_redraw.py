@@ -114,6 +114,18 @@ def test_noise_redraws_a_lora_and_the_base_beside_it(pipelines, tmp_path):
     assert [line.get("lora") for line in lines] == [None, None, run, run]
 
 
+def test_what_a_prompt_file_says_of_a_prompt_stays(pipelines, tmp_path):
+    """Secrets are left out of settings; metadata goes to the rewards as it is, and is redrawn."""
+    file, said = tmp_path / "p.jsonl", {"prompt": "a cat", "token": "sks", "n": 3}
+    file.write_text(json.dumps(said) + "\n", "utf-8")
+    how = ["--model", pipelines["sd-v"], "--steps", "1", "--guidance", "1"]
+    sample(tmp_path, "a", *how, "--prompts", str(file), "--seeds", "0")
+    sample(tmp_path, "b", "--noise", str(tmp_path / "a" / "noise.safetensors"))
+    for name in ("a", "b"):
+        (line,) = (tmp_path / name / "prompts.jsonl").read_text("utf-8").splitlines()
+        assert said.items() <= json.loads(line).items()
+
+
 SEARCHES = {
     "best_of_n": ("sd-v", "--best-of-n --best-of-n.n 3 --steps 2 --guidance 2"),
     "smc": ("sd-v", "--smc --smc.end 0.9 --steps 3 --guidance 1"),
