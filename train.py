@@ -1,7 +1,7 @@
 """Fine-tune a text-to-image pipeline on a reward: python train.py configs/emoji_ddpo_jpeg.yaml"""
 
-from diffalign.cli import train
-from diffalign.stopping import leave
+from diffalign.commands.cli import train
+from diffalign.training.stopping import leave
 
 if __name__ == "__main__":
     leave(train())

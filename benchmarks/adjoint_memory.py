@@ -20,7 +20,7 @@ import torch
 
 from diffalign import policies
 from diffalign.emoji_world.evaluate import load_prompts
-from diffalign.rollout import Sampling, Surrogate, adjoint_sweep, rollout
+from diffalign.sampling.rollout import Sampling, Surrogate, adjoint_sweep, rollout
 from rewards.device import default_device
 
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from diffalign import pictures
+from diffalign.record import pictures
 
 
 def changes(run: str | Path, name: str) -> list[float]:

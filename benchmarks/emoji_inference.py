@@ -27,12 +27,12 @@ from clusters import clustered
 
 import rewards
 from diffalign import policies
-from diffalign.decoding import write_atomic
+from diffalign.config.decoding import write_atomic
+from diffalign.config.prompts import Prompt
 from diffalign.emoji_world.claims import parse
 from diffalign.emoji_world.evaluate import load_prompts, table
 from diffalign.emoji_world.verifier import findings
 from diffalign.optimize_noise import Budget, Result, Task, build, sampling_for, search
-from diffalign.prompts import Prompt
 
 REWARD = {"clip": {"model": "assets/emoji-clip"}}
 JUDGE = {"judge": {"type": "clip", "model": "assets/emoji-judge"}}

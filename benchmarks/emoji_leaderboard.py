@@ -34,12 +34,12 @@ from PIL import Image
 
 from diffalign import TrainConfig, Trainer, algorithms, policies
 from diffalign.algorithms import Needs
-from diffalign.curves import panels, picture
-from diffalign.decoding import write_atomic
+from diffalign.config.decoding import write_atomic
+from diffalign.drawing.curves import panels, picture
+from diffalign.drawing.grids import save_png
 from diffalign.emoji_world.evaluate import draw, load_prompts, table
-from diffalign.grids import save_png
-from diffalign.plan import Plan
 from diffalign.policies.flow import FlowPolicy
+from diffalign.training.plan import Plan
 from diffalign.verdict import WARNINGS
 
 Tree = Mapping[str, Mapping[str, Any]]

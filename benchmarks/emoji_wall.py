@@ -10,8 +10,8 @@ from __future__ import annotations
 import argparse
 
 from diffalign import policies
+from diffalign.drawing.grids import comparison_grid, save_png
 from diffalign.emoji_world import evaluate
-from diffalign.grids import comparison_grid, save_png
 
 PROMPTS = [
     "a dog on a blue background", "a flat red car on a white background",

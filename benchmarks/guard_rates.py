@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from diffalign.diagnostics import Guard
+from diffalign.training.guard import Guard
 from diffalign.verdict import level, t_tail
 
 PROMPTS, PICTURES, CORRELATION, DROP = 112, 2, 0.5, 2.0

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from diffalign.grids import save_png
+from diffalign.drawing.grids import save_png
 
 IMAGES = Path("docs/images")
 CLIP = """--reward 'clip={"model": "assets/emoji-clip"}'"""

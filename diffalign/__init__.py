@@ -1,7 +1,7 @@
 """diffalign: align text-to-image diffusion and flow models with rewards."""
 
 from .config import TrainConfig
-from .decoding import ConfigError
+from .config.decoding import ConfigError
 
 __version__ = "0.1.0"
 __all__ = ["ConfigError", "TrainConfig", "Trainer", "TrainingStopped"]
@@ -10,7 +10,7 @@ __all__ = ["ConfigError", "TrainConfig", "Trainer", "TrainingStopped"]
 def __getattr__(name: str):
     # the trainer brings diffusers along: seconds that `--help` and a misspelt key need not wait for
     if name in ("Trainer", "TrainingStopped"):
-        from . import trainer
+        from .training import trainer
 
         return getattr(trainer, name)
     raise AttributeError(f"module 'diffalign' has no attribute {name!r}")

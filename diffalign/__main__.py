@@ -1,5 +1,5 @@
 """`python -m diffalign` is the `diffalign` command."""
 
-from .cli import main
+from .commands.cli import main
 
 main()

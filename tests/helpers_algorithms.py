@@ -14,15 +14,8 @@ from test_trainer import OBJECTS, redness
 
 from diffalign import TrainConfig, Trainer
 from diffalign.algorithms import Batch
-from diffalign.dynamics import (
-    Levels,
-    Prediction,
-    native_target,
-    noised,
-)
-from diffalign.rollout import (
-    Sampling,
-)
+from diffalign.dynamics import Levels, Prediction, native_target, noised
+from diffalign.sampling.rollout import Sampling
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 LATENT = (4, 8, 8)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from diffalign.advantages import PromptTracker, group_advantages, zero_variance_share
+from diffalign.training.advantages import PromptTracker, group_advantages, zero_variance_share
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "advantages.json"
 IDS = torch.tensor([3, 7, 3, 1, 7, 3, 1, 7, 1, 3])

@@ -34,13 +34,8 @@ from diffalign.algorithms.grpo_guard import GRPOGuard
 from diffalign.algorithms.matching import flow_time, matching_loss
 from diffalign.algorithms.nft import SCHEDULES, DiffusionNFT
 from diffalign.algorithms.rwr import RWR
-from diffalign.dynamics import (
-    Gaussian,
-    Prediction,
-)
-from diffalign.rollout import (
-    Sampling,
-)
+from diffalign.dynamics import Gaussian, Prediction
+from diffalign.sampling.rollout import Sampling
 
 make = helpers_algorithms.make  # the fixture
 

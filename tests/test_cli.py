@@ -15,13 +15,15 @@ import yaml
 from PIL import Image
 
 import rewards
-from diffalign import TrainConfig, algorithms, cli, policies, sampling, timing
+from diffalign import TrainConfig, algorithms, policies
 from diffalign.algorithms import Needs
-from diffalign.cost import Cost
-from diffalign.optimize_noise import command
-from diffalign.plan import Plan
-from diffalign.timing import Measured, words
-from diffalign.tracking import read_metrics
+from diffalign.commands import cli, timing
+from diffalign.commands import search
+from diffalign.commands.timing import Measured, words
+from diffalign.record.metrics import read_metrics
+from diffalign.sampling import pipeline
+from diffalign.training.cost import Cost
+from diffalign.training.plan import Plan
 
 ROOT = Path(__file__).parents[1]
 
@@ -219,10 +221,10 @@ def test_readme_train_commands(arguments, monkeypatch, tmp_path, no_models):
 @pytest.mark.parametrize("arguments", readme_commands("sample"), ids=" ".join)
 def test_readme_sample_commands(arguments, monkeypatch):
     called = []
-    monkeypatch.setattr(sampling, "draw", lambda **options: called.append(options))
-    monkeypatch.setattr(command, "run", lambda *search, **options: called.append(options))
+    monkeypatch.setattr(pipeline, "draw", lambda **options: called.append(options))
+    monkeypatch.setattr(search, "run", lambda *search, **options: called.append(options))
     assert cli.sample(arguments) == 0
-    assert sampling.parse_seeds(called[0]["seeds"])
+    assert pipeline.parse_seeds(called[0]["seeds"])
 
 
 def test_readme_config_and_python(monkeypatch, tmp_path):

@@ -12,10 +12,13 @@ import torch
 from conftest import load, perturb
 from PIL import Image
 
-from diffalign import cli, compare, grids, policies
-from diffalign.compare import interpolation, scales
-from diffalign.prompts import Prompt
-from diffalign.sampling import Sampler
+from diffalign import policies
+from diffalign.commands import cli
+from diffalign.commands import grid as compare
+from diffalign.commands.grid import interpolation, scales
+from diffalign.config.prompts import Prompt
+from diffalign.drawing import grids
+from diffalign.sampling.pipeline import Sampler
 
 STEPS, GUIDANCE, SIDE = 2, 2.0, 16
 HOW = {"steps": STEPS, "guidance": GUIDANCE, "resolution": SIDE}

@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 import pytest
 
+from diffalign.commands.help import help_text
 from diffalign.config import LogConfig, ModelConfig, OptimConfig, TrainConfig, decode
-from diffalign.decoding import ConfigError, field_types, section_keys, suggest
-from diffalign.help import help_text
-from diffalign.source import Subject
+from diffalign.config.decoding import ConfigError, field_types, section_keys, suggest
+from diffalign.config.source import Subject
 
 
 @pytest.fixture

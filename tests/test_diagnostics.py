@@ -12,14 +12,14 @@ from test_trainer import adapter, redness
 from torch import nn
 
 from diffalign import TrainConfig, policies
-from diffalign.advantages import combined_advantages, group_advantages
 from diffalign.config import AdvantageConfig, OptimConfig
-from diffalign.decoding import ConfigError
-from diffalign.diagnostics import diversity, thumbnails
-from diffalign.optimisation import Optimisation
-from diffalign.plan import Plan
+from diffalign.config.decoding import ConfigError
 from diffalign.policies import lora
-from diffalign.tracking import read_metrics
+from diffalign.record.metrics import read_metrics
+from diffalign.training.advantages import combined_advantages, group_advantages
+from diffalign.training.guard import diversity, thumbnails
+from diffalign.training.optimizer import Optimisation
+from diffalign.training.plan import Plan
 
 make = test_trainer.make  # the fixture
 

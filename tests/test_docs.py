@@ -10,7 +10,7 @@ import pytest
 from diffalign import algorithms
 from diffalign.algorithms import Needs
 from diffalign.config import TrainConfig
-from diffalign.decoding import section_keys
+from diffalign.config.decoding import section_keys
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / n for n in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]

@@ -12,7 +12,9 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 import rewards
-from diffalign import cli, policies, prompts
+from diffalign import policies
+from diffalign.commands import cli
+from diffalign.config import prompts
 from diffalign.emoji_world import distill, evaluate, train_base, training
 from diffalign.emoji_world.claims import Thing, judge, parse
 from diffalign.emoji_world.open_clip_format import convert

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 import rewards
-from diffalign import grids
+from diffalign.drawing import grids
 from rewards import files
 from rewards.files import load_image, open_image
 

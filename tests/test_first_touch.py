@@ -12,11 +12,12 @@ from typing import Annotated, Any, get_origin, get_type_hints
 import pytest
 
 import rewards
-from diffalign import __version__, algorithms, cli, optimize_noise
+from diffalign import __version__, algorithms, optimize_noise
 from diffalign.algorithms import Needs
-from diffalign.decoding import Bounds, field_types
-from diffalign.help import KINDS, listing
-from diffalign.source import REQUIRED, Subject
+from diffalign.commands import cli
+from diffalign.commands.help import KINDS, listing
+from diffalign.config.decoding import Bounds, field_types
+from diffalign.config.source import REQUIRED, Subject
 from rewards import RewardError
 from rewards.device import choose_device, default_device
 
@@ -36,7 +37,7 @@ def run(*arguments: str) -> tuple[int, str, str, set[str]]:
         "import sys, atexit\n"
         f"atexit.register(lambda: print('imported', *(m for m in {SLOW} if m in sys.modules)))\n"
         f"sys.argv[1:] = {list(arguments)!r}\n"
-        "from diffalign import cli; cli.measured = lambda settings: ''; cli.main()"
+        "from diffalign.commands import cli; cli.measured = lambda settings: ''; cli.main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True,

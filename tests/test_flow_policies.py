@@ -12,7 +12,7 @@ from diffalign import policies
 from diffalign.emoji_world.t5 import build_t5_tokenizer
 from diffalign.policies.base import Policy
 from diffalign.policies.flow import flow_levels
-from diffalign.rollout import Sampling, rollout
+from diffalign.sampling.rollout import Sampling, rollout
 
 PROMPTS = ["a red dog", "a cat on a blue background"]
 STEPS = 6

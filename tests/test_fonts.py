@@ -13,7 +13,7 @@ from fontTools.ttLib.tables.C_B_D_T_ import cbdt_bitmap_format_17
 from fontTools.ttLib.tables.E_B_L_C_ import SbitLineMetrics, Strike, eblc_index_sub_table_1
 from PIL import Image, ImageChops
 
-from diffalign import curves, fonts, grids
+from diffalign.drawing import curves, fonts, grids
 
 DOG, PX = "🐶", 109
 

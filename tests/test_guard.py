@@ -11,9 +11,9 @@ import test_trainer
 import torch
 from safetensors.torch import load_file
 
-from diffalign.diagnostics import Guard
 from diffalign.policies import lora
-from diffalign.tracking import read_metrics
+from diffalign.record.metrics import read_metrics
+from diffalign.training.guard import Guard
 from diffalign.verdict import VERDICTS, level, paired_change, t_tail
 
 make = test_trainer.make  # the fixture

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from diffalign import policies
 from diffalign.policies import export, lora
 from diffalign.policies.unet import UNetPolicy
-from diffalign.rollout import Sampling, rollout
+from diffalign.sampling.rollout import Sampling, rollout
 
 # the configs of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0, where they differ from the
 # class's defaults

@@ -19,7 +19,7 @@ import rewards
 from diffalign import policies
 from diffalign.config import TrainConfig
 from diffalign.emoji_world import verifier
-from diffalign.plan import Plan
+from diffalign.training.plan import Plan
 from rewards.device import default_device
 from rewards.loading import LoadingError, optional, pretrained, reading
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from diffalign import policies
 from diffalign.policies import lora_files
 from diffalign.policies.run_folder import WEIGHTS
-from diffalign.rollout import Sampling, rollout
-from diffalign.sampling import Sampler, draw
+from diffalign.sampling.pipeline import Sampler, draw
+from diffalign.sampling.rollout import Sampling, rollout
 
 KINDS = ("sd-epsilon", "sdxl", "sd3", "flux-dev")
 

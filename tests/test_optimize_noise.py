@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_toy import ToyPolicy, closeness
 
 import rewards
+from diffalign.config.prompts import Prompt
 from diffalign.dynamics import Levels
 from diffalign.optimize_noise import METHODS, Budget, Task, build, draw
 from diffalign.optimize_noise import gradient_free as searches
@@ -22,8 +23,7 @@ from diffalign.optimize_noise.dno import dno, implausibility
 from diffalign.optimize_noise.gradient_free import forward_noising, itinerary, neighbour
 from diffalign.optimize_noise.gradients import noise_gradient, pulled_back
 from diffalign.optimize_noise.reno import chi_regulariser, reno
-from diffalign.prompts import Prompt
-from diffalign.rollout import Noise, Sampling, rollout
+from diffalign.sampling.rollout import Noise, Sampling, rollout
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "rewards.safetensors"
 TEXTS = ["a red dog", "a cat on a blue background", "a rocket"]

@@ -18,8 +18,8 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from diffalign import policies
 from diffalign.policies import lora_files, schedulers
-from diffalign.rollout import Sampling, rollout
-from diffalign.sampling import draw
+from diffalign.sampling.pipeline import draw
+from diffalign.sampling.rollout import Sampling, rollout
 
 SCHEDULER = "scheduler/scheduler_config.json"
 INDEX = "model_index.json"

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from diffalign import policies
 from diffalign.policies import Cond, lora
-from diffalign.rollout import Sampling, rollout
+from diffalign.sampling.rollout import Sampling, rollout
 
 PROMPTS = ["a red dog", "a cat on a blue background", "a rocket"]
 

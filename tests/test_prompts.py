@@ -3,8 +3,8 @@ from math import lcm
 
 import pytest
 
-from diffalign.prompts import Prompt, PromptSampler, collect, load
-from diffalign.text import expand_user
+from diffalign.config.prompts import Prompt, PromptSampler, collect, load
+from diffalign.config.text import expand_user
 
 
 def write(tmp_path, data, name="p.txt"):

@@ -7,7 +7,9 @@ import pytest
 from PIL import Image
 
 import rewards
-from diffalign import TrainConfig, grids, report, tracking
+from diffalign import TrainConfig, report
+from diffalign.drawing import grids
+from diffalign.record import metrics
 from rewards.redaction import redact
 
 SECRET = "hunter2-Ab1"
@@ -80,9 +82,9 @@ def test_nothing_that_is_written_shows_a_secret(tmp_path):
 
 def test_trackers_are_given_no_secret(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr(tracking, "check_trackers", lambda names: None)
+    monkeypatch.setattr(metrics, "check_trackers", lambda names: None)
     accelerator = SimpleNamespace(
         is_main_process=True, init_trackers=lambda name, config: seen.update(config)
     )
-    tracking.Tracker(tmp_path, ["any"], {"rewards": {"r": {"token": SECRET}}}, accelerator)
+    metrics.Tracker(tmp_path, ["any"], {"rewards": {"r": {"token": SECRET}}}, accelerator)
     assert seen == {"rewards.r.token": "***"}

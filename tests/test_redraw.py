@@ -15,11 +15,12 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from diffalign import cli, policies
-from diffalign.prompts import load as load_prompts
-from diffalign.rollout import Noise
-from diffalign.sampling import Sampler, parse_seeds
-from diffalign.score import score
+from diffalign import policies
+from diffalign.commands import cli
+from diffalign.commands.score import score
+from diffalign.config.prompts import load as load_prompts
+from diffalign.sampling.pipeline import Sampler, parse_seeds
+from diffalign.sampling.rollout import Noise
 
 
 def brightness(images, prompts):

@@ -16,10 +16,13 @@ import torch
 import yaml
 from PIL import Image
 
-from diffalign import TrainConfig, Trainer, cli, film, pictures, report
+from diffalign import TrainConfig, Trainer, report
+from diffalign.commands import cli
+from diffalign.record import pictures
+from diffalign.record.metrics import Tracker
+from diffalign.report import film
 from diffalign.report.charts import Axis, Line, chart, number
 from diffalign.report.run import read, short_names
-from diffalign.tracking import Tracker
 from diffalign.verdict import VERDICTS
 
 NASTY = """a "dog" <script>alert('x')</script> & <b>bold</b> ${body} 猫"""

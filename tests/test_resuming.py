@@ -13,9 +13,11 @@ import torch
 import yaml
 from test_trainer import adapter, redness
 
-from diffalign import ConfigError, TrainConfig, checkpoint, folder, identity, policies
-from diffalign.decoding import section_keys, write_atomic
-from diffalign.plan import Plan
+from diffalign import ConfigError, TrainConfig, policies
+from diffalign.config.decoding import section_keys, write_atomic
+from diffalign.record import checkpoint, folder
+from diffalign.training import identity
+from diffalign.training.plan import Plan
 
 make = test_trainer.make  # the fixture
 QUICK = {"eval.prompts": None, "data.groups": 2, "train.checkpoint_every": 1}

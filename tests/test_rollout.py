@@ -12,7 +12,7 @@ from torch import nn
 
 from diffalign.dynamics import Levels, Prediction
 from diffalign.policies import Cond
-from diffalign.rollout import Noise, Sampling, Surrogate, adjoint_sweep, rollout
+from diffalign.sampling.rollout import Noise, Sampling, Surrogate, adjoint_sweep, rollout
 
 PROMPTS = ["a red dog", "a cat on a blue background", "a rocket", "a tree"]
 

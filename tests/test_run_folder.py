@@ -12,10 +12,10 @@ from conftest import SIDE, load, perturb
 from diffalign import policies
 from diffalign.config import TrainConfig
 from diffalign.emoji_world import evaluate
-from diffalign.plan import Plan
 from diffalign.policies.run_folder import Model, resolve
-from diffalign.rollout import Sampling, rollout
-from diffalign.sampling import Sampler
+from diffalign.sampling.pipeline import Sampler
+from diffalign.sampling.rollout import Sampling, rollout
+from diffalign.training.plan import Plan
 
 KINDS = ("sd-epsilon", "sdxl", "sd3", "flux-dev")
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign import cli
-from diffalign.score import score
+from diffalign.commands import cli
+from diffalign.commands.score import score
 from rewards import from_arguments, jpeg_kilobytes
 from rewards.files import load_image
 

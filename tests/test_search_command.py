@@ -10,8 +10,11 @@ from conftest import perturb
 from PIL import Image
 
 import rewards
-from diffalign import cli, grids, policies
-from diffalign.optimize_noise import METHODS, command
+from diffalign import policies
+from diffalign.commands import cli
+from diffalign.commands import search as command
+from diffalign.drawing import grids
+from diffalign.optimize_noise import METHODS
 from diffalign.optimize_noise.options import split
 
 SIDE = 16

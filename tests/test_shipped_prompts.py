@@ -8,8 +8,8 @@ import pytest
 from open_clip.tokenizer import SimpleTokenizer
 
 from diffalign.config import TrainConfig
+from diffalign.config.prompts import load
 from diffalign.emoji_world import claims
-from diffalign.prompts import load
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))

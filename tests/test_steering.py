@@ -9,6 +9,7 @@ from families import EPSILON
 from test_toy import GOAL, ToyPolicy, closeness
 
 import rewards
+from diffalign.config.prompts import Prompt
 from diffalign.optimize_noise import Budget, Task, build, draw
 from diffalign.optimize_noise.base import search
 from diffalign.optimize_noise.critique import critique
@@ -25,8 +26,7 @@ from diffalign.optimize_noise.smc import (
     smc,
     steer,
 )
-from diffalign.prompts import Prompt
-from diffalign.rollout import Sampling
+from diffalign.sampling.rollout import Sampling
 from rewards.vlm import UnreadableAnswer
 
 KINDS = ["diff", "max", "add", "rt"]

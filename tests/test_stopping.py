@@ -17,10 +17,12 @@ from conftest import perturb
 from safetensors.torch import load_file
 from test_trainer import adapter, redness
 
-from diffalign import ConfigError, TrainingStopped, checkpoint, stopping
+from diffalign import ConfigError, TrainingStopped
 from diffalign.policies import lora
-from diffalign.stopping import Interrupted, NotFinite, Signals
-from diffalign.tracking import read_metrics
+from diffalign.record import checkpoint
+from diffalign.record.metrics import read_metrics
+from diffalign.training import stopping
+from diffalign.training.stopping import Interrupted, NotFinite, Signals
 from rewards.threads import Worker
 
 ROOT = Path(__file__).parents[1]

@@ -19,18 +19,10 @@ from diffalign.algorithms.alignprop import AlignProp
 from diffalign.algorithms.draft import DRaFT
 from diffalign.algorithms.drtune import DRTune
 from diffalign.algorithms.refl import ReFL
-from diffalign.dynamics import (
-    noised,
-)
-from diffalign.learning import Rollout
+from diffalign.dynamics import noised
 from diffalign.policies import Cond
-from diffalign.rollout import (
-    Noise,
-    Sampling,
-    Surrogate,
-    adjoint_sweep,
-    sample_seed,
-)
+from diffalign.sampling.rollout import Noise, Sampling, Surrogate, adjoint_sweep, sample_seed
+from diffalign.training.learning import Rollout
 
 make = helpers_algorithms.make  # the fixture
 

@@ -13,7 +13,7 @@ from diffalign.algorithms.drtune import DRTune
 from diffalign.algorithms.flow_grpo import FlowGRPO
 from diffalign.dynamics import Levels
 from diffalign.policies.flow import FlowPolicy
-from diffalign.rollout import Noise, Sampling, rollout
+from diffalign.sampling.rollout import Noise, Sampling, rollout
 
 SPREAD = 0.4  # of the points that the base model draws, around the origin
 GOAL = torch.tensor([0.8, -0.6])

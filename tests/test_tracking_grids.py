@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from diffalign.curves import draw_curves
-from diffalign.grids import comparison_grid, image_grid, save_png, to_pil, wrap
-from diffalign.tracking import Tracker, check_trackers, read_metrics
+from diffalign.drawing.curves import draw_curves
+from diffalign.drawing.grids import comparison_grid, image_grid, save_png, to_pil, wrap
+from diffalign.record.metrics import Tracker, check_trackers, read_metrics
 
 
 def table(run_dir):
@@ -90,7 +90,7 @@ class FakeAccelerator:
 
 
 def test_external_trackers(tmp_path, monkeypatch):
-    monkeypatch.setattr("diffalign.tracking.check_trackers", lambda names: None)
+    monkeypatch.setattr("diffalign.record.metrics.check_trackers", lambda names: None)
     accelerator = FakeAccelerator()
     config = {"train": {"lr": 0.1}, "log": {"trackers": ["wandb"]}, "rewards": {}}
     tracker = Tracker(tmp_path, ["wandb"], config, accelerator)

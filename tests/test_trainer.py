@@ -12,7 +12,7 @@ from diffalign import TrainConfig, Trainer, TrainingStopped
 from diffalign.algorithms.ddpo import DDPO
 from diffalign.dynamics import Gaussian
 from diffalign.policies import lora
-from diffalign.tracking import read_metrics
+from diffalign.record.metrics import read_metrics
 from diffalign.verdict import VERDICTS
 
 OBJECTS = ["dog", "cat", "apple", "car", "bus", "house", "tree", "star"]
@@ -480,7 +480,7 @@ def test_every_family_trains(make, pipelines, kind, algorithm):
 
 def test_processes_that_do_not_know_of_each_other_are_refused(make, monkeypatch, tmp_path):
     """Each would train alone and write over the other's files."""
-    from diffalign import trainer
+    from diffalign.training import trainer
 
     real = trainer.Accelerator
 

@@ -12,12 +12,14 @@ from safetensors.torch import load_file
 from test_trainer import redness, rows_of
 
 import rewards
-from diffalign import ConfigError, TrainConfig, algorithms, checkpoint, cli, policies
+from diffalign import ConfigError, TrainConfig, algorithms, policies
 from diffalign.algorithms import Algorithm, GradientAlgorithm, Needs
 from diffalign.algorithms.ddpo import DDPO
+from diffalign.commands import cli
+from diffalign.config.prompts import Prompt
 from diffalign.policies import lora
-from diffalign.prompts import Prompt
-from diffalign.sampling import Sampler
+from diffalign.record import checkpoint
+from diffalign.sampling.pipeline import Sampler
 
 make = test_trainer.make  # the fixture
 ROOT = Path(__file__).parents[1]

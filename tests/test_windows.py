@@ -17,19 +17,10 @@ from helpers_algorithms import (
 )
 
 from diffalign.config import SamplerConfig
-from diffalign.dynamics import (
-    Levels,
-    Prediction,
-    dpm_solver_2m,
-    ode,
-)
+from diffalign.dynamics import Levels, Prediction, dpm_solver_2m, ode
 from diffalign.policies import Cond
-from diffalign.rollout import (
-    Sampling,
-    Window,
-    rollout,
-)
-from diffalign.windows import bounds, window
+from diffalign.sampling.rollout import Sampling, Window, rollout
+from diffalign.sampling.windows import bounds, window
 
 make = helpers_algorithms.make  # the fixture
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rewards.registry import Registry
 
 from ..config import decode
-from ..decoding import ConfigError, suggest
-from ..source import Subject
+from ..config.decoding import ConfigError, suggest
+from ..config.source import Subject
 
 if TYPE_CHECKING:
     from .base import Algorithm, Batch, GradientAlgorithm, Needs

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..rollout import Surrogate
+from ..sampling.rollout import Surrogate
 from .base import GradientAlgorithm, check_choice, check_positive
 
 Truncation = Literal["uniform", "gaussian", "fixed", "bernoulli"]

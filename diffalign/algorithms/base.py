@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..dynamics import SDES, Gaussian, Levels, Prediction
 from ..policies.base import Cond, Policy
-from ..rollout import Sampling, Surrogate
+from ..sampling.rollout import Sampling, Surrogate
 
 
 class Needs(Enum):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dynamics import Levels, Prediction
 from ..policies.base import Policy
-from ..rollout import Sampling
+from ..sampling.rollout import Sampling
 from .base import Algorithm, Batch, Needs, check_choice, check_positive
 
 ADVANTAGE_MAX = 5.0

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..rollout import Surrogate
+from ..sampling.rollout import Surrogate
 from .base import GradientAlgorithm, check_positive
 
 

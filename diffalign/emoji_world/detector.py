@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.decoding import suggest
+from diffalign.config.decoding import suggest
 from rewards.composition import Detection
 
 from .claims import parse

@@ -23,7 +23,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..grids import image_grid
+from ..drawing.grids import image_grid
 from ..policies import lora
 from . import pipelines
 from .scenes import BACKGROUNDS, OBJECTS, article

@@ -22,14 +22,15 @@ from torch import Tensor
 
 from rewards.device import choose_device, default_device
 
-from .. import arguments as arguments_of
-from .. import policies, prompts
-from ..arguments import SPLITS
-from ..decoding import check_folder, to_json, write_atomic
-from ..grids import image_grid, save_png
+from .. import policies
+from ..commands import arguments as arguments_of
+from ..commands.arguments import SPLITS
+from ..config import prompts
+from ..config.decoding import check_folder, to_json, write_atomic
+from ..drawing.grids import image_grid, save_png
 from ..report.run import short_names
-from ..rollout import Sampling, rollout
-from ..sampling import check_drawing
+from ..sampling.pipeline import check_drawing
+from ..sampling.rollout import Sampling, rollout
 from .claims import parse
 from .scenes import ASSETS, STYLES, Scene, readable, sample_scene
 from .training import pixels

@@ -28,7 +28,7 @@ from torch import Tensor
 import rewards
 
 from .. import policies
-from ..decoding import write_atomic
+from ..config.decoding import write_atomic
 from . import evaluate, train_vae
 from .claims import parse
 from .scenes import ASSETS, KINDS, sample_scene

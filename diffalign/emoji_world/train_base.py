@@ -31,7 +31,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..grids import image_grid
+from ..drawing.grids import image_grid
 from . import pipelines
 from .scenes import BACKGROUNDS, KINDS, OBJECTS, article, caption, sample_scene
 from .training import fit, pixels, plain_attention, save, unit

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from rewards.registry import Registry
 
-from ..decoding import Bounds, decode, suggest
+from ..config.decoding import Bounds, decode, suggest
 
 if TYPE_CHECKING:
     from ..dynamics import Levels
-    from ..rollout import Sampling
+    from ..sampling.rollout import Sampling
     from .base import Budget, Result, Step, Steps, Task, draw, search
 
 __all__ = [
@@ -94,7 +94,7 @@ def sampling_for(
     `flow_map`, `dno`), by DDIM with eta 1, on a flow by Flow-GRPO's SDE with 0.7. kernel and eta:
     others. Raises ValueError for a kernel that is unknown or does not suit the levels."""
     from ..dynamics import step_std
-    from ..rollout import Sampling
+    from ..sampling.rollout import Sampling
 
     flow = bool((levels.alpha + levels.sigma - 1).abs().max() < 1e-4)
     if kernel is None:

@@ -15,10 +15,10 @@ from tqdm import tqdm
 
 from rewards import WeightedSum
 
-from ..decoding import Bounds, Count, Positive, Share, Weight  # noqa: F401  (for the methods)
+from ..config.decoding import Bounds, Count, Positive, Share, Weight  # noqa: F401  (for the methods)
+from ..config.prompts import Prompt, for_rewards
 from ..policies import Cond, Policy
-from ..prompts import Prompt, for_rewards
-from ..rollout import Noise, Sampling, sample_seed
+from ..sampling.rollout import Noise, Sampling, sample_seed
 from .options import Budget
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any
 
-from .. import decoding
-from ..decoding import pairs
+from ..config import decoding
+from ..config.decoding import pairs
 from . import METHODS
 
 

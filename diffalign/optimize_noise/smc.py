@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..dynamics import Prediction
-from ..rollout import sample_seed
+from ..sampling.rollout import sample_seed
 from .base import Count, Share, Step, Steps, Task, Weight, draw, finish
 
 Kind = Literal["diff", "max", "add", "rt"]

@@ -9,7 +9,7 @@ from html import escape
 
 from matplotlib.ticker import MaxNLocator
 
-from ..pictures import spread
+from ..record.pictures import spread
 from .run import Point
 
 WIDTH, HEIGHT = 360, 210

@@ -11,11 +11,11 @@ from typing import Any
 
 from rewards.redaction import redact
 
-from .. import pictures
 from ..config import TrainConfig
-from ..decoding import ConfigError, decode_value, field_types, read_sections
-from ..pictures import Evaluated
-from ..tracking import read_metrics
+from ..config.decoding import ConfigError, decode_value, field_types, read_sections
+from ..record import pictures
+from ..record.metrics import read_metrics
+from ..record.pictures import Evaluated
 from ..verdict import WARNINGS, warning
 
 Point = tuple[float, float | None]

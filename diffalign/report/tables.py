@@ -8,7 +8,7 @@ from html import escape
 
 import yaml
 
-from ..tracking import _flat
+from ..record.metrics import _flat
 from .charts import letter, number, tone
 from .run import MEASURED, Run, epoch_name, mean
 

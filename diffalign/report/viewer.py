@@ -10,7 +10,7 @@ from html import escape
 
 from PIL import Image
 
-from ..pictures import Evaluated, spread
+from ..record.pictures import Evaluated, spread
 from .charts import number
 from .run import Run, epoch_name
 

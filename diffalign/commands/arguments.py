@@ -1,0 +1,95 @@
+"""The arguments of commands whose work imports torch, a second that `--help` need not wait for."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..config import CHOICES
+
+SPLITS = ("train", "held_out")
+"""Of EmojiEval's prompts."""
+
+
+def device_of(parser: argparse.ArgumentParser) -> None:
+    """The option that all commands share which load a model, see `rewards.device`."""
+    parser.add_argument("--device", help="cuda, cuda:1, mps or cpu; default: the first there is")
+
+
+def scoring() -> argparse.ArgumentParser:
+    """`diffalign score`."""
+    parser = argparse.ArgumentParser(
+        prog="diffalign score", description="Score finished pictures with rewards."
+    )
+    parser.add_argument("images", help="folder of pictures, searched at any depth")
+    parser.add_argument(
+        "--reward", action="append", required=True, metavar="NAME[=JSON]",
+        help='a reward and its options: clip=\'{"model": "openai/clip-vit-base-patch32"}\'',
+    )  # fmt: skip
+    parser.add_argument("--prompts", help=".txt or .jsonl: one a picture, in the order of names")
+    parser.add_argument("--out", default="scores.csv", help="CSV to write, or to go on with")
+    parser.add_argument("--batch", type=int, default=16, help="pictures at a time")
+    device_of(parser)
+    return parser
+
+
+def grid() -> argparse.ArgumentParser:
+    """`diffalign grid`."""
+    parser = argparse.ArgumentParser(
+        prog="diffalign grid",
+        description="Set models side by side: a row a prompt, the base model and what is asked for "
+        "in columns, the same noise along a row. Several seeds are several rows of a prompt, or, "
+        "with nothing to compare, the columns.",
+    )
+    parser.add_argument("--prompts", nargs="+", required=True, help="texts, or prompt files")
+    parser.add_argument(
+        "--runs", nargs="+", default=[], metavar="RUN",
+        help="run folders, or any LoRA that diffusers loads",
+    )  # fmt: skip
+    parser.add_argument(
+        "--lora-scales", nargs="+", type=float, metavar="S",
+        help="a column for each: 0 = the base model, 1 = as trained; of every run",
+    )  # fmt: skip
+    parser.add_argument(
+        "--interpolate", nargs=2, metavar=("A", "B"), help="from one LoRA to another"
+    )
+    parser.add_argument("--points", type=int, default=5, help="columns of --interpolate")
+    parser.add_argument("--seeds", default="0", help='"0-7", "3" or "1,5,9"')
+    parser.add_argument(
+        "--reward", action="append", metavar="NAME[=JSON]",
+        help="written under the pictures: clip='{\"model\": \"assets/emoji-clip\"}'",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reno", nargs="+", type=int, default=[], metavar="N",
+        help="a column for each: the best of N iterations of ReNO on the model, for --reward",
+    )  # fmt: skip
+    own = "; default: that of the first run's evaluations"
+    parser.add_argument("--model", help=f"pipeline folder or hub id{own}")
+    parser.add_argument("--merge-lora", help=f"LoRA merged into the model first{own}")
+    parser.add_argument("--steps", type=int, help=f"denoising steps{own}, or 20")
+    parser.add_argument("--guidance", type=float, help=f"guidance scale{own}, or 3")
+    parser.add_argument("--resolution", type=int, help=f"side in pixels{own}")
+    parser.add_argument("--dtype", choices=CHOICES["model.dtype"], help=f"of the network{own}")
+    device_of(parser)
+    parser.add_argument("--cell", type=int, help="side of a picture in the grid; default: 192-512")
+    parser.add_argument("--out", default="grid.png", help="PNG to write")
+    return parser
+
+
+def evaluation() -> argparse.ArgumentParser:
+    """`diffalign eval`."""
+    parser = argparse.ArgumentParser(
+        prog="diffalign eval",
+        description="EmojiEval: GenEval's six categories in EmojiWorld, read by its verifier.",
+    )
+    parser.add_argument(
+        "models", nargs="*", help="pipeline folders, run folders or hub ids, a column each"
+    )
+    parser.add_argument("--lora", help="run folder; adds a column of the first model with it")
+    parser.add_argument("--merge-lora", help="LoRA merged into every model first")
+    parser.add_argument("--split", choices=SPLITS, default="held_out")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--seed", type=int, default=0)
+    device_of(parser)
+    parser.add_argument("--out", help="folder for scores.json and a grid of pictures a column")
+    return parser

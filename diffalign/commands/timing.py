@@ -1,0 +1,129 @@
+"""How long a run takes on this machine, from one denoiser call: `--dry-run` asks for it.
+
+    python -m diffalign.commands.timing CONFIG.yaml [--section.key VALUE ...]
+
+It is a process of its own, so that the plan is there at once and stands if this fails.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..config import TrainConfig
+from ..training.cost import BACKWARD, Cost
+
+if TYPE_CHECKING:
+    from ..training.plan import Plan
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds of one denoiser call, of one with its backward pass, and of a picture decoded."""
+
+    forward: float
+    backward: float
+    decoded: float
+    batch: int  # pictures a call of the denoiser, when sampling
+    device: str
+
+    def describe(self, cost: Cost, gradient: bool) -> str:
+        """Two lines of `--dry-run`. gradient: pictures of training are decoded with gradient."""
+        free = cost.sampled + cost.learned - cost.carried
+        pictures = cost.samples * (1 + BACKWARD * gradient)
+        epoch = free * self.forward + cost.carried * self.backward + pictures * self.decoded
+        evaluation = cost.evaluated * self.forward + cost.pictures * self.decoded
+        further = (cost.evaluations - 1) * cost.distance * self.forward
+        evaluations = cost.evaluations * evaluation + further
+        whole = cost.epochs * epoch + evaluations
+        return (
+            f"time       about {words(epoch)} an epoch and {words(evaluation)} an evaluation, "
+            f"{words(whole)} in all, {evaluations / whole:.0%} of it evaluation\n"
+            f"           measured once on {self.device}: {self.forward * 1000:.3g} ms a denoiser "
+            f"call ({self.batch} pictures at a time), {self.backward * 1000:.3g} ms with gradient, "
+            f"{self.decoded * 1000:.3g} ms a picture decoded; rewards and loading left out"
+        )
+
+
+def words(seconds: float) -> str:
+    """A duration: 0.42 s, 12 s, 3.5 min, 2.1 h."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
+def measure(plan: Plan) -> Measured:
+    """Load the model as the run does, and time one call of each kind after another to warm up."""
+    import torch
+
+    from rewards.device import default_device
+
+    from .. import policies
+
+    c, device = plan.config, default_device()
+    policy = policies.prepared(c.model, c.train.seed, device)
+    level = policy.levels(c.sampler.steps)[c.sampler.steps // 2]
+    share = max(1, plan.samples // plan.processes)
+    guidance = c.sampler.guidance
+    branches = 2 if plan.uses_cfg and guidance > 1 else 1
+    text = plan.train_prompts[0].text
+    policy.encode([text])
+    if c.model.free_text_encoders:
+        policy.free_text_encoders()
+
+    def timed(work: Callable[[], Any]) -> float:
+        for _ in range(2):  # the first call sets up what the others use
+            start = time.perf_counter()
+            work()
+            if device != "cpu":
+                getattr(torch, device).synchronize()
+        return time.perf_counter() - start
+
+    def call(n: int) -> Any:
+        x = torch.randn(n, *policy.latent_shape, device=device)
+        return policy.predict(x, level, policy.encode([text] * n), guidance).x0
+
+    batch, rows = min(c.sampler.batch, share), min(c.train.micro_batch, share)
+    with torch.no_grad():
+        forward = timed(lambda: call(batch)) / (batch * branches)
+        latents = call(batch)
+        decoded = timed(lambda: policy.decode(latents)) / batch
+    backward = timed(lambda: call(rows).square().mean().backward()) / (rows * branches)
+    return Measured(forward, backward, decoded, batch, device)
+
+
+def measured(settings: Sequence[str]) -> str:
+    """The lines about time, by a process of its own. settings: CONFIG.yaml and what replaces its
+    settings."""
+    root = str(Path(__file__).parents[2])  # where a child finds this package too
+    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", "diffalign.commands.timing", *settings], stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL, text=True, env=os.environ | {"PYTHONPATH": paths},
+    )  # fmt: skip
+    found = done.stdout.rpartition("time  ")
+    return "".join(found[1:]).rstrip() or f"time       not measured: status {done.returncode}"
+
+
+def main() -> None:
+    try:
+        from ..algorithms import Needs
+        from ..training.plan import Plan
+
+        plan = Plan.make(TrainConfig.from_file(sys.argv[1], sys.argv[2:]))
+        found = measure(plan)
+        print(found.describe(Cost.of(plan), plan.algorithm.needs is Needs.GRADIENT))
+    except Exception as error:  # such as too little memory: the plan stands without it
+        first = str(error).partition("\n")[0] or type(error).__name__
+        print(f"time       not measured: {first}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,382 @@
+"""The configuration of a run: dataclasses, strict YAML and dotted command-line overrides.
+
+A run is a `TrainConfig`. A YAML file gives only what differs from the defaults, and
+`--section.key value` changes one key more. What is unknown or of the wrong type is refused with a
+`ConfigError` that names the key, the place and the nearest valid name.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import draccus
+import yaml
+
+from rewards.redaction import redact
+
+from . import decoding
+from .decoding import (
+    ConfigError,
+    near_divisors,
+    pairs,
+    read_yaml,
+    section_keys,
+    suggest,
+    write_atomic,
+)
+from .section import Section
+
+T = TypeVar("T")
+
+CHOICES = {
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "sampler.kernel": ("ddim", "ode", "flow_sde", "dance_sde", "cps"),
+    "sampler.window_schedule": ("random", "progressive", "decay", "branch"),
+    "advantage.baseline": ("group", "tracker"),
+    "advantage.std": ("group", "global"),
+    "advantage.combine": ("sum", "normalised", "gdpo"),
+    "train.optimizer": ("adamw", "adamw8bit"),
+    "train.lr_schedule": ("constant", "linear", "cosine"),
+    "train.gradients": ("sum", "normalised", "pcgrad", "min_norm"),
+    "eval.guard": ("off", "warn", "stop"),
+}
+"""What settings with a fixed set of values may be."""
+
+
+LARGEST_LR = 1e3  # far beyond use, and far below what AdamW cannot compute with
+
+
+@dataclass
+class ModelConfig(Section):
+    name: str = "assets/emoji-sd"
+    """local folder or hub id of a diffusers pipeline, or a run folder: what it trained included"""
+    merge_lora: str | None = None
+    """folder or hub id of a LoRA merged into the denoiser first: a Turbo, LCM or style LoRA"""
+    dtype: str = "float32"
+    """of the denoiser and the text encoders: float32 | bfloat16 | float16 (with loss scaling);
+    trained weights, SDE maths and VAE stay in float32"""
+    resolution: int | None = None
+    """side of the pictures in pixels; null = the model's own"""
+    lora_rank: int = 8
+    """rank of the trained low-rank update; 0 = train all weights of the denoiser"""
+    lora_alpha: float | None = None
+    """the update is scaled by lora_alpha / lora_rank; null = lora_rank"""
+    lora_targets: list[str] | None = None
+    """linear layers that get a LoRA, by the end of their names; null = those of the model family"""
+    gradient_checkpointing: bool = False
+    """less memory for about a third more time in the backward pass, of denoiser and VAE"""
+    free_text_encoders: bool = True
+    """encode the prompts of the run first and drop the text encoders from memory"""
+    max_sequence_length: int | None = None
+    """T5 tokens a prompt (SD3, FLUX); null = as the pipeline has it, fewer cost less"""
+    decode_batch: int = 16
+    """latents that the VAE decodes at a time"""
+    tiny_vae: str | None = None
+    """local folder or hub id of an AutoencoderTiny that decodes for the rewards in training;
+    evaluation keeps the VAE"""
+
+
+@dataclass
+class SamplerConfig(Section):
+    steps: int = 20
+    """denoising steps"""
+    guidance: float = 1.0
+    """guidance scale w; up to 1 there is no classifier-free guidance; also used in training"""
+    kernel: str = "ddim"
+    """ddim | ode | flow_sde | dance_sde | cps"""
+    eta: float = 1.0
+    """stochasticity of the kernel; 0 = deterministic"""
+    batch: int = 16
+    """images per denoiser call while sampling; the last call of an epoch may have fewer"""
+    window: int | None = None
+    """stochastic, trained steps of a policy gradient, the others being the ODE's; null = all"""
+    window_schedule: str = "random"
+    """where the window is in an epoch: random | progressive | decay (progressive, and ever fewer
+    epochs per place in the second half) | branch (a step for every image of a prompt in turn)"""
+    window_range: list[int] | None = None
+    """[first, end) of the steps that windows may cover; null = all stochastic ones"""
+    window_epochs: int = 1
+    """epochs before a progressive window moves on by one step"""
+    tail: int | None = None
+    """steps of DPM-Solver++ in place of all ODE steps after the window; null = none"""
+    same_noise: bool = False
+    """the images of a prompt start from the same noise"""
+
+
+@dataclass
+class DataConfig(Section):
+    prompts: str = "assets/emoji-world/prompts/train.txt"
+    """.txt (one a line) or .jsonl ({"prompt": ..., metadata})"""
+    groups: int = 8
+    """prompts per epoch"""
+    group_size: int = 8
+    """images per prompt"""
+
+
+@dataclass
+class AdvantageConfig(Section):
+    baseline: str = "group"
+    """group | tracker (DDPO's per-prompt buffer)"""
+    std: str = "global"
+    """what a group's rewards are divided by: group | global (only for baseline=group; combine=gdpo
+    always has the group's)"""
+    combine: str = "sum"
+    """several rewards: sum (advantages of their weighted sum) | normalised (weighted mean of the
+    advantages of each) | gdpo (that, divided by its standard deviation over the epoch)"""
+    clip: float = 5.0
+    """advantages are clipped to [-clip, clip]"""
+    buffer_size: int = 16
+    """rewards remembered per prompt (tracker)"""
+    min_count: int = 16
+    """remembered rewards below which the statistics of the whole epoch are used (tracker)"""
+
+
+@dataclass
+class OptimConfig(Section):
+    epochs: int = 50
+    """rollouts, each followed by its updates"""
+    lr: float = 3e-4
+    """learning rate"""
+    lr_schedule: str = "constant"
+    """constant, or linear | cosine from train.lr to 0 over the run"""
+    warmup: int = 0
+    """optimiser steps over which the learning rate rises: the first has 1/warmup of it"""
+    optimizer: str = "adamw"
+    """adamw | adamw8bit (bitsandbytes, CUDA)"""
+    ema: float = 0.0
+    """decay of an average of the weights that is evaluated and saved in their place; 0 = none"""
+    weight_decay: float = 1e-4
+    """decoupled weight decay"""
+    max_grad_norm: float = 1.0
+    """gradients with a larger norm are scaled down to it"""
+    micro_batch: int = 16
+    """(sample, step) pairs per forward/backward (samples for GRADIENT algorithms)"""
+    updates_per_epoch: int = 1
+    """optimiser steps per rollout; must divide the groups*group_size samples"""
+    inner_epochs: int = 1
+    """passes over a rollout; reward gradients draw its samples again, from the same noise"""
+    gradients: str = "sum"
+    """several rewards, reward gradients: sum | normalised (each of equal length) | pcgrad (without
+    what conflicts) | min_norm (none falls, to first order), picture by picture; rewards.gradients
+    says more"""
+    seed: int = 0
+    """of prompts, noise and LoRA initialisation"""
+    checkpoint_every: int = 10
+    """epochs; 0 = only at the end"""
+    max_denoiser_calls: int | None = None
+    """end after the epoch in which training has made this many; null = no end but epochs"""
+
+
+@dataclass
+class EvalConfig(Section):
+    every: int = 20
+    """epochs; 0 = only before and after"""
+    prompts: str | None = "assets/emoji-world/prompts/held_out.txt"
+    """held-out prompts, as data.prompts; null = no evaluation"""
+    images_per_prompt: int = 2
+    """images per held-out prompt; one alone has no diversity"""
+    steps: int | None = None
+    """denoising steps; null = sampler.steps"""
+    guidance: float | None = None
+    """classifier-free guidance scale; null = sampler.guidance"""
+    rewards: dict[str, Any] = field(default_factory=dict)
+    """held-out judges, never trained on; written as rewards"""
+    guard: str = "warn"
+    """off | warn | stop when a run is over-optimised, has collapsed or failed"""
+    guard_drop: float = 2.0
+    """evidence that counts, in standard errors: Φ(-x) of unchanged runs are flagged, 2.3 % for 2"""
+    guard_diversity: float = 0.7
+    """diversity that is too low, as a share of the base model's"""
+    grid_prompts: int = 8
+    """rows of the before/after grid"""
+
+
+@dataclass
+class LogConfig(Section):
+    dir: str = ""
+    """run folder; empty = runs/<config file stem>"""
+    trackers: list[str] = field(default_factory=list)
+    """tensorboard, wandb, trackio: through accelerate"""
+
+
+@dataclass
+class TrainConfig(Section):
+    """A whole run. `algorithm` and `rewards` are free mappings, checked by those who build them."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    algorithm: dict[str, Any] = field(default_factory=lambda: {"type": "ddpo"})
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    rewards: dict[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    train: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.algorithm = {"type": "ddpo", **self.algorithm}
+
+    @property
+    def eval_steps(self) -> int:
+        """Denoising steps of the evaluations."""
+        return self.sampler.steps if self.eval.steps is None else self.eval.steps
+
+    @property
+    def eval_guidance(self) -> float:
+        """Guidance scale of the evaluations."""
+        return self.sampler.guidance if self.eval.guidance is None else self.eval.guidance
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
+        """Reads a YAML file and applies `overrides`: ["--train.lr", "5e-4", "--data.groups=4"].
+
+        An empty `log.dir` becomes runs/<file stem>. Of the file's `algorithm`, another type keeps
+        the options that it has too; a note says which are left out. Raises `ConfigError`.
+        """
+        config = decode(cls, read_yaml(path), source=f" in {path}")
+        if overrides:
+            tree = config.to_dict()
+            given = list(pairs(overrides))
+            kind = dict(given).get("algorithm.type", config.algorithm["type"])
+            if kind and kind != config.algorithm["type"]:
+                from ..algorithms import of_type  # late: it needs this module
+
+                tree["algorithm"] = of_type(kind, config.algorithm, str(path))
+            for key, text in given:
+                decoding.override(cls, tree, key, text)
+            # The file alone was accepted above, so that what is refused now was typed.
+            config = decode(cls, tree, source=" on the command line")
+        config.log.dir = config.log.dir or f"runs/{Path(path).stem}"
+        return config
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> TrainConfig:
+        """Decodes a nested mapping, as YAML would give it. Raises `ConfigError`."""
+        return decode(cls, mapping)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain dicts, lists and scalars; `from_dict` is the inverse."""
+        return copy.deepcopy(draccus.encode(self))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the complete configuration as YAML, atomically, without secrets."""
+        text = yaml.safe_dump(redact(self.to_dict()), sort_keys=False, allow_unicode=True)
+        write_atomic(path, text.encode())
+
+    def check(self, advantages: bool = True) -> None:
+        """Checks all that can be checked without files or models.
+
+        `advantages=False` is for algorithms that use none (those with needs GRADIENT): one image
+        per prompt is then allowed. Raises one `ConfigError` with a line for each problem.
+        """
+        self.__post_init__()
+        for section in vars(self).values():
+            if isinstance(section, Section):
+                section.__post_init__()  # what was set since they were made
+        problems: list[str] = []
+
+        def get(name: str) -> Any:
+            section, key = name.split(".")
+            return getattr(getattr(self, section), key)
+
+        def require(name: str, ok: bool, reason: str) -> None:
+            if not ok:
+                problems.append(f"{name}={get(name)!r} {reason}")
+
+        for name in section_keys(TrainConfig):
+            value = get(name)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                may = name in _MAY_BE_ZERO
+                bound = "0 or more" if may else "more than 0"
+                require(name, value > 0 or (may and value == 0), f"must be {bound}")
+                require(name, value != math.inf or name in _MAY_BE_INF, "is not finite")
+                large = isinstance(value, int) and value >= 2**63
+                require(name, not large, "is too large; use less than 2**63")  # torch's integers
+        for name, valid in CHOICES.items():
+            require(name, get(name) in valid, f"is not known{suggest(get(name), valid)}")
+        if not isinstance(self.algorithm["type"], str):
+            problems.append(f"algorithm.type={self.algorithm['type']!r} is not the name of one")
+
+        require(
+            "model.merge_lora",
+            self.model.merge_lora is None or self.model.lora_rank != 0,
+            "cannot be combined with model.lora_rank=0, whose reference is the model as stored; "
+            "merge it with diffusers' fuse_lora and save_pretrained, and give that folder",
+        )
+        self._check_window(require)
+        require(
+            "train.lr",
+            not LARGEST_LR < self.train.lr < math.inf,
+            "is far too large: AdamW moves every weight by about as much a step; use e.g. 3e-4",
+        )
+        require("train.ema", self.train.ema < 1, "is a decay; use less than 1, such as 0.9")
+        advantage = self.advantage
+        if advantages and advantage.baseline == "group":
+            require(
+                "data.group_size",
+                self.data.group_size != 1,
+                "leaves nothing to compare an image with: the advantage over its group is always "
+                "0; use 2 or more, or advantage.baseline=tracker",
+            )
+        if advantage.baseline == "tracker" and advantage.buffer_size > 0:
+            require(
+                "advantage.min_count",
+                advantage.min_count <= advantage.buffer_size,
+                "is never reached by a buffer of advantage.buffer_size="
+                f"{advantage.buffer_size}; use at most that",
+            )
+        images = self.data.groups * self.data.group_size
+        updates = self.train.updates_per_epoch
+        if images > 0 and updates > 0:
+            require(
+                "train.updates_per_epoch",
+                images % updates == 0,
+                f"does not divide the {images} images of an epoch (data.groups={self.data.groups} "
+                f"x data.group_size={self.data.group_size}); use {near_divisors(images, updates)}",
+            )
+        if problems:
+            raise ConfigError("\n".join(problems))
+
+    def _check_window(self, require: Callable[[str, bool, str], None]) -> None:
+        s = self.sampler
+        reach = s.window_range
+        ordered = reach is None or (len(reach) == 2 and 0 <= reach[0] < reach[1] <= s.steps)
+        require("sampler.window_range", ordered, f"is not [first, end) of the {s.steps} steps")
+        if not ordered:
+            return
+        room = reach[1] - reach[0] if reach else s.steps
+        if s.window is not None:
+            fits = s.window <= room
+            require("sampler.window", fits, f"is wider than the {room} steps it moves in")
+        else:
+            require("sampler.tail", s.tail is None, "follows a window; set sampler.window too")
+            still = s.window_schedule not in ("progressive", "decay")
+            require("sampler.window_schedule", still, "moves a window; set sampler.window too")
+        if s.window_schedule == "branch":
+            require("sampler.window", s.window == 1, "branches have one stochastic step; use 1")
+            require("sampler.same_noise", s.same_noise, "branches share a trunk; use true")
+        if self.advantage.baseline == "tracker":
+            branches = s.window_schedule == "branch"
+            require("advantage.baseline", not branches, "does not know branches; use group")
+            plain = self.advantage.combine == "sum"
+            require("advantage.combine", plain, "compares groups; use advantage.baseline=group")
+
+
+_MAY_BE_ZERO = (
+    *("model.lora_rank", "sampler.guidance", "sampler.eta", "train.weight_decay", "train.seed"),
+    *("train.checkpoint_every", "train.warmup", "train.ema"),
+    *("eval.every", "eval.guidance", "eval.grid_prompts", "eval.guard_diversity"),
+)
+_MAY_BE_INF = ("advantage.clip", "train.max_grad_norm")
+
+
+def decode(cls: type[T], mapping: Mapping[str, Any], where: str = "", source: str = "") -> T:
+    """`decoding.decode`, with hints at the settings of a run."""
+    return decoding.decode(cls, mapping, where, source, section_keys(TrainConfig))

@@ -1,0 +1,234 @@
+"""Prompts, typed and in files, and the order in which a run goes through them."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Union
+
+import numpy as np
+
+from diffalign.config.decoding import suggest
+from diffalign.config.text import read_text, unusable
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and what is known of it (passed on to the rewards)."""
+
+    text: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def for_rewards(prompts: Sequence[Prompt]) -> tuple[list[str], list[dict[str, Any]]]:
+    """Texts and metadata, as a reward is called with them."""
+    return [p.text for p in prompts], [p.metadata for p in prompts]
+
+
+def for_judges(prompts: Sequence[Prompt]) -> tuple[list[str], list[dict[str, Any]]]:
+    """The same for held-out judges, which score every prompt whatever its `rewards` are."""
+    known = [{k: v for k, v in p.metadata.items() if k != "rewards"} for p in prompts]
+    return [p.text for p in prompts], known
+
+
+SUFFIXES = (".txt", ".jsonl")
+MISTAKEN = (".text", ".json", ".jsonlines", ".ndjson", ".csv", ".tsv", ".md", ".yaml", ".yml")
+MISTAKEN += (".gz", ".zip", ".xz", ".zst", ".parquet", ".docx", ".rtf")  # files that are not read
+
+Given = Union[str, Prompt, Mapping[str, Any], "os.PathLike[str]"]
+
+
+def collect(given: Given | Sequence[Given], what: str = "prompts") -> list[Prompt]:
+    """Prompts as they are typed or passed: texts, prompt files, `Prompt`s and mappings as a line of
+    a .jsonl file is, in any mixture, or one prompt file; never none.
+
+    A text that ends in .txt or .jsonl is the path of a file, and so is a `Path`. The empty text is
+    the unconditional picture's. `what` names the setting in messages. Raises `ValueError`.
+    """
+    if isinstance(given, str) and not _is_path(given):
+        raise ValueError(f"{what}={given[:60]!r} is one text, not a list; write [{given[:60]!r}]")
+    single = isinstance(given, (str, os.PathLike, Prompt)) or not isinstance(given, Iterable)
+    if isinstance(given, Mapping):
+        raise ValueError(f"{what}={str(given)[:60]} is a mapping; give a list of such, or of texts")
+    found: list[Prompt] = []
+    items: Any = [given] if single else given
+    for number, item in enumerate(items):
+        if isinstance(item, os.PathLike) or (isinstance(item, str) and _is_path(item)):
+            found += load(item)
+            continue
+        try:
+            if isinstance(item, Mapping):
+                item = _from_entry(dict(item))
+            if not isinstance(item, (str, Prompt)):
+                raise ValueError(f"{item!r} is not a text")
+            found.append(_checked(item if isinstance(item, Prompt) else Prompt(item.strip())))
+        except ValueError as error:
+            raise ValueError(f"{what}[{number}]: {error}") from error
+    if not found:
+        raise ValueError(f"{what} is empty; give at least one text")
+    return found
+
+
+def _is_path(text: str) -> bool:
+    """Whether a text is the path of a prompt file, also of one that cannot be read."""
+    end = os.path.splitext(text)[1].lower()
+    if end in SUFFIXES or (end in MISTAKEN and len(text.split()) == 1):
+        return True
+    return (os.sep in text or bool(end)) and "\0" not in text and os.path.exists(text)
+
+
+def load(path: str | os.PathLike[str]) -> list[Prompt]:
+    """Reads a prompt file, UTF-8 or with the mark of UTF-16 or UTF-32, any line ends; never empty.
+
+    `.txt` has one prompt a line; blank lines and lines that start with # are skipped. `.jsonl` has
+    one object a line, its "prompt" the text and its other keys the metadata. Raises `ValueError`
+    that names the file, the line and the remedy.
+    """
+    path = Path(path).expanduser()
+    if not os.path.isfile(path):
+        raise ValueError(_missing(path))
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(
+            f"{path}: prompts are read from .txt or .jsonl, not '{suffix}'; rename or convert the "
+            'file: .txt has one prompt a line, .jsonl one {"prompt": ...} a line'
+        )
+    parse = _parse_txt if suffix == ".txt" else _parse_jsonl
+    # Not splitlines(): that also breaks at U+2028 and others, which are valid inside JSON strings.
+    lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prompt = parse(line.strip())
+            if prompt is not None:
+                prompts.append(_checked(prompt))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from error
+    if not prompts:
+        raise ValueError(f"{path} has no prompts; write one a line")
+    return prompts
+
+
+def _missing(path: Path) -> str:
+    if os.path.lexists(path):
+        kind = "a folder" if os.path.isdir(path) else "no regular file (a device, a broken link)"
+        return f"prompt file {path} is {kind}; give a .txt or .jsonl file"
+    there = [p.name for p in path.parent.glob("*") if p.suffix.lower() in SUFFIXES]
+    hint = suggest(path.name, sorted(there)) if there else f"; there is none in {path.parent}"
+    return f"prompt file {path} does not exist{hint}"
+
+
+def _checked(prompt: Prompt) -> Prompt:
+    """The same. Raises `ValueError` for a text that nothing could show or save."""
+    strange = [c for c in prompt.text if unicodedata.category(c) == "Cc" and c not in "\t\n\r\0"]
+    whole = json.dumps([prompt.text, prompt.metadata], ensure_ascii=False, default=str)
+    if problem := unusable(prompt.text) or unusable(whole):
+        raise ValueError(f"the prompt {prompt.text[:60]!r} {problem}")
+    if strange:
+        raise ValueError(
+            f"the prompt {prompt.text[:60]!r} holds the control character U+{ord(strange[0]):04X}; "
+            "remove it, and if the file is UTF-16, convert it to UTF-8"
+        )
+    return prompt
+
+
+def _parse_txt(line: str) -> Prompt | None:
+    return None if line.startswith("#") else Prompt(line)
+
+
+def _parse_jsonl(line: str) -> Prompt:
+    try:
+        entry = json.loads(line, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        lone = line in "[]" or line.startswith("[{")
+        remedy = "; .jsonl has no list around its lines, one object a line" if lone else ""
+        raise ValueError(f"invalid JSON at column {error.colno}: {error.msg}{remedy}") from error
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
+    if not isinstance(entry, dict):
+        raise ValueError(f'{line[:40]} is not an object; write {{"prompt": "..."}}')
+    prompt = _from_entry(entry)
+    if not prompt.text and "image" not in prompt.metadata:  # a picture may be of no prompt
+        raise ValueError('"prompt" is empty; write a text or remove the line')
+    return prompt
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _from_entry(entry: dict[str, Any]) -> Prompt:
+    if "prompt" not in entry:
+        raise ValueError(f'no "prompt" among the keys {", ".join(entry) or "(none)"}')
+    text = entry.pop("prompt")
+    if not isinstance(text, str):
+        raise ValueError(f'"prompt" is {text!r}, not a string')
+    return Prompt(text.strip(), entry)
+
+
+class PromptSampler:
+    """Which prompts an epoch uses: a pure function of (seed, epoch), so resuming needs no state.
+
+    The epochs walk through one fresh permutation of the prompts after another: every prompt is
+    used equally often, and none twice in an epoch.
+
+    Raises `ValueError` unless 1 <= groups <= n.
+    """
+
+    def __init__(self, n: int, groups: int, seed: int = 0) -> None:
+        if not 1 <= groups <= n:
+            raise ValueError(
+                f"data.groups={groups} prompts per epoch cannot be drawn from a file of {n} "
+                f"without repeats; use 1 to {n}, or add prompts"
+            )
+        self.n, self.groups, self.seed = n, groups, seed
+
+    def epoch(self, k: int) -> list[int]:
+        """The `groups` distinct prompt ids, in [0, n), of epoch k >= 0."""
+        turn, offset = divmod(k * self.groups, self.n)
+        ids = self._order(turn)[offset : offset + self.groups]
+        if len(ids) < self.groups:
+            ids += self._order(turn + 1)[: self.groups - len(ids)]
+        return ids
+
+    def share(self, k: int, rank: int, world: int) -> list[int]:
+        """The ids of epoch k that process `rank` of `world` has, the same number on each."""
+        ids = self.epoch(k)
+        size = len(ids) // world
+        return ids[rank * size : (rank + 1) * size]
+
+    def seen(self, epochs: Iterable[int], rank: int, world: int) -> set[int]:
+        """The ids that a process has in any of the epochs."""
+        ids: set[int] = set()
+        for k in epochs:
+            ids |= set(self.share(k, rank, world))
+            if len(ids) == self.n:
+                break
+        return ids
+
+    def _order(self, turn: int) -> list[int]:
+        """The permutation of pass `turn`.
+
+        An epoch that takes `before` ids from the end of one pass takes `after` from the front of
+        the next, which must differ; so an order depends on the one before it. It does so only back
+        to the last pass that began with an epoch, at most `groups` passes ago.
+        """
+        order: list[int] = []
+        for p in range(turn - turn % (self.groups // math.gcd(self.n, self.groups)), turn + 1):
+            fresh = np.random.default_rng((self.seed, p)).permutation(self.n).tolist()
+            after = -p * self.n % self.groups
+            before = set(order[len(order) - (self.groups - after) :]) if after else set()
+            if before.isdisjoint(fresh[:after]):
+                order = fresh
+            else:
+                front = [i for i in fresh if i not in before][:after]
+                taken = set(front)
+                order = front + [i for i in fresh if i not in taken]
+        return order

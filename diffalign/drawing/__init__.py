@@ -1,0 +1,1 @@
+"""Raw picture making: fonts, grids, charts."""

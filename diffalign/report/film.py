@@ -1,0 +1,107 @@
+"""The film of a run, `diffalign film`: the same prompts and noise over its evaluations."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from ..config.decoding import check_folder, write_atomic
+from ..drawing.fonts import Font
+from ..drawing.grids import GREY, GUTTER, INK, comparison_grid, fit, image_grid, save_png
+from ..record import pictures
+from ..record.pictures import Evaluated
+from .run import epoch_name
+
+FRAMES = 60  # of an animation at most
+SHOWN, LAST = 500, 2000  # ms a frame is shown, and the last one
+
+
+def film(
+    run_dir: str | os.PathLike[str],
+    prompts: int = 8,
+    strip_epochs: int = 8,
+    cell: int = 256,
+    out: str | os.PathLike[str] | None = None,
+) -> list[Path]:
+    """Write film.png, a strip of the first `prompts` over at most `strip_epochs` evaluations, and
+    film.webp and film.gif, an animation of up to 60; returns their paths.
+
+    cell: px of a picture. out: their folder; None = the run's. Raises ValueError for a run that
+    kept no pictures.
+    """
+    folder, shots = Path(out or run_dir), pictures.load(run_dir)
+    if not shots:
+        raise ValueError(
+            f"{run_dir} holds no pictures/epoch_*.json; give the folder of a run that was evaluated"
+        )
+    check_folder(folder, "--out")
+    # a run may have been resumed with other prompts
+    shots = [s for s in shots if s.prompts == shots[-1].prompts]
+    strip = strip_of(pictures.spread(shots, strip_epochs), prompts, cell)
+    what = {"run": str(run_dir), "epochs": [s.epoch for s in shots]}
+    save_png(strip, folder / "film.png", what)
+    frames = [frame(shot, prompts, cell) for shot in pictures.spread(shots, FRAMES)]
+    times = [SHOWN] * (len(frames) - 1) + [LAST]
+    # a GIF has 256 colours a frame; without dithering they show as bands
+    dithered = [f.quantize(palette=f.quantize(256)) for f in frames]
+    for suffix, (first, *rest) in (("webp", frames), ("gif", dithered)):
+        data = io.BytesIO()
+        first.save(
+            data, suffix.upper(), save_all=True, append_images=rest, duration=times, loop=0,
+            quality=85,
+        )  # fmt: skip
+        write_atomic(folder / f"film.{suffix}", data.getvalue())
+    return [folder / f"film.{suffix}" for suffix in ("png", "webp", "gif")]
+
+
+def strip_of(shots: Sequence[Evaluated], prompts: int, cell: int) -> Image.Image:
+    """A row a prompt, a column an evaluation, the rewards under the pictures."""
+    texts = shots[0].prompts[:prompts]
+    rewards = {
+        epoch_name(s.epoch): [s.notes(i).get("reward") for i in range(len(texts))] for s in shots
+    }
+    columns = {epoch_name(s.epoch): s.pictures[: len(texts)] for s in shots}
+    return comparison_grid(columns, texts, rewards, cell)
+
+
+def frame(shot: Evaluated, prompts: int, cell: int) -> Image.Image:
+    """The pictures of one evaluation over their prompts, its epoch and mean reward on top."""
+    shown, texts = fit(shot.pictures[:prompts], cell), shot.prompts[:prompts]
+    across = math.ceil(len(shown) / math.ceil(len(shown) / 4))  # rows as even as can be
+    # no scores: they would change the height of the frames over the film
+    body = image_grid(shown, across, texts)
+    values = [x for row in shot.scores.get("reward", []) for x in row if x is not None]
+    size = min(max(body.width / 45, 14), 28)
+    font, top = Font(size), round(size * 1.3) + 2 * GUTTER
+    canvas = Image.new("RGB", (body.width, body.height + top), "white")
+    canvas.paste(body, (0, top))
+    font.draw(canvas, GUTTER, GUTTER, epoch_name(shot.epoch), INK)
+    if values:
+        mean = f"mean reward {sum(values) / len(values):.3f}"
+        font.draw(canvas, body.width - GUTTER, GUTTER, mean, GREY, "right")
+    return canvas
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """`diffalign film`; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="diffalign film", description="The evaluations of a run as a strip and an animation."
+    )
+    parser.add_argument("run", help="run folder")
+    parser.add_argument("--prompts", type=int, default=8, help="pictures shown at a time")
+    parser.add_argument("--epochs", type=int, default=8, help="columns of the strip at most")
+    parser.add_argument("--cell", type=int, default=256, help="side of a picture in pixels")
+    parser.add_argument("--out", help="folder to write to; default: the run's")
+    args = parser.parse_args(arguments)
+    for name, least in (("prompts", 1), ("epochs", 2), ("cell", 1)):
+        if getattr(args, name) < least:
+            raise ValueError(f"--{name} {getattr(args, name)} is too few; use {least} or more")
+    for path in film(args.run, args.prompts, args.epochs, args.cell, args.out):
+        print(path)
+    return 0

@@ -1,0 +1,1 @@
+"""How a picture is drawn: rollouts, their windows, plain pictures."""

@@ -1,0 +1,1 @@
+"""How a run goes: the loop, its updates, what is checked before and kept after."""

@@ -1,0 +1,167 @@
+"""The held-out evaluation of a run: fixed prompts and noise, scores, the before/after grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from torch import Tensor
+
+from rewards import WeightedSum
+
+from ..config import TrainConfig
+from ..config.prompts import Prompt, for_judges, for_rewards
+from ..drawing import grids
+from ..policies import Cond, Policy, read_text_encoders
+from ..record.pictures import fitted
+from ..record.pictures import save as save_pictures
+from ..sampling.rollout import Sampling, rollout, sample_seed
+from .guard import Guard, diversity, thumbnails
+
+
+class Evaluation:
+    """Draws `prompts` with the deterministic sampler, scores the pictures, compares with the base.
+
+    The noise of a picture depends on the seed, the prompt and its number alone, so that every
+    evaluation of a run draws the same. Pictures are divided among the processes; all of them get
+    the same results.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        prompts: Sequence[Prompt],
+        policy: Policy,
+        reward: WeightedSum,
+        judge: WeightedSum | None,
+        accelerator: Accelerator,
+    ):
+        e = config.eval
+        self.config, self.prompts, self.policy = config, prompts, policy
+        self.reward, self.judge = reward, judge
+        self.main = accelerator.is_main_process
+        pictures = [(i, j) for j in range(e.images_per_prompt) for i in range(len(prompts))]
+        self.mine = pictures[accelerator.process_index :: accelerator.num_processes]
+        self.sampling = Sampling(policy.levels(config.eval_steps), "ode", 0.0, config.eval_guidance)
+        self.guard = Guard(e.guard_drop, e.guard_diversity, list(e.rewards))
+        self.scores: dict[str, list[float]] = {}  # of every picture of the last evaluation
+        self.drawn: list[str] = []  # and its prompt
+        self.spread: float | None = None
+        self.grid: Image.Image | None = None  # on the main process, from the second evaluation on
+        self.first: list[tuple[Tensor, dict[str, float]]] = []
+        self.pictures: list[Image.Image] = []  # one a prompt, of the last evaluation
+
+    def texts(self) -> list[str]:
+        """The prompts that this process draws."""
+        return [self.prompts[i].text for i, _ in self.mine]
+
+    def wrong(self) -> list[str]:
+        """What the guard finds wrong at the last evaluation (`Guard.see`)."""
+        return self.guard.see(self.scores, self.spread, self.drawn)
+
+    @torch.no_grad()
+    def run(self, label: str) -> dict[str, float]:
+        """Means over the pictures. `label` heads their column of the grid; "base" says that they
+        are the base model's."""
+        c, rows, images, half = self.config, [], {}, self.sampling.steps // 2
+        kept: dict[int, Image.Image] = {}
+        for start in range(0, len(self.mine), c.sampler.batch):
+            chunk = self.mine[start : start + c.sampler.batch]
+            batch = [self.prompts[i] for i, _ in chunk]
+            cond = self.policy.encode([p.text for p in batch])
+            seeds = [sample_seed(c.train.seed, "eval", i, j) for i, j in chunk]
+            paths = rollout(self.policy, cond, self.sampling, seeds, c.sampler.batch)
+            pictures = self.policy.decode(paths.final)
+            total, parts = self.reward.score(pictures, *for_rewards(batch), held_out=True)
+            if self.judge is not None:
+                parts = parts | self.judge.score(pictures, *for_judges(batch))[1]
+            if self.policy.is_lora:
+                x, same = paths.states[:, half], torch.zeros_like(total)
+                kl = same if label == "base" else self._distance(x, half, cond)
+                parts = parts | {"kl": kl}
+            small = thumbnails(pictures)
+            for row, (i, j) in enumerate(chunk):
+                scores = {k: v[row].item() for k, v in {"reward": total, **parts}.items()}
+                rows.append((i, j, scores, small[row]))
+                if j == 0:
+                    kept[i] = fitted(pictures[row], len(self.prompts))
+                if j == 0 and i < c.eval.grid_prompts:
+                    known = {k: v for k, v in scores.items() if v == v}
+                    images[i] = (pictures[row].cpu(), known)
+        rows = sorted(gather_object(rows), key=lambda row: row[:2])
+        images = {k: v for part in gather_object([images]) for k, v in part.items()}
+        kept = {k: v for part in gather_object([kept]) for k, v in part.items()}
+        self.pictures = [kept[i] for i in sorted(kept)]
+        if images and self.main:
+            self._draw_grid(label, [images[i] for i in sorted(images)])
+        if not rows:
+            return {}
+        self.scores = {k: [row[2][k] for row in rows] for k in rows[0][2]}
+        self.drawn = [self.prompts[row[0]].text for row in rows]
+        scored = {k: [x for x in v if x == x] for k, v in self.scores.items()}  # NaN: not scored
+        means = {f"eval/{k}": sum(v) / len(v) for k, v in scored.items() if v}
+        self.spread = diversity(torch.stack([row[3] for row in rows]), [row[0] for row in rows])
+        if not self.guard.base:
+            self.wrong()
+        return means | ({} if self.spread is None else {"eval/diversity": self.spread})
+
+    @torch.no_grad()
+    def draw(
+        self,
+        texts: Sequence[str],
+        seeds: Sequence[int],
+        steps: int | None = None,
+        guidance: float | None = None,
+    ) -> list[Image.Image]:
+        """A picture of every text from the initial noise of every seed, all of a text's together:
+        the noise that diffusers draws with `torch.Generator().manual_seed(seed)`. Text encoders
+        that were freed are read again where a text is new."""
+        policy, how, size = self.policy, self.sampling, self.config.sampler.batch
+        if steps is not None:
+            how = replace(how, levels=policy.levels(steps))
+        if guidance is not None:
+            how = replace(how, guidance=guidance)
+        read = not (policy.has_text_encoders or policy.knows(texts))
+        if read:
+            read_text_encoders(policy, self.config.model)
+        rows, drawn = [(text, seed) for text in texts for seed in seeds], []
+        for start in range(0, len(rows), size):
+            chunk = rows[start : start + size]
+            cond = policy.encode([text for text, _ in chunk])
+            paths = rollout(policy, cond, how, [seed for _, seed in chunk], size, store=False)
+            drawn += [grids.to_pil(picture) for picture in policy.decode(paths.final)]
+        if read:
+            policy.free_text_encoders()
+        return drawn
+
+    def write(self, run_dir: Path, epoch: int) -> None:
+        """Keep what the last evaluation drew, as that of `epoch`, and the grid beside the first."""
+        if self.main and self.pictures:
+            texts = [p.text for p in self.prompts]
+            save_pictures(run_dir, epoch, texts, self.pictures, self.scores)
+        if self.grid is not None:
+            grids.save_png(self.grid, run_dir / "grid.png", self.config.to_dict())
+
+    def _distance(self, x: Tensor, step: int, cond: Cond) -> Tensor:
+        """mean_D (f_θ - f_ref)² of the network's outputs at x (n, *latent), (n,)."""
+        level, guidance = self.sampling.levels[step], self.sampling.guidance
+        seen = self.policy.predict(x, level, cond, guidance).native
+        with self.policy.reference():
+            base = self.policy.predict(x, level, cond, guidance).native
+        return (seen - base).square().flatten(1).mean(1)
+
+    def _draw_grid(self, label: str, images: list[tuple[Tensor, dict[str, float]]]) -> None:
+        if not self.first:
+            self.first = images
+            return
+        columns = {"before": self.first, label: images}
+        self.grid = grids.comparison_grid(
+            {name: [picture for picture, _ in column] for name, column in columns.items()},
+            [p.text for p in self.prompts[: len(images)]],
+            {name: [score for _, score in column] for name, column in columns.items()},
+        )

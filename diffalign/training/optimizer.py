@@ -1,0 +1,162 @@
+"""The optimiser step: gradients summed over processes, scaled, clipped; schedule and averages."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import OptimConfig
+from ..config.decoding import ConfigError
+from ..policies import Policy
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+from .stopping import IN_A_ROW, NotFinite, unusable_gradient
+
+
+def check_optimizer(name: str) -> None:
+    """Raises ConfigError for the 8-bit AdamW where bitsandbytes is missing."""
+    if name == "adamw8bit" and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "train.optimizer=adamw8bit needs bitsandbytes; pip install bitsandbytes, or use adamw"
+        )
+
+
+def make_optimizer(config: OptimConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, or its 8-bit form of bitsandbytes."""
+    check_optimizer(config.optimizer)
+    adamw: Any = torch.optim.AdamW
+    if config.optimizer == "adamw8bit":
+        adamw = importlib.import_module("bitsandbytes.optim").AdamW8bit
+    return adamw(parameters, config.lr, weight_decay=config.weight_decay)
+
+
+class Optimisation:
+    """Everything that moves weights: those of the policy, and an algorithm's own beside them.
+
+    steps: optimiser steps of the whole run, for the schedule.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        extra: Iterable[nn.Parameter],
+        config: OptimConfig,
+        accelerator: Accelerator,
+        dtype: str,
+        steps: int,
+    ):
+        from diffusers.optimization import get_scheduler
+
+        self.policy, self.config, self.accelerator = policy, config, accelerator
+        self.trained = policy.trainable_parameters()
+        self.extra = list(extra)
+        self.parameters = self.trained + self.extra
+        self.optimiser = make_optimizer(config, self.parameters)
+        # only the factor over the steps is taken: a rate is then a function of `updates` alone
+        schedule: Any = get_scheduler(
+            config.lr_schedule,
+            self.optimiser,
+            num_warmup_steps=config.warmup,
+            num_training_steps=steps,
+        )
+        self.factor = schedule.lr_lambdas[0]
+        # the smallest gradients vanish in float16 unless they are scaled up
+        on = dtype == "float16"
+        self.scaler = torch.amp.GradScaler(accelerator.device.type, enabled=on)
+        self.updates, self.lr = 0, config.lr  # steps made, and the rate of the last one
+        self.skipped = self.made = 0  # steps of this session
+        self.dtype = dtype
+        self.blame: str | None = None  # what is known to have made the gradient infinite
+        self._hopeless = 0  # skipped steps in a row that no smaller loss scale could have saved
+        if config.ema:
+            policy.add_copy("ema")
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self) -> float:
+        """One step from the accumulated gradients; returns their norm before clipping.
+
+        Where the norm is NaN or infinite no weight, average or optimizer state changes, on any
+        process: it is taken after the sum over all of them. Raises NotFinite after five such steps
+        in a row (in float16 once the loss scale is down to 1), and for weights that are no longer
+        finite.
+
+        Gradients are summed over processes here rather than by wrapping the network: processes may
+        run different numbers of backward passes, and the adjoint sweep runs several per sample.
+        """
+        for p in self.parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        if self.accelerator.num_processes > 1:
+            flat = torch.cat([p.grad.flatten() for p in self.parameters])  # type: ignore[union-attr]
+            flat: Any = self.accelerator.reduce(flat, "sum")
+            for p, g in zip(
+                self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True
+            ):
+                p.grad = g.view_as(p)
+        n, warmup = self.updates, self.config.warmup
+        # diffusers' warm-up would waste the first step on a rate of 0
+        self.lr = self.config.lr * ((n + 1) / warmup if n < warmup else self.factor(n))
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.lr
+            group["weight_decay"] = self.config.weight_decay
+        self.scaler.unscale_(self.optimiser)
+        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        extra = torch.nn.utils.clip_grad_norm_(self.extra, self.config.max_grad_norm)
+        finite = bool(norm.isfinite() and extra.isfinite())
+        if finite:
+            self.scaler.step(self.optimiser)
+        self.scaler.update()  # in float16 a smaller scale, where a gradient has overflown
+        self.optimiser.zero_grad()
+        self._made() if finite else self._skip()
+        return norm.item()
+
+    def _made(self) -> None:
+        self.updates += 1
+        self.made, self._hopeless, self.blame = self.made + 1, 0, None
+        if not torch.nn.utils.get_total_norm(self.parameters).isfinite():
+            raise NotFinite(
+                f"the weights are not finite after an update with train.lr={self.lr:g} "
+                f"({self.dtype}): lower train.lr"
+            )
+        if self.config.ema:
+            n = self.updates
+            self.follow("ema", min(self.config.ema, (1 + n) / (10 + n)))
+
+    def _skip(self) -> None:
+        self.skipped += 1
+        self._hopeless += self.scaler.get_scale() <= 1  # 1 where there is none
+        if self._hopeless >= IN_A_ROW:
+            raise self._stuck(f"{self._hopeless} updates in a row were")
+
+    def check_made(self) -> None:
+        """Raises NotFinite where steps were tried and every one was skipped."""
+        if self.skipped and not self.made:
+            raise self._stuck(f"all {self.skipped} update(s) were")
+
+    def _stuck(self, skipped: str) -> NotFinite:
+        scale = self.scaler.get_scale()
+        return unusable_gradient(skipped, self.blame, self.config.lr, self.dtype, scale)
+
+    @torch.no_grad()
+    def follow(self, name: str, decay: float) -> None:
+        """copy <- decay copy + (1 - decay) θ, of the policy's copy `name`."""
+        for copy, p in zip(self.policy.weights(name), self.policy.weights(), strict=True):
+            copy.lerp_(p.to(copy), 1 - decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        parts = {"optimiser": self.optimiser, "scaler": self.scaler}
+        return {k: part.state_dict() for k, part in parts.items()} | {"updates": self.updates}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.updates = state["updates"]
+        self.optimiser.load_state_dict(state["optimiser"])
+        if state["scaler"]:  # nothing where the dtype needs none
+            self.scaler.load_state_dict(state["scaler"])

@@ -1,0 +1,222 @@
+"""What a run keeps of itself: its state, how it is taken up, what is saved when it ends early."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from rewards import RewardError
+
+from ..config.decoding import ConfigError
+from ..drawing import grids
+from ..record import checkpoint, folder
+from . import identity, stopping
+from .stopping import NotFinite, Signals, TrainingStopped
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+DEPENDS = {
+    "guard": ("eval.", "rewards."),
+    "history": ("data.", "rewards.", "advantage.baseline", "advantage.buffer_size"),
+    "reward": ("rewards.",),
+    "algorithm": ("algorithm.",),
+    "optimisation": ("algorithm.type", "train.optimizer"),
+}
+"""The settings that a part's state means nothing without: where one has changed it starts anew."""
+
+
+def open_run(
+    trainer: Trainer, resume: bool, overwrite: bool, force: bool
+) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """Take the run folder for this process; returns the state to go on from, and the settings that
+    differ from that run's. Raises what `folder.check`, `folder.lock` and `checkpoint.load` do, and
+    ConfigError for settings that differ without `force`."""
+    if overwrite and resume:
+        raise ConfigError("overwrite starts anew and resume goes on; give one of them")
+    if force and not resume:
+        raise ConfigError("force is for going on with other settings; give resume as well")
+    with folder.writing(trainer.dir):
+        folder.check(trainer.dir, resume, overwrite)
+        if trainer.main:
+            folder.lock(trainer.dir)
+    # a run that was killed before its first checkpoint has none: resuming is starting anew
+    if not resume or not (trainer.dir / checkpoint.NAME).exists():
+        return None, {}
+    state = checkpoint.load(trainer.dir)
+    bad = _infinite(state)
+    if bad:  # of a version that saved such a state
+        raise ConfigError(
+            f"{trainer.dir / checkpoint.NAME}: {' and '.join(bad)} hold NaN or inf, which no "
+            "training mends; start anew with --overwrite and a lower train.lr"
+        )
+    changed = identity.changes(trainer.dir, state, trainer.plan)
+    if changed and not force:
+        raise ConfigError(
+            f"the run in {trainer.dir} had other settings ({identity.words(changed)}); give them "
+            "as they were, start anew with --overwrite or another --log.dir, or insist with --force"
+        )
+    return state, changed
+
+
+@contextmanager
+def kept(trainer: Trainer) -> Iterator[Signals]:
+    """Inside it a signal ends the run as Ctrl-C does, and however the run ends, the epochs done are
+    saved (`end`) and the folder is free for others."""
+    with Signals() as signals:
+        try:
+            try:
+                yield signals
+            finally:
+                signals.deliver()
+        except BaseException as error:
+            signals.hold()
+            end(trainer, error)
+            raise
+        finally:
+            trainer.tracker.close()
+            if trainer.main:
+                folder.release(trainer.dir)
+
+
+def parts(trainer: Trainer) -> dict[str, Any]:
+    """What keeps a state of its own between epochs."""
+    return {
+        "optimisation": trainer.optimisation,
+        "history": trainer.history,
+        "algorithm": trainer.algorithm,
+        "guard": trainer.evaluation.guard,
+        "reward": trainer.reward,
+    }
+
+
+def state(trainer: Trainer) -> dict[str, Any]:
+    """All that a run needs to go on, and what it is. Raises NotFinite rather than give one whose
+    weights or optimizer state are not finite."""
+    known = {name: part.state_dict() for name, part in parts(trainer).items()}
+    found = copy.deepcopy(known) | {
+        "epoch": trainer.epoch,
+        "calls": trainer.calls,
+        "adapter": trainer.policy.state_dict(),
+        "copies": {name: trainer.policy.state_dict(name) for name in _copies(trainer)},
+        "run": {"digest": identity.digest(trainer.settings), "settings": trainer.settings},
+    }
+    bad = _infinite(found)
+    if bad:
+        raise NotFinite(
+            f"{' and '.join(bad)} are not finite after epoch {trainer.epoch} with train.lr="
+            f"{trainer.config.train.lr:g} ({trainer.config.model.dtype}): lower train.lr"
+        )
+    return found
+
+
+def restore(
+    trainer: Trainer,
+    state: Mapping[str, Any],
+    changed: Mapping[str, str] | None = None,
+    force: bool = False,
+) -> list[str]:
+    """Take up a `state`; returns what of it could not be, in words, which only `force` allows.
+
+    changed: settings that differ from those of the run (`identity.changes`). Raises ConfigError
+    where the weights do not fit, or without `force` anything else.
+    """
+    trainer.epoch, trainer.calls = state["epoch"], state.get("calls", 0.0)
+    try:
+        trainer.policy.load_state_dict(state["adapter"])
+        for name in _copies(trainer):  # one that is new starts from what was trained
+            trainer.policy.load_state_dict(state["copies"].get(name, state["adapter"]), name)
+    except (KeyError, RuntimeError, ValueError) as error:
+        why = identity.words(changed or {}) or str(error).splitlines()[0]
+        raise ConfigError(
+            f"the weights in {trainer.dir / checkpoint.NAME} do not fit this model ({why}); no "
+            "--force helps: give those settings as they were, or choose another --log.dir"
+        ) from error
+    anew = []
+    for name, part in parts(trainer).items():
+        moved = [key for key in changed or {} if key.startswith(DEPENDS[name])]
+        fresh = copy.deepcopy(part.state_dict())
+        try:
+            if not moved:
+                part.load_state_dict(copy.deepcopy(state[name]))
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            if not force:
+                raise ConfigError(
+                    f"{trainer.dir / checkpoint.NAME}: the state of the {name} cannot be taken up "
+                    f"({error!r}); it may be of another version: --force starts it anew"
+                ) from error
+            part.load_state_dict(fresh)
+            moved = ["it does not fit"]
+        if moved:
+            anew.append(f"--force: the {name} starts anew, as {', '.join(moved)} changed")
+    return anew
+
+
+def end(trainer: Trainer, error: BaseException) -> None:
+    """Save the epochs done when a run ends early; raise TrainingStopped for what there are words
+    for, and return for anything else.
+
+    A reward may fail on any process, and the launcher ends the others as soon as that one exits.
+    The epochs done are the same on all, so it writes them; what all processes know of, the main one
+    does.
+    """
+    lines, ruined = [str(error)], False
+    everywhere = isinstance(error, (NotFinite, KeyboardInterrupt))
+    if isinstance(error, RewardError) and error.image is not None:
+        path = trainer.dir / "failed_reward.png"
+        with suppress(OSError):
+            grids.save_png(grids.to_pil(error.image), path, {"prompt": error.prompt})
+            lines.append(f"picture: {path}")
+        if not error.image.isfinite().all():
+            updates = trainer.optimisation.updates
+            lines.append(stopping.no_pictures(trainer.config, updates))
+            # in float16 a single picture may overflow; elsewhere the weights are at fault
+            ruined = updates > 0 and trainer.config.model.dtype != "float16"
+    kept = _keep(trainer, ruined) if trainer.main or not everywhere else ""
+    if isinstance(error, OSError) and error.errno in folder.DISK:
+        lines = [f"{error.filename or trainer.dir} cannot be written: {error.strerror or error}"]
+    elif not isinstance(error, (RewardError, NotFinite)):
+        trainer.say(kept)
+        return
+    raise TrainingStopped("\n".join(filter(None, [*lines, kept]))) from error
+
+
+def _keep(trainer: Trainer, ruined: bool) -> str:
+    """Save the epochs done, but not `ruined` weights over good ones; says what there is now."""
+    done = trainer.complete["epoch"]
+    before = "what was saved before is whole; " * (trainer.dir / checkpoint.NAME).exists()
+    if not done:
+        return "epochs done: 0, nothing to save; start again"
+    if ruined:
+        how = f"{before}--resume goes on from there" if before else "start again"
+        return f"epochs done: {done}, and these weights are not saved; {how}"
+    try:
+        restore(trainer, trainer.complete)
+        trainer.save()
+    except Exception as error:  # what ended the run matters more
+        return f"epochs done: {done}, not saved ({error}); {before}mend that and use --resume"
+    return f"epochs done: {done}, saved in {trainer.dir}; --resume goes on"
+
+
+def _copies(trainer: Trainer) -> list[str]:
+    return [*trainer.copies, *(["ema"] if trainer.config.train.ema else [])]
+
+
+def _infinite(state: Mapping[str, Any]) -> list[str]:
+    """The parts of a run's state whose tensors hold NaN or inf: weights, copies, optimizer."""
+
+    def finite(value: Any) -> bool:
+        if isinstance(value, Mapping):
+            return all(map(finite, value.values()))
+        if isinstance(value, (list, tuple)):
+            return all(map(finite, value))
+        # 8-bit states are integers
+        floating = isinstance(value, Tensor) and value.is_floating_point()
+        return not floating or bool(value.isfinite().all())
+
+    parts = {"weights": "adapter", "averages": "copies", "optimizer": "optimisation"}
+    return [name for name, key in parts.items() if not finite(state.get(key))]
