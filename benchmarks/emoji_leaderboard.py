@@ -132,7 +132,7 @@ QUALITIES = {
 COSTS = {
     "denoiser_calls": "denoiser calls", "reward_calls": "reward calls", "seconds": "seconds"
 }  # fmt: skip
-COLOURS, MARKS = ("#0072b2", "#d55e00", "#009e73"), "os^vDPX*"  # colours of Okabe and Ito
+COLORS, MARKS = ("#0072b2", "#d55e00", "#009e73"), "os^vDPX*"  # colours of Okabe and Ito
 NEEDS = {
     Needs.TRAJECTORY: "policy gradient",
     Needs.FINAL: "forward matching",
@@ -187,7 +187,7 @@ def run(config: TrainConfig, budget: int) -> None:
         "model": config.model.name, "algorithm": folder.name.rpartition("_seed")[0],
         "need": NEEDS[trainer.algorithm.needs], "seed": config.train.seed, "budget": budget,
         "threads": torch.get_num_threads(), "epochs": trainer.epoch,
-        "updates": trainer.optimisation.updates,
+        "updates": trainer.optimizer.updates,
         **{name: total(name) for name in COSTS},
         "before": {k: v for k, v in evaluated[0].items() if k.startswith("eval/")},
         "after": {k: v for k, v in evaluated[-1].items() if k.startswith("eval/")},
@@ -268,7 +268,7 @@ def figure(boards: Mapping[str, Mapping[str, list[Any]]], budget: int) -> Image.
                 ]
                 means.append(np.mean(curves, 0))
             reward, judge = means
-            look: Any = {"color": COLOURS[needs.index(need)], "marker": MARKS[marks[need]]}
+            look: Any = {"color": COLORS[needs.index(need)], "marker": MARKS[marks[need]]}
             look |= {"mec": "white", "label": name}
             marks[need] += 1
             ax.plot(grid, reward, **look)

@@ -63,7 +63,7 @@ class Adversarial(Reward):
                 nn.Linear(config.hidden_size, hidden), nn.GELU(), nn.Linear(hidden, 1)
             )
         self.generator = torch.Generator().manual_seed(seed)
-        self.optimiser: Any = None  # made in `learn`, where the device is known
+        self.optimizer: Any = None  # made in `learn`, where the device is known
         self.freeze()
 
     @classmethod
@@ -91,8 +91,8 @@ class Adversarial(Reward):
         """Figures: the loss, and the share of batches' images on the right side of 0."""
         device = next(self.head.parameters()).device
         self.head.requires_grad_(True)
-        if self.optimiser is None:
-            self.optimiser = torch.optim.Adam(self.head.parameters(), self.lr, (0.5, 0.999))
+        if self.optimizer is None:
+            self.optimizer = torch.optim.Adam(self.head.parameters(), self.lr, (0.5, 0.999))
         losses, right = [], []
         with torch.enable_grad():
             for _ in range(self.steps):
@@ -104,9 +104,9 @@ class Adversarial(Reward):
                     margins = (1 - side * whole).relu().mean() / 2
                     loss = loss + margins + self.patches * (1 - side * parts).relu().mean() / 2
                     right.append((side * whole > 0).float().mean().item())
-                self.optimiser.zero_grad()
+                self.optimizer.zero_grad()
                 loss.backward()
-                self.optimiser.step()
+                self.optimizer.step()
                 losses.append(loss.item())
         self.head.requires_grad_(False)
         return {"loss": sum(losses) / len(losses), "accuracy": sum(right) / len(right)}
@@ -120,7 +120,7 @@ class Adversarial(Reward):
     def memory(self):
         state = {
             "head": self.head.state_dict(),
-            "optimiser": self.optimiser.state_dict() if self.optimiser else None,
+            "optimiser": self.optimizer.state_dict() if self.optimizer else None,
             "generator": self.generator.get_state(),
         }
         return copy.deepcopy(state)
@@ -128,7 +128,7 @@ class Adversarial(Reward):
     def recall(self, memory: Mapping[str, Any]) -> None:
         self.head.load_state_dict(memory["head"])
         self.generator.set_state(memory["generator"])
-        self.optimiser = None
+        self.optimizer = None
         if memory["optimiser"] is not None:
-            self.optimiser = torch.optim.Adam(self.head.parameters(), self.lr, (0.5, 0.999))
-            self.optimiser.load_state_dict(memory["optimiser"])
+            self.optimizer = torch.optim.Adam(self.head.parameters(), self.lr, (0.5, 0.999))
+            self.optimizer.load_state_dict(memory["optimiser"])

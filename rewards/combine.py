@@ -248,6 +248,6 @@ def conservative(values: Tensor, how: str, penalty: float = 1.0) -> Tensor:
     """(k, n) values of k members to (n,), see ``Ensemble``."""
     if how == "min":
         return values.min(0).values
-    centred = values - values.mean(0)
+    centered = values - values.mean(0)
     # the root has no gradient at 0, where all members agree
-    return values.mean(0) - penalty * (centred.square().mean(0) + 1e-12).sqrt()
+    return values.mean(0) - penalty * (centered.square().mean(0) + 1e-12).sqrt()

@@ -21,8 +21,8 @@ from .preprocess import quantize_pixels, resize
 
 # axis, and sign of the offset along it
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-COLOUR_TEXTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+COLOR_TEXTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 GROUNDING_DINO = ("grounding-dino", "mm-grounding-dino")
 OWL = ("owlvit", "owlv2")
 MARGIN = 0.1  # of the two objects' sizes
@@ -37,7 +37,7 @@ class Detection:
     label: str
     score: float
     box: tuple[float, float, float, float]
-    colour: str | None = None
+    color: str | None = None
 
 
 Detector = Callable[[Tensor, list[list[str]]], list[list[Detection]]]
@@ -161,7 +161,7 @@ class Composition(Reward):
             else:
                 if "color" in clause:
                     asked = clause["color"]
-                    own.append(sum(self._colour(image, t, asked) == asked for t in things) / n)
+                    own.append(sum(self._color(image, t, asked) == asked for t in things) / n)
                 if "position" in clause:
                     relation, target = clause["position"]
                     pairs = [(a.box, b.box) for a in things for b in matched[target]]
@@ -173,10 +173,10 @@ class Composition(Reward):
         excluded = any(len(seen[c["class"]]) >= c["count"] for c in known.get("exclude", []))
         return float(not excluded and all(value == 1 for value in values))
 
-    def _colour(self, image: Tensor, thing: Detection, asked: str) -> str:
+    def _color(self, image: Tensor, thing: Detection, asked: str) -> str:
         """The named colour of a detection in its image (3, H, W)."""
-        if thing.colour is not None:
-            return thing.colour
+        if thing.color is not None:
+            return thing.color
         if self.clip is None:
             raise ValueError(
                 f"a {asked} {thing.label} is asked for and the detector names no colours; set "
@@ -186,8 +186,8 @@ class Composition(Reward):
         columns = _inside(thing.box[0], thing.box[2], image.shape[2])
         size = self.clip.tower.size
         crop = resize(image[None, :, rows, columns], size, size)
-        names = list(dict.fromkeys([*COLOURS, asked]))
-        texts = [text.format(name, thing.label) for name in names for text in COLOUR_TEXTS]
+        names = list(dict.fromkeys([*COLORS, asked]))
+        texts = [text.format(name, thing.label) for name in names for text in COLOR_TEXTS]
         features = self.clip.text_features(texts).unflatten(0, (len(names), -1)).mean(1)
         likeness = F.normalize(features, dim=-1) @ self.clip.image_features(crop)[0]
         return names[int(likeness.argmax())]
@@ -230,10 +230,10 @@ def _check_clauses(known: dict) -> None:
         keys = ("class", "count", *(("color", "position") if i < len(include) else ()))
         for key in set(clause) - set(keys):
             raise ValueError(f"clause {clause} has {key!r}; known: {', '.join(keys)}")
-        name, count, colour = clause.get("class"), clause.get("count"), clause.get("color", "")
+        name, count, color = clause.get("class"), clause.get("count"), clause.get("color", "")
         if not isinstance(name, str) or not name.strip() or "." in name:
             raise ValueError(f"clause {clause} has no class, a text without full stops")
-        if type(count) is not int or count < 1 or not isinstance(colour, str):
+        if type(count) is not int or count < 1 or not isinstance(color, str):
             raise ValueError(f"clause {clause}: count must be 1 or more, color a text")
         earlier = [[relation, target] for relation in RELATIONS for target in range(i)]
         if "position" in clause and clause["position"] not in earlier:

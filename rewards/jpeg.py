@@ -28,7 +28,7 @@ _CHROMA = (
 FACTORS = (1.40, 3.53, 5.23)
 
 
-def quantisation_tables(quality: int) -> tuple[Tensor, Tensor]:
+def quantization_tables(quality: int) -> tuple[Tensor, Tensor]:
     """Luma and chroma divisors, (8, 8) float64 each, with libjpeg's integer quality scaling."""
     scale = 5000 // quality if quality < 50 else 200 - 2 * quality
 
@@ -96,7 +96,7 @@ def _terms(images: Tensor, quality: int) -> tuple[Tensor, Tensor, Tensor]:
     chroma = torch.cat([(blue - luma) / 1.772, (red - luma) / 1.402], 1)
     magnitude, nonzero, blocks = pixels.new_zeros(3, len(pixels))
     planes = (luma - 128, F.avg_pool2d(chroma, 2))
-    for plane, table in zip(planes, quantisation_tables(quality), strict=True):
+    for plane, table in zip(planes, quantization_tables(quality), strict=True):
         q = _dct_blocks(plane) / table.to(plane).flatten()
         dc, ac = q[..., 0].diff(dim=-1), q[..., 1:]
         magnitude = magnitude + torch.log2(1 + ac**2).sum((1, 2, 3)) / 2

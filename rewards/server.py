@@ -212,9 +212,9 @@ def decode(images: list[str], max_pixels: int) -> Tensor:
 def _png_size(file: bytes) -> tuple[int, int]:
     if not file.startswith(PNG_START) or not file.endswith(PNG_END):
         raise ValueError("not a whole PNG file")
-    width, height, depth, colour = struct.unpack_from(">IIBB", file, len(PNG_START))
-    if (depth, colour) != (8, 2):
-        raise ValueError(f"not an 8-bit RGB PNG (bit depth {depth}, colour type {colour})")
+    width, height, depth, color = struct.unpack_from(">IIBB", file, len(PNG_START))
+    if (depth, color) != (8, 2):
+        raise ValueError(f"not an 8-bit RGB PNG (bit depth {depth}, colour type {color})")
     if not width or not height:
         raise ValueError(f"is {width}x{height}")
     return width, height

@@ -17,13 +17,13 @@ from diffusers import (
 )
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
-from diffalign.emoji_world.scenes import COLOURS, OBJECTS
+from diffalign.emoji_world.scenes import COLORS, OBJECTS
 from diffalign.emoji_world.t5 import build_t5_tokenizer
 from diffalign.emoji_world.tokenizer import build_tokenizer
 
 
 def t5(width: int) -> tuple[Any, Any]:
-    words = [*OBJECTS, *COLOURS, "a", "on", "background"]
+    words = [*OBJECTS, *COLORS, "a", "on", "background"]
     tokenizer = build_t5_tokenizer(words, model_max_length=24)
     config = T5Config(
         vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=32, num_layers=2, num_heads=2

@@ -44,13 +44,13 @@ def close(a, b, tol=1e-10):
 class Outputs:
     """A flow policy whose networks have fixed outputs: "default", "base" and those of copies."""
 
-    device, parametrise = "cpu", staticmethod(Prediction.from_flow)
+    device, parametrize = "cpu", staticmethod(Prediction.from_flow)
 
     def __init__(self, **outputs):
         self.outputs, self.name = outputs, "default"
 
     def predict(self, x, level, cond, guidance):
-        return self.parametrise(x, self.outputs[self.name], level)
+        return self.parametrize(x, self.outputs[self.name], level)
 
     def target(self, x0, noise, level):
         return native_target("flow", x0, noise, level)
@@ -129,4 +129,4 @@ def move(trainer):
     """Move the adapter off its initialisation, and the copies with it."""
     perturb(trainer.policy)
     for name in trainer.copies:
-        trainer.optimisation.follow(name, 0.0)
+        trainer.optimizer.follow(name, 0.0)

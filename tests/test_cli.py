@@ -17,8 +17,7 @@ from PIL import Image
 import rewards
 from diffalign import TrainConfig, algorithms, policies
 from diffalign.algorithms import Needs
-from diffalign.commands import cli, timing
-from diffalign.commands import search
+from diffalign.commands import cli, search, timing
 from diffalign.commands.timing import Measured, words
 from diffalign.record.metrics import read_metrics
 from diffalign.sampling import pipeline

@@ -18,7 +18,7 @@ from diffalign.policies import lora
 from diffalign.record.metrics import read_metrics
 from diffalign.training.advantages import combined_advantages, group_advantages
 from diffalign.training.guard import diversity, thumbnails
-from diffalign.training.optimizer import Optimisation
+from diffalign.training.optimizer import Optimizer
 from diffalign.training.plan import Plan
 
 make = test_trainer.make  # the fixture
@@ -73,42 +73,42 @@ class Weights:
         return self.named[name]
 
 
-def optimisation(policy=None, steps=12, **options):
+def optimizer(policy=None, steps=12, **options):
     accelerator = SimpleNamespace(num_processes=1, device=torch.device("cpu"))
     config = OptimConfig(**{"lr": 1e-2, **options})
-    return Optimisation(policy or Weights(), [], config, accelerator, "float32", steps)  # type: ignore[arg-type]
+    return Optimizer(policy or Weights(), [], config, accelerator, "float32", steps)  # type: ignore[arg-type]
 
 
 def step(o):
     """One step on a loss; returns the learning rate that was used."""
     o.backward(sum((p - 2).square().sum() for p in o.parameters))
     o.step()
-    return o.optimiser.param_groups[0]["lr"]
+    return o.optimizer.param_groups[0]["lr"]
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rates_are_those_of_the_diffusers_scheduler(schedule, warmup):
     options = {"lr_schedule": schedule, "warmup": warmup}
-    optimiser = torch.optim.AdamW([nn.Parameter(torch.ones(1))], 1e-2)
-    reference = get_scheduler(schedule, optimiser, num_warmup_steps=warmup, num_training_steps=12)
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], 1e-2)
+    reference = get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=12)
     expected = []
     for _ in range(12):
         expected.append(reference.get_last_lr()[0])
-        optimiser.step()
+        optimizer.step()
         reference.step()
-    first = optimisation(**options)
+    first = optimizer(**options)
     used = [step(first) for _ in range(5)]
-    resumed = optimisation(**options)
+    resumed = optimizer(**options)
     resumed.load_state_dict(first.state_dict())
     used += [step(resumed) for _ in range(7)]
     expected[:warmup] = [1e-2 * (n + 1) / warmup for n in range(warmup)]  # none is 0
     assert used == pytest.approx(expected)
 
 
-def test_resumed_optimiser_moves_weights_as_if_it_had_not_stopped():
+def test_resumed_optimizer_moves_weights_as_if_it_had_not_stopped():
     options = {"lr_schedule": "cosine", "warmup": 2, "ema": 0.5}
-    whole, first, resumed = (optimisation(**options) for _ in range(3))
+    whole, first, resumed = (optimizer(**options) for _ in range(3))
     for _ in range(6):
         step(whole)
     for _ in range(3):
@@ -136,14 +136,14 @@ def test_average_of_the_weights_is_saved_and_evaluated(make, monkeypatch):
     trainer = make("draft", **{"train.ema": 0.4, "train.epochs": 6, "train.updates_per_epoch": 2})
     policy, taken = trainer.policy, []
     taken.append([p.detach().clone() for p in policy.weights()])
-    real = trainer.optimisation.step
+    real = trainer.optimizer.step
 
     def recorded():
         norm = real()
         taken.append([p.detach().clone() for p in policy.weights()])
         return norm
 
-    monkeypatch.setattr(trainer.optimisation, "step", recorded)
+    monkeypatch.setattr(trainer.optimizer, "step", recorded)
     after = trainer.train()["after"]["eval/reward"]
     average = taken[0]
     for n, now in enumerate(taken[1:], 1):
@@ -178,14 +178,14 @@ def test_average_of_the_weights_survives_a_resume(make):
         assert torch.equal(p, q)
 
 
-def test_8_bit_optimiser_without_its_package_is_refused(monkeypatch):
+def test_8_bit_optimizer_without_its_package_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
     with pytest.raises(ConfigError, match=r"adamw8bit needs bitsandbytes; pip install .* adamw$"):
-        optimisation(optimizer="adamw8bit")
+        optimizer(optimizer="adamw8bit")
 
 
-def test_8_bit_optimiser_is_refused_before_the_model_is_loaded(make, monkeypatch):
+def test_8_bit_optimizer_is_refused_before_the_model_is_loaded(make, monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
 
@@ -218,7 +218,7 @@ def test_sum_compares_the_total():
     close(combined("sum", std="global"), [x / 34.75**0.5 for x in (-8.0, 8.0, -1.0, 1.0)])
 
 
-def test_normalised_is_the_weighted_mean_of_advantages():
+def test_normalized_is_the_weighted_mean_of_advantages():
     # of a -1, 1, -1, 1 and of b 1, -1, -1, 1
     close(combined("normalised"), [-1.0, 1.0, -0.5, 0.5])
     # stds over the epoch 1.6583 and 5

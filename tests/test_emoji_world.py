@@ -44,13 +44,13 @@ def scenes(n=200, seed=0, reserved=None):
 
 
 def seen(scene):
-    return [Thing(i.name, i.colour, i.x, i.y) for i in scene.items]
+    return [Thing(i.name, i.color, i.x, i.y) for i in scene.items]
 
 
 def test_parse_is_the_inverse_of_caption():
     for scene in scenes():
         claim = parse(caption(scene))
-        expected = [(i.name, i.colour) for i in scene.items]
+        expected = [(i.name, i.color) for i in scene.items]
         assert list(claim.nouns) == (expected[:1] if scene.kind == "count" else expected)
         assert claim.number == (len(scene.items) if scene.kind == "count" else None)
         assert claim.relation == scene.relation

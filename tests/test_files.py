@@ -16,7 +16,7 @@ from rewards import files
 from rewards.files import load_image, open_image
 
 RAMP = np.tile(np.linspace(0, 1, 64), (48, 1))
-GREY = Image.fromarray((RAMP * 255).round().astype("uint8"))
+GRAY = Image.fromarray((RAMP * 255).round().astype("uint8"))
 
 
 def pixels(path):
@@ -33,11 +33,11 @@ def pixels(path):
 )
 def test_every_mode_is_the_same_picture(tmp_path, mode, suffix, tolerance):
     path = tmp_path / f"a.{suffix}"
-    image = GREY.convert("RGB").convert(mode) if mode in ("CMYK", "YCbCr") else GREY.convert(mode)
+    image = GRAY.convert("RGB").convert(mode) if mode in ("CMYK", "YCbCr") else GRAY.convert(mode)
     image.save(path, **({"lossless": True} if suffix == "webp" else {}))
     found = pixels(path)
     assert found.shape == (48, 64, 3)
-    assert np.abs(found - np.asarray(GREY)[..., None]).max() <= tolerance
+    assert np.abs(found - np.asarray(GRAY)[..., None]).max() <= tolerance
 
 
 @pytest.mark.parametrize("kind", ["uint16", "int32", "float32"])
@@ -45,7 +45,7 @@ def test_more_than_eight_bits_are_scaled(tmp_path, kind):
     values = RAMP if kind == "float32" else (RAMP * 65535).round()
     path = tmp_path / ("a.png" if kind == "uint16" else "a.tif")
     Image.fromarray(values.astype(kind)).save(path)
-    assert np.abs(pixels(path) - np.asarray(GREY)[..., None]).max() <= 1
+    assert np.abs(pixels(path) - np.asarray(GRAY)[..., None]).max() <= 1
     assert load_image(path).mean().item() == pytest.approx(0.5, abs=2e-3)
     if kind != "uint16":
         Image.fromarray((values * 3).astype(kind)).save(path)
@@ -53,7 +53,7 @@ def test_more_than_eight_bits_are_scaled(tmp_path, kind):
             open_image(path)
 
 
-def test_sixteen_bit_colour(tmp_path):
+def test_sixteen_bit_color(tmp_path):
     """PIL cannot write it: red rises from 0 to 65535, green falls, blue is half."""
     width, rise = 64, np.linspace(0, 65535, 64)
     row = np.stack([rise, rise[::-1], np.full(width, 32768)], 1).astype(">u2").tobytes()
@@ -124,7 +124,7 @@ def test_a_huge_picture_is_refused_by_name_without_a_warning(tmp_path):
 
 
 def test_what_is_no_picture_is_named(tmp_path):
-    GREY.save(tmp_path / "whole.png")
+    GRAY.save(tmp_path / "whole.png")
     whole = (tmp_path / "whole.png").read_bytes()
     damaged = whole.replace(b"IDAT", b"IDAX")
     for name, data in (
@@ -157,7 +157,7 @@ def test_references_are_looked_at_before_a_model_is_loaded(tmp_path):
 
 def test_options_of_rewards_may_begin_in_the_home_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    GREY.save(tmp_path / "a.png")
+    GRAY.save(tmp_path / "a.png")
     rewards.check({"similarity": {"references": ["~/a.png"]}})
     with pytest.raises(ValueError, match=rf"{tmp_path}/none"):
         rewards.check({"similarity": {"references": "~/none"}})

@@ -203,7 +203,7 @@ def test_best_is_by_the_sum_of_judges_each_over_its_spread_on_the_base():
     assert best(-1.0, 12.0)
 
 
-def test_without_prompts_neighbours_are_taken_for_one_prompts_pictures():
+def test_without_prompts_neighbors_are_taken_for_one_prompts_pictures():
     rng = np.random.default_rng(1)
     base, after = rng.normal(size=(2, 64))
     with_ids, without = Guard(2.0, 0.7, ("j",)), Guard(2.0, 0.7, ("j",))

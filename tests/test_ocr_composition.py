@@ -148,8 +148,8 @@ def test_ocr_min_confidence(ocr):
 SIDE = 20
 
 
-def thing(label, x, y, colour=None, score=0.8, width=SIDE, height=SIDE):
-    return Detection(label, score, (x, y, x + width, y + height), colour)
+def thing(label, x, y, color=None, score=0.8, width=SIDE, height=SIDE):
+    return Detection(label, score, (x, y, x + width, y + height), color)
 
 
 def score(include, things, exclude=(), tag="", **options):
@@ -201,18 +201,18 @@ def test_thresholds():
 
 def test_best_scores_are_kept():
     red = [{"class": "dog", "count": 1, "color": "red"}]
-    found = [*dogs(1, colour="blue", score=0.5), *dogs(1, colour="red", score=0.9)]
+    found = [*dogs(1, color="blue", score=0.5), *dogs(1, color="red", score=0.9)]
     assert score(red, found, max_per_class=1) == 1
     assert score(red, found[::-1], max_per_class=1) == 1
 
 
-def test_colours():
+def test_colors():
     red = [{"class": "dog", "count": 2, "color": "red"}]
-    for colours, expected in ((("red", "red"), 1), (("red", "blue"), 0.75), (("blue",) * 2, 0.5)):
-        found = [thing("dog", 30 * i, 10, c) for i, c in enumerate(colours)]
+    for colors, expected in ((("red", "red"), 1), (("red", "blue"), 0.75), (("blue",) * 2, 0.5)):
+        found = [thing("dog", 30 * i, 10, c) for i, c in enumerate(colors)]
         assert score(red, found) == expected
         assert score(red, found, mode="strict") == float(expected == 1)
-    assert score(red, dogs(1, colour="red")) == (0.5 + 0) / 2  # a wrong count: colours are not read
+    assert score(red, dogs(1, color="red")) == (0.5 + 0) / 2  # a wrong count: colours are not read
     with pytest.raises(ValueError, match=r"a red dog is asked for.*`clip`"):
         score(red, dogs(2))
 
@@ -320,7 +320,7 @@ def test_options_are_checked():
     check({"c": {"type": kind, "counting_threshold": None, "detector": "nobody/no-such-model"}})
 
 
-def test_clip_names_the_colour(clip_folder, monkeypatch):
+def test_clip_names_the_color(clip_folder, monkeypatch):
     """A stand-in for CLIP's two embeddings: colour words, and the mean pixel of the crop."""
     words = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "black": (0, 0, 0)}
     reward = Composition(
@@ -344,8 +344,8 @@ def test_clip_names_the_colour(clip_folder, monkeypatch):
     images = torch.zeros(1, 3, 80, 100)
     images[:, 0] = 1  # red, but for the blue dog
     images[:, :, 20:40, 10:40] = torch.tensor([0.0, 0.0, 1.0]).view(3, 1, 1)
-    for colour, expected in (("blue", 1), ("red", 0.5), ("gray", 0.5)):
-        known = {"include": [{"class": "dog", "count": 1, "color": colour}]}
+    for color, expected in (("blue", 1), ("red", 0.5), ("gray", 0.5)):
+        known = {"include": [{"class": "dog", "count": 1, "color": color}]}
         assert reward(images, ["p"], [known]).item() == expected
     assert crops[0].shape == (1, 3, 32, 32)
     assert torch.allclose(crops[0].mean((0, 2, 3)), torch.tensor([0.0, 0.0, 1.0]), atol=1e-6)
@@ -435,7 +435,7 @@ def valid(found, classes, height, width):
             x0, y0, x1, y1 = one.box
             assert one.label in names
             assert 0 <= one.score <= 1
-            assert one.colour is None
+            assert one.color is None
             assert -width < x0 < x1 < 2 * width
             assert -height < y0 < y1 < 2 * height
 
@@ -521,9 +521,9 @@ def test_detectors_in_the_reward(grounding_dino, clip_folder):
     assert value.isfinite().all()
     assert value.min() >= -15
     assert not any(p.requires_grad for p in total.parameters())
-    coloured = [{"include": [{"class": "dog", "count": 1, "color": "red"}]}] * 3
+    colored = [{"include": [{"class": "dog", "count": 1, "color": "red"}]}] * 3
     single = build({"c": {**spec, "threshold": 0.0, "max_per_class": 1, "clip": clip_folder}})
-    assert set(single(images, ["p"] * 3, coloured).tolist()) <= {0.5, 1.0}
+    assert set(single(images, ["p"] * 3, colored).tolist()) <= {0.5, 1.0}
     with pytest.raises(ValueError, match=r"is a clip; use one of|Unrecognized configuration"):
         ZeroShot(clip_folder, 0.3)
 

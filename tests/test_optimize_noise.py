@@ -20,9 +20,9 @@ from diffalign.optimize_noise import METHODS, Budget, Task, build, draw
 from diffalign.optimize_noise import gradient_free as searches
 from diffalign.optimize_noise.base import search
 from diffalign.optimize_noise.dno import dno, implausibility
-from diffalign.optimize_noise.gradient_free import forward_noising, itinerary, neighbour
+from diffalign.optimize_noise.gradient_free import forward_noising, itinerary, neighbor
 from diffalign.optimize_noise.gradients import noise_gradient, pulled_back
-from diffalign.optimize_noise.reno import chi_regulariser, reno
+from diffalign.optimize_noise.reno import chi_regularizer, reno
 from diffalign.sampling.rollout import Noise, Sampling, rollout
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "rewards.safetensors"
@@ -194,7 +194,7 @@ def test_regulariser_of_reno_rests_where_normal_noise_is():
     noise = torch.randn(3, 4, 8, 8, dtype=torch.float64)
     noise *= (255**0.5 / noise.flatten(1).norm(dim=1))[:, None, None, None]
     noise.requires_grad_()
-    (grad,) = torch.autograd.grad(chi_regulariser(noise).sum(), noise)
+    (grad,) = torch.autograd.grad(chi_regularizer(noise).sum(), noise)
     torch.testing.assert_close(grad, torch.zeros_like(grad), atol=1e-12, rtol=0)
 
 
@@ -202,7 +202,7 @@ def test_regulariser_of_reno_rests_where_normal_noise_is():
 def test_regulariser_of_reno_is_that_of_its_authors():
     golden = load_file(GOLDEN)
     noise = golden["reno.latents"].requires_grad_()
-    log_likelihood = -chi_regulariser(noise)
+    log_likelihood = -chi_regularizer(noise)
     torch.testing.assert_close(log_likelihood, golden["reno.log_likelihood"])
     (grad,) = torch.autograd.grad(log_likelihood.sum(), noise)
     torch.testing.assert_close(grad, golden["reno.grad"], atol=1e-6, rtol=1e-5)
@@ -264,7 +264,7 @@ def test_reno_leaves_the_noise_of_later_steps_alone(task):
 
 def test_dno_moves_every_noise_by_adam(task):
     whole = task("ancestral")
-    steps = list(dno(whole, iterations=3, regularisation=0.0))
+    steps = list(dno(whole, iterations=3, regularization=0.0))
     noise = whole.noise(range(3)).requires_grad_()
     rule = torch.optim.Adam([noise], lr=0.01)
     for step in steps:
@@ -308,14 +308,14 @@ def test_dno_stays_plausible_with_its_regulariser():
     ends = []
     for weight in (0.0, 10.0):
         task = toy("flow_sde", 0.7, push)
-        *_, last = dno(task, 40, lr=0.1, regularisation=weight, block=2, permutations=4)
+        *_, last = dno(task, 40, lr=0.1, regularization=weight, block=2, permutations=4)
         ends.append(last.noise.square().mean())
     assert ends[1] < 0.5 * ends[0]
 
 
-def test_neighbours_have_the_norm_and_the_cosine():
+def test_neighbors_have_the_norm_and_the_cosine():
     noise, fresh = torch.randn(5, 2, 4, 8, 8), torch.randn(5, 2, 4, 8, 8)
-    near = neighbour(noise, fresh, 0.95)
+    near = neighbor(noise, fresh, 0.95)
     norm = noise.flatten(1).norm(dim=1)
     torch.testing.assert_close(near.flatten(1).norm(dim=1), norm)
     cosine = torch.cosine_similarity(near.flatten(1), noise.flatten(1))
@@ -341,9 +341,9 @@ def test_zero_order_draws_a_base_once():
     def flat(images, prompts):
         return 0 * images.flatten(1).sum(1)
 
-    restarts = made("zero_order", toy(reward=flat), rounds=3, neighbours=2)
+    restarts = made("zero_order", toy(reward=flat), rounds=3, neighbors=2)
     assert [len(step.rows) for step in restarts] == [4, 8, 12, 12]
-    stays = made("zero_order", toy(reward=flat), rounds=3, neighbours=2, restart=False)
+    stays = made("zero_order", toy(reward=flat), rounds=3, neighbors=2, restart=False)
     assert [len(step.rows) for step in stays] == [4, 8, 8, 8]
     base = stays[0].noise.repeat_interleave(2, 0).flatten(1)
     for step in stays[1:]:

@@ -131,7 +131,7 @@ def test_views_of_a_prediction_agree(policy):
     torch.testing.assert_close(
         level.alpha * seen.x0 + level.sigma * seen.eps, x, atol=1e-5, rtol=1e-5
     )
-    again = policy.parametrise(x, seen.native, level)
+    again = policy.parametrize(x, seen.native, level)
     assert torch.equal(again.x0, seen.x0)
 
 

@@ -19,7 +19,7 @@ from rewards.jpeg import (
     _terms,
     jpeg_kilobytes,
     jpeg_kilobytes_surrogate,
-    quantisation_tables,
+    quantization_tables,
 )
 from rewards.preprocess import CLIP_STD
 
@@ -66,8 +66,8 @@ def synthetic(height, width, n, seed):
             x = (x - x.mean()) / x.std() * contrast + 0.5
         if i % 4 == 2:
             inside = (x.mean(1, keepdim=True) > 0.5).float()
-            colours = torch.rand(2, 1, 3, 1, 1, generator=g)
-            x = inside * colours[0] + (1 - inside) * colours[1]
+            colors = torch.rand(2, 1, 3, 1, 1, generator=g)
+            x = inside * colors[0] + (1 - inside) * colors[1]
         if i % 4 == 3:
             x = x * 0.3 + torch.linspace(0, 0.7, width)
         out.append(x.clamp(0, 1))
@@ -148,12 +148,12 @@ def test_jpeg_size_is_exact(golden):
 
 
 @pytest.mark.parametrize("quality", [1, 10, 49, 50, 75, 95, 100])
-def test_quantisation_tables_are_pils(quality, tmp_path):
+def test_quantization_tables_are_pils(quality, tmp_path):
     Image.new("RGB", (16, 16)).save(tmp_path / "x.jpg", quality=quality)
     with Image.open(tmp_path / "x.jpg") as image:
         stored = image.quantization
         assert image.layer[0][1:3] == (2, 2)  # 4:2:0
-    for i, table in enumerate(quantisation_tables(quality)):
+    for i, table in enumerate(quantization_tables(quality)):
         assert table.flatten().tolist() == stored[i]
 
 

@@ -66,10 +66,10 @@ def test_noise_depends_on_the_seed_alone(policy):
 class ToyPolicy:
     """A float64 denoiser with the two calls that sampling needs."""
 
-    def __init__(self, parametrise):
+    def __init__(self, parametrize):
         torch.manual_seed(0)
         self.net = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4)).double()
-        self.parametrise = parametrise
+        self.parametrize = parametrize
         self.latent_shape, self.device = (4,), "cpu"
         self.graphs = 0
 
@@ -79,7 +79,7 @@ class ToyPolicy:
         t = level.sigma.expand(len(x))[:, None]
         outputs = [self.net(torch.cat([x + c, t], 1)) for c in (0 * text, text)]
         out = outputs[0] + guidance * (outputs[1] - outputs[0])
-        return self.parametrise(x, out, level)
+        return self.parametrize(x, out, level)
 
 
 def toy(path):

@@ -173,7 +173,7 @@ def test_look_ahead_is_t_times_the_reward_and_its_gradient():
 
 def test_another_policy_looks_ahead_and_its_calls_count():
     task, other = toy(), ToyPolicy()
-    other.network.learnt[2].bias.data += 1.0
+    other.network.learned[2].bias.data += 1.0
     look = looking(task, other, False)
     x = torch.randn(4, 2, 1, 1)
     seen, r, _ = look(range(4), x, 4, True)
@@ -316,7 +316,7 @@ def test_guidance_raises_the_reward(through, kernel, options):
         assert torch.equal(without.images, plain.images)
 
 
-class Colours:
+class Colors:
     """A judge that asks for the next of some prompts and remembers what it was asked."""
 
     def __init__(self, *answers):
@@ -435,7 +435,7 @@ def test_critique_keeps_what_is_better_under_the_original_prompt(tiny, family):
         other = replace(task, prompts=[Prompt(text)] * 2)
         values[text] = draw(other, [0], task.noise([0])).total.item()
     low, high = sorted(("a big red dog", "a hat"), key=values.__getitem__)
-    judge = Colours(low, None, high)
+    judge = Colors(low, None, high)
     seen[:] = []
     with pytest.warns(UserWarning, match="'a cat' is not refined"):
         plain, *steps = critique(task, 2, judge=judge)
@@ -449,33 +449,33 @@ def test_critique_keeps_what_is_better_under_the_original_prompt(tiny, family):
     first = "a red dog" if values[low] <= best else low
     assert [asked[1] for asked in judge.asked] == ["a red dog", "a cat", first]
     assert judge.asked[2][2] == "not a red dog"
-    again = Colours(low, None, high)
+    again = Colors(low, None, high)
     with pytest.warns(UserWarning, match="is not refined"):
         results = search(task, critique(task, 2, judge=again), Budget())
     assert [result.prompt for result in results] == ["a red dog", "a cat"]
     assert [result.text for result in results] == [chosen, "a cat"]
-    results = search(task, critique(task, 1, judge=Colours(low, "a cat")), Budget())
+    results = search(task, critique(task, 1, judge=Colors(low, "a cat")), Budget())
     assert results[0].reward == pytest.approx(max(best, values[low]), abs=1e-5)
-    none = search(task, critique(task, 1, judge=Colours()), Budget(reward_calls=0))
+    none = search(task, critique(task, 1, judge=Colors()), Budget(reward_calls=0))
     assert torch.equal(torch.stack([r.image for r in none]), plain.images)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_a_stubborn_judge_asks_for_is_drawn_once(tiny, family):
-    task, judge = tiny(*FAMILIES[family]), Colours(*["a hat"] * 8)
+    task, judge = tiny(*FAMILIES[family]), Colors(*["a hat"] * 8)
     _, step = critique(task, 4, judge=judge)
     each = 2 * 4 * 2  # prompts, steps and branches of CFG
     assert task.policy.calls == 2 * each
     assert step.texts == ["a hat"] * 2
     assert len(judge.asked) == 4  # the second round finds nothing new, and is the last
-    list(critique(task, 4, judge=Colours("a red dog", "a cat")))
+    list(critique(task, 4, judge=Colors("a red dog", "a cat")))
     assert task.policy.calls == 3 * each  # of the prompts themselves there is a picture
 
 
 def test_a_budget_of_reward_calls_holds_for_critique():
     for most, steps in ((1, 1), (1.5, 2), (2, 2), (2.5, 3)):
         task = toy()
-        judge = Colours(*"abcdefghijkl")
+        judge = Colors(*"abcdefghijkl")
         found = search(task, critique(task, 3, judge=judge), Budget(reward_calls=most))
         assert [len(result.trace) for result in found] == [steps] * 4
         assert task.reward.images == 4 * steps

@@ -32,18 +32,18 @@ QUICK = {"eval.prompts": None, "data.groups": 2}
 
 def poison(trainer, monkeypatch, *when, value=torch.nan):
     """Make the gradient of the optimizer steps `when` (all where none is named) not finite."""
-    optimisation, calls = trainer.optimisation, []
-    step = optimisation.step
+    optimizer, calls = trainer.optimizer, []
+    step = optimizer.step
 
     def poisoned():
         calls.append(1)
         if not when or len(calls) in when:
-            for p in optimisation.parameters:
+            for p in optimizer.parameters:
                 p.grad = torch.full_like(p, value)
-            optimisation.scaler.scale(torch.ones(1))  # as a backward pass does
+            optimizer.scaler.scale(torch.ones(1))  # as a backward pass does
         return step()
 
-    monkeypatch.setattr(optimisation, "step", poisoned)
+    monkeypatch.setattr(optimizer, "step", poisoned)
 
 
 def everything(trainer):
@@ -101,14 +101,14 @@ def test_a_run_that_made_no_update_says_so(make, monkeypatch, dtype):
 
 def test_float16_may_lower_its_scale_first(make, monkeypatch):
     """As many skipped steps as it takes to get to 1 are no reason to stop."""
-    optimisation = make("draft", **{"model.dtype": "float16"}).optimisation
-    halvings = int(optimisation.scaler.get_scale()).bit_length() - 1
+    optimizer = make("draft", **{"model.dtype": "float16"}).optimizer
+    halvings = int(optimizer.scaler.get_scale()).bit_length() - 1
 
     def overflow():
-        for p in optimisation.parameters:
+        for p in optimizer.parameters:
             p.grad = torch.full_like(p, torch.inf)
-        optimisation.scaler.scale(torch.ones(1))
-        optimisation.step()
+        optimizer.scaler.scale(torch.ones(1))
+        optimizer.step()
 
     for _ in range(halvings + stopping.IN_A_ROW - 2):
         overflow()

@@ -74,7 +74,7 @@ def by_autograd(policy, how, cond, noises, plan, penalty=None):
     for i in range(how.steps):
         seen = policy.predict(x.detach() if plan.detach else x, how.levels[i], cond, how.guidance)
         native = seen.native if i in plan.active else seen.native.detach()
-        seen = policy.parametrise(x, native, how.levels[i])
+        seen = policy.parametrize(x, native, how.levels[i])
         if penalty is not None and i in plan.active:
             extra = extra + penalty(x, seen, i)
         if i == plan.at:
@@ -100,7 +100,7 @@ def by_autograd(policy, how, cond, noises, plan, penalty=None):
     ],
     ids=lambda p: f"{p.active}-{p.at}-{p.detach}",
 )
-def test_sweep_equals_autograd(plan, path, penalised):
+def test_sweep_equals_autograd(plan, path, penalized):
     policy, levels = toy(path)
     how = Sampling(levels, "ddim", 0.7, 2.5)
     cond, noises = Cond({"prompt": randn(3, 4)}, {}), randn(7, 3, 4)
@@ -113,7 +113,7 @@ def test_sweep_equals_autograd(plan, path, penalised):
             other = base.predict(x, how.levels[i], cond, how.guidance)
         return (seen.native - other.native).square().sum()
 
-    penalty = penalty if penalised else None
+    penalty = penalty if penalized else None
     parameters = list(policy.net.parameters())
 
     def reward(x):
@@ -162,7 +162,7 @@ def reward_of(policy, x):
 def test_draft_lv_averages_over_its_copies(make, monkeypatch, kind, renoised):
     trainer = make("draft", kind=kind, **{"algorithm.renoised": renoised, "sampler.kernel": "ode"})
     perturb(trainer.policy)
-    policy, how, parameters = trainer.policy, trainer.sampling, trainer.optimisation.trained
+    policy, how, parameters = trainer.policy, trainer.sampling, trainer.optimizer.trained
     data, (plan,) = trainer._sample(0), trainer.learner.surrogates(0)
     states = trainer.learner._draw(data, torch.arange(4), plan)
     seeds = [sample_seed(0, *key, "renoise") for key in data.keys]
@@ -204,7 +204,7 @@ def stated(trainer, data, rows, plan):
             distance = distance + (native - base).square().mean() / len(plan.active)
         else:
             native = native.detach()
-        seen = policy.parametrise(x, native, how.levels[i])
+        seen = policy.parametrize(x, native, how.levels[i])
         if i == plan.at:
             return -reward_of(policy, seen.x0).mean(), distance
         x = how.step(x, seen, i).mean
@@ -232,7 +232,7 @@ def test_the_gradient_of_the_penalty_is_that_of_the_unrolled_chain(
     perturb(trainer.policy)
     data, (plan,) = trainer._sample(0), trainer.learner.surrogates(0)
     assert len(plan.active) > 1
-    parameters = trainer.optimisation.trained
+    parameters = trainer.optimizer.trained
     loss, distance = stated(trainer, data, torch.arange(4), plan)
     reward_part = flat(torch.autograd.grad(loss, parameters, retain_graph=True))
     expected = flat(torch.autograd.grad(loss + weight * distance, parameters))
@@ -263,13 +263,13 @@ def test_every_update_differentiates_a_chain_of_its_own_weights(
     trainer = make(algorithm, **options)
     perturb(trainer.policy)
     policy, weights = trainer.policy, []
-    step = trainer.optimisation.step
+    step = trainer.optimizer.step
 
     def recorded():
         weights.append(policy.state_dict())
         return step()
 
-    monkeypatch.setattr(trainer.optimisation, "step", recorded)
+    monkeypatch.setattr(trainer.optimizer, "step", recorded)
     found = gradients(trainer, monkeypatch)
     data, plans = trainer._sample(0), trainer.learner.surrogates(0)
     updates = list(trainer.learner._updates(0))
@@ -278,7 +278,7 @@ def test_every_update_differentiates_a_chain_of_its_own_weights(
     for got, plan, (rows, _), then in zip(found, plans, updates, weights, strict=True):
         policy.load_state_dict(then)
         loss, _ = stated(trainer, data, rows, plan)
-        expected = flat(torch.autograd.grad(loss, trainer.optimisation.trained))
+        expected = flat(torch.autograd.grad(loss, trainer.optimizer.trained))
         assert expected.norm() > 1e-5
         assert (got - expected).norm() < 1e-4 * expected.norm()
     assert (found[2] - found[0]).norm() > 0.01 * found[0].norm()
@@ -289,15 +289,15 @@ def test_shares_of_two_processes_add_up(make, monkeypatch):
     options = {"train.updates_per_epoch": 4, "sampler.kernel": "ddim", "algorithm.last": 2}
     trainer = make("draft", **options | {"algorithm.kl_weight": 5.0})
     perturb(trainer.policy)
-    taken, parameters = [], trainer.optimisation.trained
+    taken, parameters = [], trainer.optimizer.trained
 
     def recorded():
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         taken.append(flat(grads))
-        trainer.optimisation.optimiser.zero_grad()
+        trainer.optimizer.adamw.zero_grad()
         return 0.0
 
-    monkeypatch.setattr(trainer.optimisation, "step", recorded)
+    monkeypatch.setattr(trainer.optimizer, "step", recorded)
     data, plans = trainer._sample(0), trainer.learner.surrogates(0)
     for rank, world in ((0, 1), (0, 2), (1, 2)):
         own = slice(0, 4) if world == 1 else slice(2 * rank, 2 * rank + 2)

@@ -28,14 +28,14 @@ class Field(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.learnt = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 2))
-        for p in self.learnt[2].parameters():
+        self.learned = nn.Sequential(nn.Linear(3, 32), nn.Tanh(), nn.Linear(32, 2))
+        for p in self.learned[2].parameters():
             nn.init.zeros_(p)
 
     def forward(self, x, sigma):
         alpha, sigma = (1 - sigma)[:, None], sigma[:, None]
         gain = (sigma - alpha * SPREAD**2) / (sigma**2 + alpha**2 * SPREAD**2)
-        return gain * x + self.learnt(torch.cat([x, sigma], 1))
+        return gain * x + self.learned(torch.cat([x, sigma], 1))
 
 
 class ToyPolicy(FlowPolicy):
@@ -120,7 +120,7 @@ def train(tmp_path, monkeypatch):
             tree.setdefault(section, {})[name] = value
         trainer = Trainer(TrainConfig.from_dict(tree), rewards={closeness: sign})
         result = trainer.train()
-        assert trainer.optimisation.updates < 200
+        assert trainer.optimizer.updates < 200
         return [result[when]["eval/closeness"] for when in ("before", "after")]
 
     return train

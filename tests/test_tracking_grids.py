@@ -260,10 +260,10 @@ def test_comparison_grid_refuses():
 
 def test_image_grid():
     pictures = [picture(RED)] * 3
-    plain, labelled = image_grid(pictures, 2), image_grid(pictures, 2, ["a", "b " * 40, "c"])
+    plain, labeled = image_grid(pictures, 2), image_grid(pictures, 2, ["a", "b " * 40, "c"])
     assert plain.size == (2 * 72 + 8, 2 * 72 + 8)
-    assert labelled.height > plain.height + 50
-    assert count(plain, (255, 0, 0)) == count(labelled, (255, 0, 0)) == 3 * 64 * 64
+    assert labeled.height > plain.height + 50
+    assert count(plain, (255, 0, 0)) == count(labeled, (255, 0, 0)) == 3 * 64 * 64
     assert image_grid(pictures[:1], 9).width == 80
     with pytest.raises(ValueError, match="columns=0"):
         image_grid(pictures, 0)

@@ -70,14 +70,14 @@ def adapter(trainer):
 def gradients(trainer, monkeypatch) -> list[torch.Tensor]:
     """The accumulated gradient of every optimiser step of one epoch."""
     taken = []
-    optimisation = trainer.optimisation
-    step = optimisation.step
+    optimizer = trainer.optimizer
+    step = optimizer.step
 
     def recorded():
-        taken.append(torch.cat([p.grad.flatten().clone() for p in optimisation.parameters]))
+        taken.append(torch.cat([p.grad.flatten().clone() for p in optimizer.parameters]))
         return step()
 
-    monkeypatch.setattr(optimisation, "step", recorded)
+    monkeypatch.setattr(optimizer, "step", recorded)
     trainer.run_epoch(0)
     return taken
 
@@ -411,8 +411,8 @@ def test_float16_trains_with_scaled_gradients(make, monkeypatch, algorithm, rank
             perturb(trainer.policy)
         before = weights(trainer)
         (grad,) = gradients(trainer, monkeypatch)
-        taken.append(grad / (trainer.optimisation.scaler.get_scale() if dtype == "float16" else 1))
-        assert {p.dtype for p in trainer.optimisation.parameters} == {torch.float32}
+        taken.append(grad / (trainer.optimizer.scaler.get_scale() if dtype == "float16" else 1))
+        assert {p.dtype for p in trainer.optimizer.parameters} == {torch.float32}
         assert not torch.equal(weights(trainer), before)
     # the reward gradients of a rollout differ as its pictures do
     cosine = torch.nn.functional.cosine_similarity(taken[0], taken[1], dim=0)
@@ -422,17 +422,17 @@ def test_float16_trains_with_scaled_gradients(make, monkeypatch, algorithm, rank
 
 def test_an_overflow_in_float16_skips_the_step_and_lowers_the_scale(make):
     trainer = make("draft", **{"model.dtype": "float16", "train.epochs": 2})
-    before, scale = weights(trainer), trainer.optimisation.scaler.get_scale()
-    for p in trainer.optimisation.parameters:
+    before, scale = weights(trainer), trainer.optimizer.scaler.get_scale()
+    for p in trainer.optimizer.parameters:
         p.grad = torch.full_like(p, torch.inf)
-    trainer.optimisation.scaler.scale(torch.ones(1))  # as a backward pass does
-    trainer.optimisation.step()
+    trainer.optimizer.scaler.scale(torch.ones(1))  # as a backward pass does
+    trainer.optimizer.step()
     assert torch.equal(weights(trainer), before)
-    assert trainer.optimisation.scaler.get_scale() == scale / 2
+    assert trainer.optimizer.scaler.get_scale() == scale / 2
     trainer.epoch = 1
     trainer.save()
     resumed = make("draft", resume=True, **{"model.dtype": "float16", "train.epochs": 2})
-    assert resumed.optimisation.scaler.state_dict() == trainer.optimisation.scaler.state_dict()
+    assert resumed.optimizer.scaler.state_dict() == trainer.optimizer.scaler.state_dict()
     resumed.train()
 
 

@@ -25,7 +25,7 @@ def _short_waits(monkeypatch):
     monkeypatch.setattr(http, "FIRST_WAIT", 0.02)
 
 
-def grey(*values):
+def gray(*values):
     return torch.tensor(values)[:, None, None, None].expand(-1, 3, 8, 8)
 
 
@@ -77,7 +77,7 @@ def test_vlm_score(monkeypatch):
     with judged_by(opinion, api_key_env="JUDGE_KEY") as (vlm, judge):
         values = torch.linspace(0, 1, 21)
         prompts = ['a "{minimum}" {cat}'] * 21
-        assert torch.allclose(evaluate(vlm, grey(*values.tolist()), prompts), values, atol=1e-2)
+        assert torch.allclose(evaluate(vlm, gray(*values.tolist()), prompts), values, atol=1e-2)
         assert not vlm.per_group
         assert judge.headers[0] == "Bearer k3y"
         question = judge.questions[0][0]
@@ -85,23 +85,23 @@ def test_vlm_score(monkeypatch):
         assert "from 0 (nothing fits) to 10" in question
     own = {"template": "{prompt}? {minimum}-{maximum}", "pattern": r"(\d+) of", "maximum": 5}
     with judged_by(lambda q, v: "4 of 5", minimum=1, **own) as (vlm, judge):
-        assert vlm(grey(0.5), ["cat"]).tolist() == [0.75]
+        assert vlm(gray(0.5), ["cat"]).tolist() == [0.75]
         assert judge.questions == [("cat? 1-5", 0.5)]
 
 
 @pytest.mark.parametrize("text", ["no idea", "<score>11</score>", "<score>ten</score>", None])
 def test_vlm_unreadable_score_is_an_error(text):
     with judged_by(lambda q, v: text if v > 0.5 else "<score>5</score>") as (vlm, judge):
-        assert vlm(grey(0.1, 0.2), ["a", "b"]).tolist() == [0.5, 0.5]
+        assert vlm(gray(0.1, 0.2), ["a", "b"]).tolist() == [0.5, 0.5]
         with pytest.raises(RuntimeError, match=r"no readable answer in 2 replies to .*a dog"):
-            evaluate(vlm, grey(0.1, 0.9), ["a cat", "a dog"])
+            evaluate(vlm, gray(0.1, 0.9), ["a cat", "a dog"])
         assert sum(question[1] == 0.9 for question in judge.questions) == 2
 
 
 def test_vlm_asks_again_for_an_unreadable_answer():
     replies = iter(["hm", "<score>7</score>"])
     with judged_by(lambda q, v: next(replies)) as (vlm, _):
-        assert vlm(grey(0.5), ["a"]).tolist() == pytest.approx([0.7])
+        assert vlm(gray(0.5), ["a"]).tolist() == pytest.approx([0.7])
 
 
 def test_vlm_yes():
@@ -110,18 +110,18 @@ def test_vlm_yes():
         return {"Yes": value / 2, " yes": value / 10, "NO": rest, "Maybe": 1 - 0.6 * value - rest}
 
     with judged_by(opinion, mode="yes") as (vlm, _):
-        got = vlm(grey(1.0, 0.5), ["a", "b"]).tolist()
+        got = vlm(gray(1.0, 0.5), ["a", "b"]).tolist()
         assert got == pytest.approx([0.6 / 0.7, 0.3 / 0.45], rel=1e-5)
     with (
         judged_by(lambda q, v: {"The": 0.9}, mode="yes") as (vlm, _),
         pytest.raises(RuntimeError, match=r"neither Yes nor No .*\['the'\]"),
     ):
-        vlm(grey(1.0), ["a"])
+        vlm(gray(1.0), ["a"])
     with (
         judged_by(lambda q, v: "Yes", mode="yes") as (vlm, _),
         pytest.raises(RuntimeError, match="returns no top_logprobs"),
     ):
-        vlm(grey(1.0), ["a"])
+        vlm(gray(1.0), ["a"])
 
 
 def brighter(question, first, second):
@@ -135,18 +135,18 @@ def test_vlm_pairwise_win_rates_in_both_orders():
     values, prompts = (0.1, 0.9, 0.5, 0.2, 0.5, 0.8), ["a", "b", "a", "b", "a", "b"]
     with judged_by(brighter, mode="pairwise") as (vlm, judge):
         assert vlm.per_group
-        rates = evaluate(vlm, grey(*values), prompts)
+        rates = evaluate(vlm, gray(*values), prompts)
         assert rates.tolist() == [0.0, 1.0, 0.75, 0.0, 0.75, 0.5]
         groups = ((0.1, 0.5, 0.5), (0.9, 0.2, 0.8))
         every = [pair for group in groups for pair in itertools.permutations(group, 2)]
         assert sorted(question[1:] for question in judge.questions) == sorted(every)
     with judged_by(brighter, mode="pairwise", workers=1) as (vlm, _):
-        assert torch.equal(evaluate(vlm, grey(*values), prompts), rates)
+        assert torch.equal(evaluate(vlm, gray(*values), prompts), rates)
 
 
 def test_vlm_pairwise_cancels_position_bias():
     with judged_by(lambda *_: "<answer>1</answer>", mode="pairwise") as (vlm, _):
-        assert vlm(grey(0.1, 0.5, 0.9), ["a"] * 3).tolist() == [0.5] * 3
+        assert vlm(gray(0.1, 0.5, 0.9), ["a"] * 3).tolist() == [0.5] * 3
 
 
 def test_vlm_pairwise_missing_is_no_tie():
@@ -155,7 +155,7 @@ def test_vlm_pairwise_missing_is_no_tie():
             return "I cannot say."
         return brighter(question, first, second)
 
-    images, prompts = grey(0.2, 0.4, 0.8), ["a"] * 3
+    images, prompts = gray(0.2, 0.4, 0.8), ["a"] * 3
     with judged_by(opinion, mode="pairwise", max_failures=0.5) as (vlm, _):
         assert vlm(images, prompts).tolist() == [0.0, 0.0, 1.0]  # ties would make it ¼, ¼, ...
     with (
@@ -184,7 +184,7 @@ def test_vlm_critique_and_refine():
         return " {prompt} it is {critique} too dark\n"
 
     with judged_by(opinion) as (vlm, _):
-        image = grey(0.1)[0]
+        image = gray(0.1)[0]
         critique = vlm.critique(image, "a {critique}")
         assert critique == "{prompt} it is {critique} too dark"
         assert vlm.refine(image, "a {critique}", critique) == "a bright {critique}"
@@ -199,12 +199,12 @@ def test_vlm_reports_the_endpoint():
     with stub(lambda *_: (404, {"error": {"message": "no model judge"}})) as address:
         vlm = VLM(f"{address}/v1", "judge")
         with pytest.raises(RuntimeError, match=r"completions: status 404.*no model judge.*1 of 4"):
-            vlm(grey(0.5, 0.6), ["a", "b"])
+            vlm(gray(0.5, 0.6), ["a", "b"])
     with (
         stub(lambda *_: (200, {"error": "x"})) as address,
         pytest.raises(RuntimeError, match="unexpected reply"),
     ):
-        VLM(f"{address}/v1", "judge")(grey(0.5), ["a"])
+        VLM(f"{address}/v1", "judge")(gray(0.5), ["a"])
 
 
 def test_vlm_options_are_checked():

@@ -66,7 +66,7 @@ class DiffusionNFT(Matching):
         r = (batch.advantage / ADVANTAGE_MAX).clamp(-1, 1) / 2 + 0.5
         positive = self.beta * seen.x0 + (1 - self.beta) * old.x0
         negative = (1 + self.beta) * old.x0 - self.beta * seen.x0
-        parts = r * normalised(positive, batch.x0) + (1 - r) * normalised(negative, batch.x0)
+        parts = r * normalized(positive, batch.x0) + (1 - r) * normalized(negative, batch.x0)
         metrics = {
             "old_distance": (seen.native - old.native).detach().square().flatten(1).mean(1),
             "reward_probability": r,
@@ -75,7 +75,7 @@ class DiffusionNFT(Matching):
         return (loss + self.anchored(policy, batch, seen, metrics)).mean(), metrics
 
 
-def normalised(predicted: Tensor, x0: Tensor) -> Tensor:
+def normalized(predicted: Tensor, x0: Tensor) -> Tensor:
     """mean_D (x - x0)² / sg[mean_D |x - x0|], (m,)."""
     error = (predicted - x0).flatten(1)
     return error.square().mean(1) / error.detach().abs().mean(1).clamp_min(1e-5)

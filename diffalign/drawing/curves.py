@@ -15,7 +15,7 @@ from PIL import Image
 
 from ..verdict import WARNINGS, warning
 from .fonts import legible
-from .grids import GREY, INK
+from .grids import GRAY, INK
 
 TRAINED, JUDGED, WARNED = "#2563eb", "#d97706", "#dc2626"
 PANEL = (640, 400)  # px
@@ -38,7 +38,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
         label = legible(name, system=False)  # matplotlib draws with DejaVu Sans alone
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if not points:
-            ax.set_title(f"{label}: no values yet", loc="left", color=GREY, parse_math=False)
+            ax.set_title(f"{label}: no values yet", loc="left", color=GRAY, parse_math=False)
             ax.set_axis_off()
             continue
         steps, values = zip(*points, strict=True)
@@ -71,9 +71,9 @@ def panels(n: int, across: int, size: tuple[int, int]) -> tuple[Figure, list[Axe
         ax.grid(axis="y", color="#e5e7eb")
         ax.set_axisbelow(True)
         ax.spines[["top", "right", "left"]].set_visible(False)
-        ax.spines["bottom"].set_color(GREY)
-        ax.tick_params(colors=GREY, length=3)
-        ax.xaxis.label.set_color(GREY)
+        ax.spines["bottom"].set_color(GRAY)
+        ax.tick_params(colors=GRAY, length=3)
+        ax.xaxis.label.set_color(GRAY)
         ax.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         ax.margins(x=0.03, y=0.08)
     return figure, axes[:n]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 Picture = Union[Image.Image, "Tensor"]
 Score = float | None | Mapping[str, float]
 
-INK, GREY = "#1f2430", "#6b7280"
+INK, GRAY = "#1f2430", "#6b7280"
 GUTTER = 8  # px between pictures
 LINES = 4  # of a label or a header at most, and of a prompt beside low pictures
 SMALLEST, LARGEST = 192, 512  # px of a cell, when not told: legible text beside, a file of few MB
@@ -125,7 +125,7 @@ def comparison_grid(
             canvas.paste(picture, (x + (width - picture.width) // 2, y))
             for n, line in enumerate(notes[c]):
                 below = y + picture.height + 2 + n * _line(small)
-                small.draw(canvas, x + width / 2, below, line, GREY, "middle")
+                small.draw(canvas, x + width / 2, below, line, GRAY, "middle")
         y += height
     return canvas
 
@@ -161,7 +161,7 @@ def image_grid(
         canvas.paste(picture, (x + (width - picture.width) // 2, y))
         for n, line in enumerate(lines):
             below = y + picture.height + 2 + n * _line(font)
-            font.draw(canvas, x + width / 2, below, line, GREY, "middle")
+            font.draw(canvas, x + width / 2, below, line, GRAY, "middle")
     return canvas
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .scenes import BACKGROUNDS, COLOURS, NUMBERS, OBJECTS, RELATIONS, STYLES, plural
+from .scenes import BACKGROUNDS, COLORS, NUMBERS, OBJECTS, RELATIONS, STYLES, plural
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Thing:
     `shade` the named colour nearest to those."""
 
     name: str
-    colour: str | None
+    color: str | None
     x: float
     y: float
     shade: str | None = None
@@ -52,7 +52,7 @@ def _any_of(words: Sequence[str]) -> str:
 
 _SINGULAR = {("bunch of grapes" if n == "grapes" else n): n for n in OBJECTS}
 _PLURAL = {plural(n): n for n in OBJECTS}
-_LOOK = rf"(?:(?:{_any_of(STYLES)}) )?(?:({_any_of(list(COLOURS))}) )?"
+_LOOK = rf"(?:(?:{_any_of(STYLES)}) )?(?:({_any_of(list(COLORS))}) )?"
 _ONE = rf"an? {_LOOK}({_any_of(list(_SINGULAR))})"
 _MANY = rf"({_any_of(NUMBERS[2:])}) {_LOOK}({_any_of(list(_PLURAL))})"
 _GROUND = re.compile(rf"\s*on an? ({_any_of(list(BACKGROUNDS))}) background$")
@@ -68,8 +68,8 @@ def parse(prompt: str) -> Claim:
     background = found[1] if found else None
     text = text[: found.start()] if found else text
     if match := re.fullmatch(_MANY, text):
-        number, colour, name = match.groups()
-        return Claim(((_PLURAL[name], colour),), NUMBERS.index(number), None, background)
+        number, color, name = match.groups()
+        return Claim(((_PLURAL[name], color),), NUMBERS.index(number), None, background)
     if match := re.fullmatch(_ONE, text):
         return Claim(((_SINGULAR[match[2]], match[1]),), None, None, background)
     if match := re.fullmatch(rf"{_ONE} (and|{_any_of(list(RELATIONS))}) {_ONE}", text):
@@ -94,8 +94,8 @@ def judge(claim: Claim, things: Sequence[Thing], background: str) -> dict[str, b
     """
     names = [t.name for t in things]
     found = {"object": all(name in names for name, _ in claim.nouns)}
-    if any(colour for _, colour in claim.nouns):
-        seen = {(t.name, t.colour or t.shade) for t in things}
+    if any(color for _, color in claim.nouns):
+        seen = {(t.name, t.color or t.shade) for t in things}
         found["colour"] = all(noun in seen for noun in claim.nouns if noun[1])
     if claim.number:
         found["count"] = names.count(claim.nouns[0][0]) == claim.number

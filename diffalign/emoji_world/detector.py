@@ -35,7 +35,7 @@ def detect(images: Tensor, classes: list[list[str]]) -> list[list[Detection]]:
     def found(thing) -> Detection:
         sides = ((thing.x - SIDE / 2) * width, (thing.y - SIDE / 2) * height)
         box = (*sides, sides[0] + SIDE * width, sides[1] + SIDE * height)
-        return Detection(thing.name, 1.0, box, thing.colour or thing.shade)
+        return Detection(thing.name, 1.0, box, thing.color or thing.shade)
 
     return [
         [found(thing) for thing in reading.things if thing.name in names]
@@ -50,8 +50,8 @@ def metadata(prompt: str) -> dict[str, Any]:
     """
     claim = parse(prompt)
     include: list[dict[str, Any]] = [
-        {"class": name, "count": claim.number or 1} | ({"color": colour} if colour else {})
-        for name, colour in claim.nouns
+        {"class": name, "count": claim.number or 1} | ({"color": color} if color else {})
+        for name, color in claim.nouns
     ]
     if claim.relation:  # a position refers to an earlier clause
         include.reverse()

@@ -85,8 +85,8 @@ def real_scene(text: str, rng: random.Random) -> Scene:
     if hidden and claim.background is None:
         return real_scene(text, rng)  # another background
     items = tuple(
-        replace(item, name=name, colour=colour, style=style)
-        for item, (name, colour) in zip(scene.items, nouns, strict=True)
+        replace(item, name=name, color=color, style=style)
+        for item, (name, color) in zip(scene.items, nouns, strict=True)
     )
     return replace(scene, items=items, background=ground)
 

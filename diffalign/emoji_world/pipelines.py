@@ -28,7 +28,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from .scenes import BACKGROUNDS, COLOURS, NUMBERS, OBJECTS, SIZE, STYLES, plural
+from .scenes import BACKGROUNDS, COLORS, NUMBERS, OBJECTS, SIZE, STYLES, plural
 from .t5 import build_t5_tokenizer
 
 LENGTH = 24  # CLIP tokens a prompt, padding included; the longest caption has 18
@@ -89,7 +89,7 @@ def build_sd(vae: Any, text_encoder: Any, tokenizer: Any) -> tuple[Any, dict[str
 
 def _t5(width: int) -> tuple[Any, Any]:
     """A T5 encoder of one layer and its tokenizer, of the world's words."""
-    words = [*OBJECTS, *map(plural, OBJECTS), *COLOURS, *BACKGROUNDS, *NUMBERS, *STYLES]
+    words = [*OBJECTS, *map(plural, OBJECTS), *COLORS, *BACKGROUNDS, *NUMBERS, *STYLES]
     words += ["a", "an", "on", "of", "and", "left", "right", "above", "below", "background"]
     tokenizer = build_t5_tokenizer(words, WORDS)
     config = T5Config(

@@ -53,7 +53,7 @@ PLURALS = {
     "trophy": "trophies", "dice": "dice",
 }  # fmt: skip
 STYLES = ("glossy", "flat")  # Noto, Fluent flat
-COLOURS: dict[str, tuple[int, int, int]] = {
+COLORS: dict[str, tuple[int, int, int]] = {
     "red": (222, 40, 40), "orange": (245, 140, 20), "yellow": (250, 210, 30),
     "green": (50, 165, 70), "blue": (45, 100, 225), "purple": (140, 70, 190),
     "pink": (245, 120, 175), "brown": (135, 85, 50),
@@ -75,7 +75,7 @@ class Item:
 
     name: str
     style: str
-    colour: str | None
+    color: str | None
     x: float
     y: float
     size: float
@@ -111,7 +111,7 @@ def caption(scene: Scene) -> str:
     def noun(item: Item, many: bool = False) -> str:
         style = item.style if scene.says_style else None
         name = plural(item.name) if many else item.name
-        return " ".join(w for w in (style, item.colour, name) if w)
+        return " ".join(w for w in (style, item.color, name) if w)
 
     first = scene.items[0]
     if scene.kind == "count":
@@ -125,11 +125,11 @@ def caption(scene: Scene) -> str:
     return text
 
 
-def reserved_colour(name: str, colour: str | None) -> bool:
+def reserved_color(name: str, color: str | None) -> bool:
     """Of every object one colour is held out."""
-    if colour is None:
+    if color is None:
         return False
-    return (list(OBJECTS).index(name) + list(COLOURS).index(colour)) % len(COLOURS) == 0
+    return (list(OBJECTS).index(name) + list(COLORS).index(color)) % len(COLORS) == 0
 
 
 def held_out(scene: Scene) -> bool:
@@ -139,7 +139,7 @@ def held_out(scene: Scene) -> bool:
     Of every object one colour, of single objects one background, of one object in four one number,
     and one pair of objects in eight.
     """
-    if any(reserved_colour(item.name, item.colour) for item in scene.items):
+    if any(reserved_color(item.name, item.color) for item in scene.items):
         return True
     names, backgrounds = list(OBJECTS), list(BACKGROUNDS)
     places = [names.index(item.name) for item in scene.items]
@@ -169,9 +169,9 @@ def _sample_scene(rng: random.Random, kind: str) -> Scene:
 
     def look(name: str) -> str | None:
         """A colour, or None for its own; never one that the background hides."""
-        colours = [c for c in COLOURS if c != background]
+        colors = [c for c in COLORS if c != background]
         if rng.random() < 0.5 or not readable(name, style, background):
-            return rng.choice(colours)
+            return rng.choice(colors)
         return None
 
     relation = None
@@ -181,10 +181,10 @@ def _sample_scene(rng: random.Random, kind: str) -> Scene:
         items = (Item(name, style, look(name), x, y, rng.uniform(42, 52)),)
     elif kind == "count":
         name = rng.choice(list(OBJECTS))
-        colour = look(name)
+        color = look(name)
         cells = rng.sample(CELLS, rng.randint(2, 4))
         items = tuple(
-            Item(name, style, colour, x + rng.uniform(-1, 1), y + rng.uniform(-1, 1),
+            Item(name, style, color, x + rng.uniform(-1, 1), y + rng.uniform(-1, 1),
                  rng.uniform(26, 30))
             for x, y in cells
         )  # fmt: skip
@@ -222,8 +222,8 @@ def alterations(scene: Scene, rng: random.Random) -> dict[str, Scene]:
         result["object"] = replace(scene, items=(first, replace(others[0], name=name)))
     else:
         result["object"] = alter(name=name)
-    if first.colour:
-        result["colour"] = alter(colour=rng.choice([c for c in COLOURS if c != first.colour]))
+    if first.color:
+        result["colour"] = alter(color=rng.choice([c for c in COLORS if c != first.color]))
     if scene.says_background:
         background = rng.choice([b for b in BACKGROUNDS if b != scene.background])
         result["background"] = replace(scene, background=background)
@@ -239,8 +239,8 @@ def alterations(scene: Scene, rng: random.Random) -> dict[str, Scene]:
             for item, sign in zip(scene.items, (1, -1), strict=True)
         )
         result["position"] = replace(scene, items=items, relation=relation)
-    if scene.kind in ("pair", "relation") and first.colour != others[0].colour:
-        swapped = (replace(first, colour=others[0].colour), replace(others[0], colour=first.colour))
+    if scene.kind in ("pair", "relation") and first.color != others[0].color:
+        swapped = (replace(first, color=others[0].color), replace(others[0], color=first.color))
         result["binding"] = replace(scene, items=swapped)
     return result
 
@@ -257,17 +257,17 @@ def _sheet(style: str) -> dict[str, Image.Image]:
 
 
 @lru_cache(maxsize=4096)
-def sprite(name: str, style: str, colour: str | None) -> Image.Image:
+def sprite(name: str, style: str, color: str | None) -> Image.Image:
     """64×64 RGBA sprite. A tint keeps the luminance of each pixel: white stays white."""
     image = _sheet(style)[name]
-    if colour is None:
+    if color is None:
         return image
     pixels = np.asarray(image, np.float32)
     luminance = pixels[..., :3] @ np.array([0.299, 0.587, 0.114], np.float32) / 255
     seen = pixels[..., 3] > 128
     luminance = luminance - luminance[seen].mean() + 0.5  # a dark sprite still shows its new colour
     luminance = luminance.clip(0, 1)[..., None]
-    tint = np.array(COLOURS[colour], np.float32)
+    tint = np.array(COLORS[color], np.float32)
     dark, light = luminance * 2 * tint, 255 - (1 - luminance) * 2 * (255 - tint)
     rgb = np.where(luminance < 0.5, dark, light)
     return Image.fromarray(np.concatenate([rgb, pixels[..., 3:]], -1).round().astype(np.uint8))
@@ -287,7 +287,7 @@ def render(scene: Scene) -> Image.Image:
     canvas = Image.new("RGBA", (SIZE, SIZE), (*BACKGROUNDS[scene.background], 255))
     for it in scene.items:
         side = round(it.size)
-        image = sprite(it.name, it.style, it.colour).resize((side, side), Image.Resampling.LANCZOS)
+        image = sprite(it.name, it.style, it.color).resize((side, side), Image.Resampling.LANCZOS)
         canvas.alpha_composite(
             image, (max(0, round(it.x - side / 2)), max(0, round(it.y - side / 2)))
         )

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
-from .scenes import BACKGROUNDS, COLOURS, NUMBERS, OBJECTS, RELATIONS, STYLES, plural
+from .scenes import BACKGROUNDS, COLORS, NUMBERS, OBJECTS, RELATIONS, STYLES, plural
 
 LENGTH = 32  # tokens a prompt, padding included
 
@@ -38,7 +38,7 @@ def byte_pairs(words: list[str]) -> list[tuple[str, str]]:
 
 def build_tokenizer() -> CLIPTokenizer:
     """Byte-pair merges learnt until every word of the world is one token (about 1,100 tokens)."""
-    words = [*OBJECTS, *map(plural, OBJECTS), *COLOURS, *BACKGROUNDS, *NUMBERS, *RELATIONS, *STYLES]
+    words = [*OBJECTS, *map(plural, OBJECTS), *COLORS, *BACKGROUNDS, *NUMBERS, *RELATIONS, *STYLES]
     words += ["a", "an", "on", "of", "background", "with", "and", "the", "bunch"]
     words += ["small", "big", "photo", "picture", "emoji"]
     merges: Any = byte_pairs(re.findall(r"\w+", " ".join(words)))

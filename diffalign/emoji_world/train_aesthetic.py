@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel
 
 from .scenes import sample_scene
-from .train_clip import MIX, normalise
+from .train_clip import MIX, normalize
 from .train_preference import DEGRADATIONS, degrade
 from .training import fit, pixels
 
@@ -82,7 +82,7 @@ def main() -> None:
     model: Any = CLIPModel.from_pretrained(args.clip).eval()
 
     def encode(pictures: Tensor) -> Tensor:
-        return F.normalize(model.get_image_features(normalise(pictures)).pooler_output, dim=-1)
+        return F.normalize(model.get_image_features(normalize(pictures)).pooler_output, dim=-1)
 
     inputs, truth = examples(encode, 11, 16000, reserved=False)
     held_inputs, held_truth = examples(encode, 10**6 + 11, 2000, reserved=True)

@@ -52,7 +52,7 @@ def build(seed: int, patch: int, tokenizer: Any) -> CLIPModel:
     )
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """[0, 1] pixels to what CLIP's vision tower sees."""
     return (images - images.new_tensor(MEAN).view(3, 1, 1)) / images.new_tensor(STD).view(3, 1, 1)
 
@@ -76,7 +76,7 @@ def augment(images: Tensor) -> Tensor:
 
 def features(model: Any, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Any]:
     """Unit embeddings of images and texts, and the vision tower's own output."""
-    out = model(input_ids=ids, pixel_values=normalise(images))
+    out = model(input_ids=ids, pixel_values=normalize(images))
     return out.image_embeds.float(), out.text_embeds.float(), out.vision_model_output
 
 
@@ -198,7 +198,7 @@ def main() -> None:
             return F.normalize(model.get_text_features(input_ids=ids).pooler_output, dim=-1)
 
         def image(pictures: Tensor) -> Tensor:
-            pixel_values = normalise(pictures)
+            pixel_values = normalize(pictures)
             return F.normalize(model.get_image_features(pixel_values).pooler_output, dim=-1)
 
         model.eval()

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from .scenes import SIZE, Scene, alterations, caption, sample_scene
-from .train_clip import MIX, augment, normalise
+from .train_clip import MIX, augment, normalize
 from .training import fit, pixels
 
 DEGRADATIONS = ("blur", "noise", "warp", "fade", "holes")
@@ -56,7 +56,7 @@ def degrade(images: Tensor, strength: Tensor, kinds: list[str]) -> Tensor:
 
 def scores(model: Any, images: Tensor, ids: Tensor) -> Tensor:
     """s cos(x_i, y_i), (n,)."""
-    image = model.get_image_features(pixel_values=normalise(images)).pooler_output.float()
+    image = model.get_image_features(pixel_values=normalize(images)).pooler_output.float()
     text = model.get_text_features(input_ids=ids).pooler_output.float()
     return model.logit_scale.exp() * F.cosine_similarity(image, text)
 

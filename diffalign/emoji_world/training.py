@@ -77,13 +77,13 @@ def fit(
     "steps", "minutes" and "loss".
     """
     params = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     average = [p.detach().clone() for p in params]
     start, seconds, figures = 0, 0.0, {}
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         start, seconds = state["step"], state["seconds"]
-        optimiser.load_state_dict(state["optimiser"])
+        optimizer.load_state_dict(state["optimiser"])
         for p, a, saved_p, saved_a in zip(
             params, average, state["params"], state["average"], strict=True
         ):
@@ -98,14 +98,14 @@ def fit(
     for step in range(start, steps):
         torch.manual_seed(step)
         done = step / steps
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = lr * min(1, done / 0.03) * (1 + math.cos(math.pi * done)) / 2
         with torch.autocast("cpu", torch.bfloat16):
             value = loss(step)
         value.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         decay = min(ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in params], 1 - decay)
         mean += (value.item() - mean) / min(step - start + 1, 200)
@@ -122,7 +122,7 @@ def fit(
             state = {
                 "step": step + 1,
                 "seconds": seconds,
-                "optimiser": optimiser.state_dict(),
+                "optimiser": optimizer.state_dict(),
                 "params": [p.data for p in params],
                 "average": average,
             }

@@ -24,10 +24,10 @@ from torch.nn import functional as F
 from rewards.loading import reading
 
 from .claims import Thing, judge, parse
-from .scenes import ASSETS, BACKGROUNDS, COLOURS, KINDS, OBJECTS, SIZE, Scene, sample_scene
+from .scenes import ASSETS, BACKGROUNDS, COLORS, KINDS, OBJECTS, SIZE, Scene, sample_scene
 from .training import fit, pixels
 
-NAMES, HUES, GROUNDS = list(OBJECTS), [*COLOURS, None], list(BACKGROUNDS)
+NAMES, HUES, GROUNDS = list(OBJECTS), [*COLORS, None], list(BACKGROUNDS)
 CELL = 8  # pixels a side of a detector cell
 SPREAD = 6.0  # standard deviation in pixels of the bump around an object's centre
 THRESHOLD = 0.35  # a centre between four cells reads 0.64 in each, an empty place 0
@@ -59,27 +59,27 @@ class Verifier(nn.Module):
         near = self.local(images * 2 - 1)
         far = self.wide(near)
         both = torch.cat([near, F.interpolate(far, scale_factor=2.0, mode="nearest")], 1)
-        centre, name, colour = self.cells(self.merge(both)).split([1, len(NAMES), len(HUES)], 1)
+        center, name, color = self.cells(self.merge(both)).split([1, len(NAMES), len(HUES)], 1)
         ground = self.ground(near.mean((2, 3)))
-        return {"centre": centre[:, 0], "object": name, "colour": colour, "background": ground}
+        return {"centre": center[:, 0], "object": name, "colour": color, "background": ground}
 
 
 def targets(scenes: list[Scene]) -> dict[str, Tensor]:
     """What the detector should say: "centre" in [0, 1] (n, 8, 8), class indices (n, 8, 8), (n,)."""
     grid = (torch.arange(SIZE // CELL) + 0.5) * CELL
     n, side = len(scenes), len(grid)
-    centre = torch.zeros(n, side, side)
-    name, colour = (torch.zeros(n, side, side, dtype=torch.long) for _ in range(2))
+    center = torch.zeros(n, side, side)
+    name, color = (torch.zeros(n, side, side, dtype=torch.long) for _ in range(2))
     for i, scene in enumerate(scenes):
         for item in scene.items:
             square = (grid[None] - item.x).square() + (grid[:, None] - item.y).square()
             bump = (-square / (2 * SPREAD**2)).exp()
-            own = bump > centre[i]
+            own = bump > center[i]
             name[i][own] = NAMES.index(item.name)
-            colour[i][own] = HUES.index(item.colour)
-            centre[i] = centre[i].maximum(bump)
+            color[i][own] = HUES.index(item.color)
+            center[i] = center[i].maximum(bump)
     ground = torch.tensor([GROUNDS.index(s.background) for s in scenes])
-    return {"centre": centre, "object": name, "colour": colour, "background": ground}
+    return {"centre": center, "object": name, "colour": color, "background": ground}
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,14 @@ def read(images: Tensor, model: Verifier | None = None) -> list[Reading]:
     logits = (model or load())(small)
     heat = logits["centre"].sigmoid()
     peak = (heat == F.max_pool2d(heat[:, None], 3, 1, 1)[:, 0]) & (heat > THRESHOLD)
-    name, colour = logits["object"].argmax(1), logits["colour"].argmax(1)
+    name, color = logits["object"].argmax(1), logits["colour"].argmax(1)
     shade = logits["colour"][:, :-1].argmax(1)
     readings = []
     for i in range(len(images)):
         things = tuple(
             Thing(
                 NAMES[int(name[i, y, x])],
-                HUES[int(colour[i, y, x])],
+                HUES[int(color[i, y, x])],
                 (x + 0.5) * CELL,
                 (y + 0.5) * CELL,
                 HUES[int(shade[i, y, x])],
@@ -160,9 +160,9 @@ def main() -> None:
     def loss(step: int) -> Tensor:
         pick = torch.randint(len(images), (args.batch,))
         logits = model(augment(images[pick].float() / 255))
-        centre = truth["centre"][pick]
-        weight = centre * (centre > 0.3)
-        total = 20 * F.binary_cross_entropy_with_logits(logits["centre"].float(), centre)
+        center = truth["centre"][pick]
+        weight = center * (center > 0.3)
+        total = 20 * F.binary_cross_entropy_with_logits(logits["centre"].float(), center)
         for k in ("object", "colour"):
             wrong = F.cross_entropy(logits[k].float(), truth[k][pick], reduction="none")
             total = total + (wrong * weight).sum() / weight.sum()

@@ -17,7 +17,7 @@ from .claims import parse
 from .scenes import (
     ASSETS,
     BACKGROUNDS,
-    COLOURS,
+    COLORS,
     OBJECTS,
     STYLES,
     Item,
@@ -25,16 +25,16 @@ from .scenes import (
     caption,
     held_out,
     readable,
-    reserved_colour,
+    reserved_color,
     sample_scene,
 )
 
 PAIRS = 56  # prompts of each category that is not one per object
 
 
-def single(name: str, colour: str | None, background: str | None) -> Scene:
+def single(name: str, color: str | None, background: str | None) -> Scene:
     ground = background or "white"
-    item = Item(name, "glossy", colour, 32, 32, 48)
+    item = Item(name, "glossy", color, 32, 32, 48)
     return Scene("single", (item,), ground, says_background=background is not None)
 
 
@@ -43,13 +43,13 @@ def singles(rng: random.Random) -> tuple[list[str], list[str]]:
     for name in OBJECTS:
         own = [b for b in BACKGROUNDS if readable(name, "glossy", b) and readable(name, "flat", b)]
         # no colour on a background of its own name, which would hide the object
-        mixed = [(c, b) for c in COLOURS for b in BACKGROUNDS if c != b]
+        mixed = [(c, b) for c in COLORS for b in BACKGROUNDS if c != b]
         train.append(caption(single(name, None, None)))
         free = [b for b in own if not held_out(single(name, None, b))]
         train.append(caption(single(name, None, rng.choice(free))))
         free_pairs = [p for p in mixed if not held_out(single(name, *p))]
         train.append(caption(single(name, *rng.choice(free_pairs))))
-        reserved = [p for p in mixed if reserved_colour(name, p[0])]
+        reserved = [p for p in mixed if reserved_color(name, p[0])]
         held.append(caption(single(name, *rng.choice(reserved))))
     rng.shuffle(held)  # the first few are the rows of the grid
     return train, held
@@ -63,19 +63,19 @@ def evaluation(rng: random.Random, reserved: bool) -> list[dict[str, str]]:
         fit = [b for b in grounds if held_out(single(name, None, b)) == reserved]
         if fit:  # else the one reserved background hides the object
             found["single object"].append(caption(single(name, None, rng.choice(fit))))
-        colours = [c for c in COLOURS if reserved_colour(name, c) == reserved]
-        found["colours"].append(caption(single(name, rng.choice(colours), None)))
+        colors = [c for c in COLORS if reserved_color(name, c) == reserved]
+        found["colours"].append(caption(single(name, rng.choice(colors), None)))
     kinds = {"two objects": "pair", "counting": "count", "position": "relation"}
     for category, kind in (kinds | {"colour attribution": "pair"}).items():
         texts: dict[str, None] = {}
         while len(texts) < PAIRS:
             scene = sample_scene(rng, kind, reserved)
-            coloured = [item.colour is not None for item in scene.items]
+            colored = [item.color is not None for item in scene.items]
             if category == "colour attribution" and (
-                not all(coloured) or scene.items[0].colour == scene.items[1].colour
+                not all(colored) or scene.items[0].color == scene.items[1].color
             ):
                 continue
-            if category in ("two objects", "position") and any(coloured):
+            if category in ("two objects", "position") and any(colored):
                 continue
             plain = Scene(kind, scene.items, scene.background, scene.relation, False, False)
             texts[caption(plain)] = None

@@ -38,7 +38,7 @@ def dno(
     iterations: Count = 100,
     lr: Positive = 0.01,
     clip: Positive = 1.0,
-    regularisation: Weight = 1.0,
+    regularization: Weight = 1.0,
     block: Count = 4,
     permutations: Annotated[int, Bounds(0)] = 100,
     initial_only: bool = False,
@@ -74,7 +74,7 @@ def dno(
     generator = torch.Generator().manual_seed(0)  # alike for any number of prompts
 
     def penalty(z: Tensor) -> Tensor:
-        if not regularisation:
+        if not regularization:
             return torch.zeros_like(z)
         flat = z.detach().flatten(1).requires_grad_()
         orders = [torch.randperm(flat.shape[1], generator=generator) for _ in range(permutations)]
@@ -83,7 +83,7 @@ def dno(
         for order in [None, *orders]:
             with torch.enable_grad():
                 seen = flat if order is None else flat[:, order.to(flat.device)]
-                share = regularisation if order is None else regularisation / permutations
+                share = regularization if order is None else regularization / permutations
                 grad += share * torch.autograd.grad(implausibility(seen, block).sum(), flat)[0]
         return grad.view_as(z)
 

@@ -48,7 +48,7 @@ def _fresh(task: Task, draws: Sequence[int]) -> Step:
     return draw(task, rows, task.noise(rows, [*draws] * len(task)))
 
 
-def neighbour(noise: Tensor, fresh: Tensor, cosine: float) -> Tensor:
+def neighbor(noise: Tensor, fresh: Tensor, cosine: float) -> Tensor:
     """Noise (n, ...) turned towards `fresh` (n, ...) until its cosine with where it was is τ.
 
     ε' = ‖ε‖ (τ u + √(1 - τ²) w),   u = ε/‖ε‖,   w the part of `fresh` normal to u, of norm 1
@@ -64,7 +64,7 @@ def neighbour(noise: Tensor, fresh: Tensor, cosine: float) -> Tensor:
 def zero_order(
     task: Task,
     rounds: Count = 8,
-    neighbours: Count = 4,
+    neighbors: Count = 4,
     cosine: Cosine = 0.95,
     restart: bool = True,
 ) -> Iterator[Step]:
@@ -81,13 +81,13 @@ def zero_order(
     known = [True] * len(task)
     yield step
     for r in range(rounds):
-        draws = range(1 + r * (neighbours + 1), 1 + (r + 1) * (neighbours + 1))
+        draws = range(1 + r * (neighbors + 1), 1 + (r + 1) * (neighbors + 1))
         groups = {}
         for i in task.account.open():  # a restart costs a prompt one picture more than others
-            fresh = task.noise([i] * (neighbours + 1), draws)
+            fresh = task.noise([i] * (neighbors + 1), draws)
             if not known[i]:
                 base[i] = fresh[-1]
-            near = neighbour(base[i].expand_as(fresh[:-1]), fresh[:-1], cosine)
+            near = neighbor(base[i].expand_as(fresh[:-1]), fresh[:-1], cosine)
             groups[i] = near if known[i] else torch.cat([base[i][None], near])
         sizes = [len(group) for group in groups.values()]
         step = draw(task, [i for i in groups for _ in groups[i]], torch.cat([*groups.values()]))
@@ -95,7 +95,7 @@ def zero_order(
         for i, totals in zip(groups, step.total.split(sizes), strict=True):
             if not known[i]:
                 reward[i] = totals[0].item()
-            best = int(totals[-neighbours:].argmax()) - neighbours
+            best = int(totals[-neighbors:].argmax()) - neighbors
             better = totals[best].item() > reward[i]
             if better:
                 base[i], reward[i] = groups[i][best], totals[best].item()

@@ -53,7 +53,7 @@ def universal_guidance(
     task: Task,
     strength: Weight = 1.0,
     through: Through = "denoiser",
-    normalise: Literal["none", "unit"] = "none",
+    normalize: Literal["none", "unit"] = "none",
     first: Annotated[int, Bounds(0)] = 0,
     last: Annotated[int, Bounds(-1)] = -1,
     recurrence: Count = 1,
@@ -84,11 +84,11 @@ def universal_guidance(
             f"universal_guidance.first={first} and .last={last} hold none of the {steps} steps 0 "
             "and up; lower first, or raise last (-1 is the last step)"
         )
-    return _guided(task, strength, through, normalise, window, recurrence)
+    return _guided(task, strength, through, normalize, window, recurrence)
 
 
 def _guided(
-    task: Task, strength: float, through: Through, normalise: str, window: range, recurrence: int
+    task: Task, strength: float, through: Through, normalize: str, window: range, recurrence: int
 ) -> Iterator[Step | None]:
     sampling, rows = task.sampling, range(len(task))
     noise = task.noise(rows)
@@ -109,7 +109,7 @@ def _guided(
                 own = x[part]
                 if i in window:
                     seen, _, grad = slope(task, task.policy, rows[part], own, i, through)
-                    if normalise == "unit":
+                    if normalize == "unit":
                         norm = grad.flatten(1).norm(dim=1).clamp(min=1e-12)
                         grad = grad / norm.view(-1, *[1] * (grad.ndim - 1))
                     change = rate(level.alpha, level.sigma, strength) * grad

@@ -12,7 +12,7 @@ from .base import Count, Positive, Share, Step, Task, Weight
 from .gradients import descend
 
 
-def chi_regulariser(noise: Tensor) -> Tensor:
+def chi_regularizer(noise: Tensor) -> Tensor:
     """½‖ε‖² - (d - 1) log‖ε‖ of each sample of noise (n, ...), d its number of elements: (n,).
 
     Up to a constant it is -log of the density of the norm of d standard normals (χ_d), least at
@@ -28,7 +28,7 @@ def reno(
     lr: Positive = 5.0,
     momentum: Share = 0.9,
     clip: Positive = 0.1,
-    regularisation: Weight = 0.01,
+    regularization: Weight = 0.01,
     checkpoint: bool = False,
 ) -> Iterator[Step]:
     """Optimise the initial noise ε for the reward (ReNO, arXiv 2406.04312).
@@ -55,7 +55,7 @@ def reno(
     def penalty(z: Tensor) -> Tensor:
         z = z.detach().requires_grad_()
         with torch.enable_grad():
-            return regularisation * torch.autograd.grad(chi_regulariser(z).sum(), z)[0]
+            return regularization * torch.autograd.grad(chi_regularizer(z).sum(), z)[0]
 
     rule = partial(torch.optim.SGD, lr=lr, momentum=momentum, nesterov=momentum > 0)
     return descend(task, rule, penalty, clip, iterations, True, checkpoint)

@@ -241,9 +241,9 @@ class Policy(ABC):
         if guided:
             unconditional, conditional = output.chunk(2)
             output = unconditional + guidance * (conditional - unconditional)
-        return self.parametrise(x, output, level)
+        return self.parametrize(x, output, level)
 
-    def parametrise(self, x: Tensor, native: Tensor, level: Levels) -> Prediction:
+    def parametrize(self, x: Tensor, native: Tensor, level: Levels) -> Prediction:
         """What the network's output `native` at x (n, *latent) says of x0 and noise; linear in
         both."""
         return PREDICTIONS[self.predicts](x, native, level)

@@ -89,8 +89,8 @@ def as_ddim(pipeline: str, config: Mapping[str, Any]) -> dict[str, Any]:
     if pipeline == "StableDiffusionPipeline":
         full |= {"steps_offset": 1, "clip_sample": False}
     odd = [f"{k}={full[k]}" for k in CHANGES_THE_PICTURE if full.get(k) not in NEUTRAL]
-    kind, learnt = full["prediction_type"], str(full.get("variance_type")).startswith("learned")
-    odd += [f"variance_type={full['variance_type']}"] if learnt else []
+    kind, learned = full["prediction_type"], str(full.get("variance_type")).startswith("learned")
+    odd += [f"variance_type={full['variance_type']}"] if learned else []
     if full["beta_schedule"] not in SCHEDULES and full["trained_betas"] is None:
         odd.append(f"beta_schedule={full['beta_schedule']}")
     if full["timestep_spacing"] == "linspace" and name in ("DDIMScheduler", "PNDMScheduler"):

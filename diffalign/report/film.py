@@ -13,7 +13,7 @@ from PIL import Image
 
 from ..config.decoding import check_folder, write_atomic
 from ..drawing.fonts import Font
-from ..drawing.grids import GREY, GUTTER, INK, comparison_grid, fit, image_grid, save_png
+from ..drawing.grids import GRAY, GUTTER, INK, comparison_grid, fit, image_grid, save_png
 from ..record import pictures
 from ..record.pictures import Evaluated
 from .run import epoch_name
@@ -84,7 +84,7 @@ def frame(shot: Evaluated, prompts: int, cell: int) -> Image.Image:
     font.draw(canvas, GUTTER, GUTTER, epoch_name(shot.epoch), INK)
     if values:
         mean = f"mean reward {sum(values) / len(values):.3f}"
-        font.draw(canvas, body.width - GUTTER, GUTTER, mean, GREY, "right")
+        font.draw(canvas, body.width - GUTTER, GUTTER, mean, GRAY, "right")
     return canvas
 
 

@@ -65,7 +65,7 @@ class Sampling:
     def sensitivity(self, policy: Policy) -> Tensor:
         """|∂mean/∂output| of every step, (K,): how far the network's output moves it."""
         x, one = torch.zeros_like(self.stds), torch.ones_like(self.stds)
-        seen = policy.parametrise(x, one, self.levels[:-1])
+        seen = policy.parametrize(x, one, self.levels[:-1])
         levels = self.levels[:-1], self.levels[1:]
         return KERNELS[self.kernel](x, seen, *levels, self.eta).mean.abs()
 
@@ -324,9 +324,9 @@ def adjoint_sweep(
             if i in plan.active:
                 seen = policy.predict(inner, level, cond, sampling.guidance)
                 if plan.detach:
-                    seen = policy.parametrise(x, seen.native, level)
+                    seen = policy.parametrize(x, seen.native, level)
             else:  # x̂0 and noise are affine in x, whatever the constant output
-                seen = policy.parametrise(x, torch.zeros_like(x), level)
+                seen = policy.parametrize(x, torch.zeros_like(x), level)
             out = seen.x0 if i == plan.at else sampling.step(x, seen, i).mean
             extra = penalty(inner, seen, i) if penalty is not None and i in plan.active else None
         outputs = [out] if extra is None else [out, extra]

@@ -27,7 +27,7 @@ from ..sampling.rollout import (
     rollout,
     sample_seed,
 )
-from .optimizer import Optimisation
+from .optimizer import Optimizer
 
 
 @dataclass(frozen=True)
@@ -55,26 +55,26 @@ class Learner:
     policy: Policy
     sampling: Sampling
     reward: Any
-    optimisation: Optimisation
+    optimizer: Optimizer
     samples: int
     rank: int
     world: int
 
     def from_advantages(self, epoch: int, data: Rollout) -> Meter:
         """TRAJECTORY: loss over (sample, step) rows. FINAL: over (sample, time) rows."""
-        meter, first = Meter(), self.optimisation.updates
+        meter, first = Meter(), self.optimizer.updates
         trajectory = self.algorithm.needs is Needs.TRAJECTORY
         per_sample = data.paths.log_prob.shape[1] if trajectory else self.algorithm.times
         for mine, everyone in self._updates(epoch):
-            on_policy = self.optimisation.updates == first
+            on_policy = self.optimizer.updates == first
             batches = self._transitions if trajectory else self._matches
             for batch in batches(data, mine, on_policy):
                 loss, figures = self.algorithm.loss(self.policy, batch)
                 rows = len(batch.x)
                 # each row counts alike whatever the micro-batches and processes
-                self.optimisation.backward(loss * rows / (everyone * per_sample))
+                self.optimizer.backward(loss * rows / (everyone * per_sample))
                 meter.add({"loss": loss, **figures}, rows)
-            meter.add({"grad_norm": self.optimisation.step()})
+            meter.add({"grad_norm": self.optimizer.step()})
         return meter
 
     def _transitions(self, data: Rollout, mine: Tensor, on_policy: bool) -> Iterator[Batch]:
@@ -167,14 +167,14 @@ class Learner:
                     pixels, total, parts = self._pixel_gradient(images, batch)
                     self._look_for_blame(pixels, batch)
                     (grad,) = torch.autograd.grad(images, x0, pixels * share)
-                    grad = self.optimisation.scaler.scale(grad)  # the sweep is linear in it
+                    grad = self.optimizer.scaler.scale(grad)  # the sweep is linear in it
                     penalty = self._penalty(cond, share / len(plan.active), meter)
                     adjoint_sweep(policy, cond, self.sampling, states, grad, plan, penalty)
                     saturated = ((images <= 0) | (images >= 1)).float().flatten(1).mean(1)
                     meter.add({"saturated_pixels": saturated}, len(rows))
                     for name, values in {"": total, **parts}.items():
                         rewards.setdefault(name, []).append(values.detach())
-            meter.add({"grad_norm": self.optimisation.step()})
+            meter.add({"grad_norm": self.optimizer.step()})
         return meter, {name: torch.cat(values) for name, values in rewards.items()}, pictures
 
     def _draw(self, data: Rollout, rows: Tensor, plan: Surrogate) -> Any:
@@ -216,7 +216,7 @@ class Learner:
         bad = (~pixels.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
         if bad:
             names = " or ".join(repr(k) for k, w in self.reward.weights.items() if w != 0)
-            self.optimisation.blame = (
+            self.optimizer.blame = (
                 f"the gradient of the reward {names} to the pixels is NaN or infinite for the "
                 f"prompt {batch[bad[0]].text!r}"
             )
@@ -234,7 +234,7 @@ class Learner:
             state = x.detach().requires_grad_(moves)
 
             def scaled(distance: Tensor) -> Tensor:
-                return self.optimisation.scaler.scale(weight * distance.sum())
+                return self.optimizer.scaler.scale(weight * distance.sum())
 
             with torch.set_grad_enabled(moves), self.policy.reference():
                 base = self.policy.predict(state, level, cond, self.sampling.guidance).native

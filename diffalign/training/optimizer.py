@@ -36,7 +36,7 @@ def make_optimizer(config: OptimConfig, parameters: list[nn.Parameter]) -> torch
     return adamw(parameters, config.lr, weight_decay=config.weight_decay)
 
 
-class Optimisation:
+class Optimizer:
     """Everything that moves weights: those of the policy, and an algorithm's own beside them.
 
     steps: optimiser steps of the whole run, for the schedule.
@@ -57,11 +57,11 @@ class Optimisation:
         self.trained = policy.trainable_parameters()
         self.extra = list(extra)
         self.parameters = self.trained + self.extra
-        self.optimiser = make_optimizer(config, self.parameters)
+        self.adamw = make_optimizer(config, self.parameters)
         # only the factor over the steps is taken: a rate is then a function of `updates` alone
         schedule: Any = get_scheduler(
             config.lr_schedule,
-            self.optimiser,
+            self.adamw,
             num_warmup_steps=config.warmup,
             num_training_steps=steps,
         )
@@ -104,17 +104,17 @@ class Optimisation:
         n, warmup = self.updates, self.config.warmup
         # diffusers' warm-up would waste the first step on a rate of 0
         self.lr = self.config.lr * ((n + 1) / warmup if n < warmup else self.factor(n))
-        for group in self.optimiser.param_groups:
+        for group in self.adamw.param_groups:
             group["lr"] = self.lr
             group["weight_decay"] = self.config.weight_decay
-        self.scaler.unscale_(self.optimiser)
+        self.scaler.unscale_(self.adamw)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
         extra = torch.nn.utils.clip_grad_norm_(self.extra, self.config.max_grad_norm)
         finite = bool(norm.isfinite() and extra.isfinite())
         if finite:
-            self.scaler.step(self.optimiser)
+            self.scaler.step(self.adamw)
         self.scaler.update()  # in float16 a smaller scale, where a gradient has overflown
-        self.optimiser.zero_grad()
+        self.adamw.zero_grad()
         self._made() if finite else self._skip()
         return norm.item()
 
@@ -152,11 +152,12 @@ class Optimisation:
             copy.lerp_(p.to(copy), 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {"optimiser": self.optimiser, "scaler": self.scaler}
+        # the name in checkpoints, which must stay readable
+        parts = {"optimiser": self.adamw, "scaler": self.scaler}
         return {k: part.state_dict() for k, part in parts.items()} | {"updates": self.updates}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.updates = state["updates"]
-        self.optimiser.load_state_dict(state["optimiser"])
+        self.adamw.load_state_dict(state["optimiser"])
         if state["scaler"]:  # nothing where the dtype needs none
             self.scaler.load_state_dict(state["scaler"])

@@ -86,7 +86,7 @@ def kept(trainer: Trainer) -> Iterator[Signals]:
 def parts(trainer: Trainer) -> dict[str, Any]:
     """What keeps a state of its own between epochs."""
     return {
-        "optimisation": trainer.optimisation,
+        "optimisation": trainer.optimizer,  # the name in checkpoints
         "history": trainer.history,
         "algorithm": trainer.algorithm,
         "guard": trainer.evaluation.guard,
@@ -172,7 +172,7 @@ def end(trainer: Trainer, error: BaseException) -> None:
             grids.save_png(grids.to_pil(error.image), path, {"prompt": error.prompt})
             lines.append(f"picture: {path}")
         if not error.image.isfinite().all():
-            updates = trainer.optimisation.updates
+            updates = trainer.optimizer.updates
             lines.append(stopping.no_pictures(trainer.config, updates))
             # in float16 a single picture may overflow; elsewhere the weights are at fault
             ruined = updates > 0 and trainer.config.model.dtype != "float16"

@@ -34,7 +34,7 @@ from .advantages import PromptTracker, combined_advantages, zero_variance_share
 from .evaluation import Evaluation
 from .guard import diversity
 from .learning import Learner, Rollout
-from .optimizer import Optimisation
+from .optimizer import Optimizer
 from .plan import Plan
 from .scorer import Scorer, constrain, summary, teach
 from .stopping import TrainingStopped
@@ -110,12 +110,12 @@ class Trainer:
         for name in self.copies:
             self.policy.add_copy(name)
         t = config.train
-        self.optimisation = Optimisation(
+        self.optimizer = Optimizer(
             self.policy, self.algorithm.parameters(), t, self.accelerator, config.model.dtype,
             t.epochs * t.updates_per_epoch * t.inner_epochs,
         )  # fmt: skip
         self.learner = Learner(
-            config, self.algorithm, self.policy, self.sampling, self.reward, self.optimisation,
+            config, self.algorithm, self.policy, self.sampling, self.reward, self.optimizer,
             self.plan.samples, self.rank, self.world,
         )  # fmt: skip
         self.evaluation = Evaluation(
@@ -211,7 +211,7 @@ class Trainer:
                 bar.set_postfix(reward=f"{metrics['reward_mean']:.4g}")
                 if done:
                     break
-            self.optimisation.check_made()
+            self.optimizer.check_made()
         return {"before": before, "after": after}
 
     def say(self, text: str) -> None:
@@ -231,7 +231,7 @@ class Trainer:
         """Sample, score, update. Returns the metrics of the epoch, the same on every process."""
         start, calls = time.time(), self.policy.calls
         scored, scoring = self.reward.images, self.reward.seconds
-        skipped = self.optimisation.skipped
+        skipped = self.optimizer.skipped
         plans = self.learner.surrogates(epoch)
         data = self._sample(epoch)
         if plans:
@@ -255,12 +255,12 @@ class Trainer:
         metrics |= self._reduce(meter)
         metrics |= self.algorithm.end_epoch(metrics)
         for name, decay in self.copies.items():
-            self.optimisation.follow(name, decay(self.optimisation.updates))
-        metrics["skipped_steps"] = float(self.optimisation.skipped - skipped)
+            self.optimizer.follow(name, decay(self.optimizer.updates))
+        metrics["skipped_steps"] = float(self.optimizer.skipped - skipped)
         for worry in worries(metrics):
             self.say(f"epoch {epoch + 1}: {worry}")
         return metrics | {
-            "lr": self.optimisation.lr,
+            "lr": self.optimizer.lr,
             "denoiser_calls": float(self.policy.calls - calls) * self.world,
             "reward_calls": float(self.reward.images - scored) * self.world,
             "reward_seconds": self.reward.seconds - scoring,
