@@ -41,7 +41,7 @@ class TrustRegion(Algorithm):
     trust: Trust = "ratio"
     """ratio: clip it at clip_range; kl: mask the rows that leave kl_max (Flow-DPPO)"""
     kl_max: float = 1e-5
-    """τ of trust=kl, the KL of a step from the rollout's, averaged over the latent; inf = no bound"""
+    """τ of trust=kl: the largest KL of a step from the rollout's, per latent element; inf = none"""
     kl: KL = "g"
 
     def __post_init__(self) -> None:
