@@ -148,7 +148,7 @@ def test_second_update_is_off_policy(make, monkeypatch, algorithm):
                 assert torch.equal(batch.predict(policy).native, start.native)
         if batch.step is not None:
             close(batch.transition(start).log_prob(batch.x_next), batch.log_prob_old, 1e-5)
-        if kind.stores_means:
+        if trainer.algorithm.stores_means:
             close(batch.transition(start).mean, batch.mean_old, 1e-5)
         value, metrics = loss(self, policy, batch)
         seen.append((batch, metrics))

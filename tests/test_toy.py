@@ -155,6 +155,7 @@ VARIANTS = {
     "flow_grpo, branches": ("flow_grpo", BRANCHES | {"algorithm.step_weight": "noise"}),
     "flow_grpo, cps": ("flow_grpo", CPS | {"algorithm.log_prob": "cps"}),
     "flow_grpo, dance": ("flow_grpo", {"sampler.kernel": "dance_sde", "sampler.eta": 0.5}),
+    "flow_grpo within a KL": ("flow_grpo", TWICE | {"algorithm.trust": "kl"}),
     "grpo_guard off policy": ("grpo_guard", TWICE | {"algorithm.clip_range": 0.1}),
     "awm off policy": ("awm", TWICE),
     "awm of plain losses": ("awm", {"algorithm.weighting": "uniform"}),

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from ..policies.base import Policy
 from . import surrogate
-from .base import KL, Algorithm, Batch, Needs, check_choice, check_positive
+from .base import Batch, check_choice
+from .trust import TrustRegion
 
 LogProb = Literal["gaussian", "cps"]
 StepWeight = Literal["none", "noise"]
 
 
 @dataclass
-class FlowGRPO(Algorithm):
+class FlowGRPO(TrustRegion):
     """PPO with group-relative advantages on stochastic denoising steps (arXiv 2505.05470).
 
         ρ = p_θ(x' | x, c) / p_old(x' | x, c)
@@ -32,27 +33,22 @@ class FlowGRPO(Algorithm):
       with `step_weight=noise` TempFlow-GRPO (2508.04324): one trunk a prompt, branches at each of
       its steps, compared among those of the same step.
     - sampler.same_noise: the images of a prompt start from one noise.
+    - trust: `kl` masks rows by their KL in place of the clip, Flow-DPPO (2606.11025).
 
     w_i is 1, or with `step_weight=noise` the std of step i over the mean of all stochastic steps
     (TempFlow's 2.25 s is that for SD3's ten steps). Differs from the reference: the KL is measured
     as `kl` says, its `g` being theirs; the window is drawn per epoch for all prompts alike.
     """
 
-    needs: ClassVar[Needs] = Needs.TRAJECTORY
-
-    clip_range: float = 1e-4
-    """ε, the trust region of the ratio; belongs to log-probabilities averaged over the latent"""
     log_prob: LogProb = "gaussian"
     """gaussian, or cps: without the division by 2s², whose published clip range is 1e-5"""
     step_weight: StepWeight = "none"
     """none, or noise: steps count in proportion to their std"""
-    kl: KL = "g"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("log_prob", self.log_prob, LogProb)
         check_choice("step_weight", self.step_weight, StepWeight)
-        check_positive(self, clip_range=False)
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         seen = batch.predict(policy)
@@ -61,9 +57,9 @@ class FlowGRPO(Algorithm):
         std = surrogate.stds(step, log_ratio)
         if self.log_prob == "cps":
             log_ratio = 2 * std.square() * log_ratio
-        loss = surrogate.clipped(log_ratio, batch.advantage, self.clip_range)
+        loss, figures = self.objective(log_ratio, step, batch)
         if self.step_weight == "noise":
             stds = batch.sampling.stds
             loss = loss * std / stds[stds > 0].mean()
-        metrics |= surrogate.figures(log_ratio, self.clip_range)
+        metrics |= figures
         return (loss + self.anchored(policy, batch, seen, metrics)).mean(), metrics

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor
 
 from ..policies.base import Policy
 from . import surrogate
-from .base import KL, Algorithm, Batch, Needs, check_positive
+from .base import Batch
+from .trust import TrustRegion
 
 
 @dataclass
-class GRPOGuard(Algorithm):
+class GRPOGuard(TrustRegion):
     """Flow-GRPO with normalised ratios and re-weighted steps (arXiv 2510.22319).
 
         log ρ̂ = s (log ρ + mean_D δ² / 2s²) = mean_D(z δ),   δ = μ_θ - μ_old,  x' = μ_old + s z
@@ -26,6 +26,9 @@ class GRPOGuard(Algorithm):
     the network's own Jacobian, which differs from step to step; without `ratio_norm` a factor 1/s
     is left too.
 
+    With `trust=kl` the sign of A log ρ̂ tells which rows go on, and exactly so: the descent of -A ρ̂
+    moves μ_θ along A z, which raises D where A mean_D(z δ) > 0. For log ρ that is nearly true.
+
     Differs from the reference: the bias is a mean over the latent of each sample, where theirs also
     runs over the batch; |b_i| comes from the kernel itself, so that UNets are served too (for a
     flow SDE it is 1 + a²/2 times their |Δt|, at σ = 1 just that); and 1/|b_i| is scaled to mean 1
@@ -35,31 +38,26 @@ class GRPOGuard(Algorithm):
     were the harmonic mean of all.
     """
 
-    needs: ClassVar[Needs] = Needs.TRAJECTORY
-    stores_means: ClassVar[bool] = True
-
     clip_range: float = 2e-6
     """ε; smaller than for plain ratios, which carry a factor 1/s"""
     ratio_norm: bool = True
     """use ρ̂ in place of ρ"""
     reweight: bool = True
     """divide by |b_i|"""
-    kl: KL = "g"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, clip_range=False)
+    @property
+    def stores_means(self) -> bool:  # type: ignore[override]
+        return self.ratio_norm or super().stores_means
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         seen = batch.predict(policy)
         step = batch.transition(seen)
         log_ratio, metrics = surrogate.log_ratio(step.log_prob(batch.x_next), batch)
         if self.ratio_norm:
-            mean_old = step.mean.detach() if batch.on_policy else batch.mean_old
-            log_ratio = surrogate.ratio_norm(step, mean_old, log_ratio)
-        loss = surrogate.clipped(log_ratio, batch.advantage, self.clip_range)
+            log_ratio = surrogate.ratio_norm(step, surrogate.old(step, batch).mean, log_ratio)
+        loss, figures = self.objective(log_ratio, step, batch)
         if self.reweight:
             inverse = 1 / batch.sampling.sensitivity(policy)
             loss = loss * (inverse / inverse[batch.sampling.stochastic].mean())[batch.step]
-        metrics |= surrogate.figures(log_ratio, self.clip_range)
+        metrics |= figures
         return (loss + self.anchored(policy, batch, seen, metrics)).mean(), metrics

@@ -1,4 +1,4 @@
-"""PPO's clipped objective and the log-ratios it is given: pure functions over rows (m,)."""
+"""Policy-gradient objectives and the log-ratios they are given: pure functions over rows (m,)."""
 
 from __future__ import annotations
 
@@ -22,9 +22,30 @@ def log_ratio(log_prob: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]
 
 def clipped(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
     """max(-A ρ, -A clip(ρ, 1 - ε, 1 + ε)), ρ = exp(log_ratio), per row (1707.06347)."""
-    ratio = log_ratio.clamp_max(60).exp()  # 0 times infinity would be no number
+    ratio = _ratio(log_ratio)
     bounded = ratio.clamp(1 - clip_range, 1 + clip_range)
     return (-advantage * ratio).maximum(-advantage * bounded)
+
+
+def masked(
+    log_ratio: Tensor, advantage: Tensor, divergence: Tensor, kl_max: float
+) -> tuple[Tensor, Tensor]:
+    """-A ρ, and 0 where D ≥ τ and A log ρ > 0; and where that is, bool. All (m,) (2606.11025).
+
+    divergence: D >= 0 of every row, without gradient. kl_max: τ >= 0; infinite = nothing is masked.
+    A log ρ > 0 says that the row has already gone where its advantage sends it.
+    """
+    mask = (divergence >= kl_max) & (advantage * log_ratio > 0)
+    return (-advantage * _ratio(log_ratio)).masked_fill(mask, 0.0), mask
+
+
+def _ratio(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp_max(60).exp()  # 0 times infinity would be no number
+
+
+def old(step: Gaussian, batch: Batch) -> Gaussian:
+    """The transitions as the rollout drew them; before the first update those of now, detached."""
+    return Gaussian(step.mean.detach() if batch.on_policy else batch.mean_old, step.std)
 
 
 def figures(log_ratio: Tensor, clip_range: float) -> dict[str, Tensor]:
