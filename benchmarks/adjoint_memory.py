@@ -20,7 +20,8 @@ import torch
 
 from diffalign import policies
 from diffalign.emoji_world.evaluate import load_prompts
-from diffalign.sampling.rollout import Sampling, Surrogate, adjoint_sweep, rollout
+from diffalign.sampling.adjoint import Surrogate, adjoint_sweep
+from diffalign.sampling.rollout import Sampling, rollout
 from rewards.device import default_device
 
 

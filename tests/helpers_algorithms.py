@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from safetensors.torch import load_file
 from test_trainer import OBJECTS, redness
 
 from diffalign import TrainConfig, Trainer
-from diffalign.algorithms import Batch
+from diffalign.algorithms import Matches, Transitions
 from diffalign.dynamics import Levels, Prediction, native_target, noised
 from diffalign.sampling.rollout import Sampling
 
@@ -71,7 +70,7 @@ def matched(x0, noise, t, advantage, **options):
     how = Sampling(flow(torch.linspace(1, 0, 11).double()), "ode", 0.0, 1.0)
     options = {"on_policy": True} | options
     x = noised(x0, noise, level)
-    return Batch(how, None, x, level, advantage, advantage, x0=x0, noise=noise, **options)
+    return Matches(how, None, x, level, advantage, advantage, x0=x0, noise=noise, **options)
 
 
 def random_rows(advantage):
@@ -84,12 +83,14 @@ def transitions(levels, eta, step, outputs, on_policy=False, kernel="flow_sde"):
     n = len(step)
     how = Sampling(levels, kernel, eta, 1.0)
     policy = Outputs(**outputs)
-    batch = Batch(how, None, randn(n, *LATENT), levels[step], randn(n), randn(n), on_policy, step)
+    x, advantage, reward = randn(n, *LATENT), randn(n), randn(n)
     with policy.adapter("old"):
-        old = batch.transition(batch.predict(policy))
+        old = how.step(x, policy.predict(x, levels[step], None, 1.0), step)
     x_next = old.sample(randn(n, *LATENT))
-    stored = {"x_next": x_next, "log_prob_old": old.log_prob(x_next), "mean_old": old.mean}
-    return policy, replace(batch, **stored)
+    rows = {"x_next": x_next, "log_prob_old": old.log_prob(x_next), "mean_old": old.mean}
+    return policy, Transitions(
+        how, None, x, levels[step], advantage, reward, on_policy, step=step, **rows
+    )
 
 
 # SD3.5-medium with ten steps

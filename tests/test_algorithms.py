@@ -24,7 +24,7 @@ from helpers_algorithms import (
 )
 
 from diffalign import algorithms
-from diffalign.algorithms import Batch, surrogate
+from diffalign.algorithms import Transitions, surrogate
 from diffalign.algorithms.awm import AWM, pseudo_log_prob
 from diffalign.algorithms.ddpo import DDPO
 from diffalign.algorithms.dpok import DPOK
@@ -74,7 +74,7 @@ def test_ratios_are_those_of_the_authors(index):
     data = golden("flow_dynamics.safetensors")
     levels, key = flow(data["sigmas"]), f"Flow-SDE.i{index}."
     step, advantage = torch.full((3,), index), torch.tensor([1.0, -2.0, 0.5])
-    batch = Batch(
+    batch = Transitions(
         Sampling(levels, "flow_sde", 0.3, 1.0),
         None,
         data[key + "x_t"],

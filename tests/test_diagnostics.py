@@ -83,19 +83,19 @@ def step(o):
     """One step on a loss; returns the learning rate that was used."""
     o.backward(sum((p - 2).square().sum() for p in o.parameters))
     o.step()
-    return o.optimizer.param_groups[0]["lr"]
+    return o.adamw.param_groups[0]["lr"]
 
 
 @pytest.mark.parametrize("warmup", [0, 3])
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rates_are_those_of_the_diffusers_scheduler(schedule, warmup):
     options = {"lr_schedule": schedule, "warmup": warmup}
-    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(1))], 1e-2)
-    reference = get_scheduler(schedule, optimizer, num_warmup_steps=warmup, num_training_steps=12)
+    adamw = torch.optim.AdamW([nn.Parameter(torch.ones(1))], 1e-2)
+    reference = get_scheduler(schedule, adamw, num_warmup_steps=warmup, num_training_steps=12)
     expected = []
     for _ in range(12):
         expected.append(reference.get_last_lr()[0])
-        optimizer.step()
+        adamw.step()
         reference.step()
     first = optimizer(**options)
     used = [step(first) for _ in range(5)]

@@ -20,7 +20,7 @@ from helpers_algorithms import (
 )
 from test_trainer import gradients
 
-from diffalign.algorithms import ALGORITHMS, Needs
+from diffalign.algorithms import ALGORITHMS, Needs, Transitions
 from diffalign.algorithms.dpok import DPOK
 
 make = helpers_algorithms.make  # the fixture
@@ -146,7 +146,7 @@ def test_second_update_is_off_policy(make, monkeypatch, algorithm):
         if "old" in trainer.copies:
             with torch.no_grad(), policy.adapter("old"):
                 assert torch.equal(batch.predict(policy).native, start.native)
-        if batch.step is not None:
+        if isinstance(batch, Transitions):
             close(batch.transition(start).log_prob(batch.x_next), batch.log_prob_old, 1e-5)
         if trainer.algorithm.stores_means:
             close(batch.transition(start).mean, batch.mean_old, 1e-5)

@@ -122,7 +122,7 @@ def test_a_ratio_that_overflows_leaves_no_nan():
 def test_the_kl_is_that_of_the_outputs(monkeypatch, kernel, eta, path):
     """D = (c/s)² mean_D (f_θ - f_old)² / 2, c = |∂μ/∂f|."""
     of = {"flow": "from_flow", "epsilon": "from_epsilon", "v": "from_v"}[path]
-    monkeypatch.setattr(Outputs, "parametrise", staticmethod(getattr(Prediction, of)))
+    monkeypatch.setattr(Outputs, "parametrize", staticmethod(getattr(Prediction, of)))
     outputs = moved(32)
     policy, batch = transitions(FLOW if path == "flow" else VP, eta, STEPS, outputs, kernel=kernel)
     _, metrics = FlowGRPO(trust="kl").loss(policy, batch)

@@ -12,7 +12,8 @@ from torch import nn
 
 from diffalign.dynamics import Levels, Prediction
 from diffalign.policies import Cond
-from diffalign.sampling.rollout import Noise, Sampling, Surrogate, adjoint_sweep, rollout
+from diffalign.sampling.adjoint import Surrogate, adjoint_sweep
+from diffalign.sampling.rollout import Noise, Sampling, rollout
 
 PROMPTS = ["a red dog", "a cat on a blue background", "a rocket", "a tree"]
 

@@ -21,8 +21,9 @@ from diffalign.algorithms.drtune import DRTune
 from diffalign.algorithms.refl import ReFL
 from diffalign.dynamics import noised
 from diffalign.policies import Cond
-from diffalign.sampling.rollout import Noise, Sampling, Surrogate, adjoint_sweep, sample_seed
-from diffalign.training.learning import Rollout
+from diffalign.sampling.adjoint import Surrogate, adjoint_sweep
+from diffalign.sampling.rollout import Noise, Sampling, sample_seed
+from diffalign.training.learning import Samples
 
 make = helpers_algorithms.make  # the fixture
 
@@ -84,7 +85,7 @@ def by_autograd(policy, how, cond, noises, plan, penalty=None):
     return x, states, extra
 
 
-@pytest.mark.parametrize("penalised", [False, True])
+@pytest.mark.parametrize("penalized", [False, True])
 @pytest.mark.parametrize("path", ["epsilon", "v", "flow"])
 @pytest.mark.parametrize(
     "plan",
@@ -301,7 +302,7 @@ def test_shares_of_two_processes_add_up(make, monkeypatch):
     data, plans = trainer._sample(0), trainer.learner.surrogates(0)
     for rank, world in ((0, 1), (0, 2), (1, 2)):
         own = slice(0, 4) if world == 1 else slice(2 * rank, 2 * rank + 2)
-        part = Rollout(data.prompts[own], data.keys[own], data.cond[own])
+        part = Samples(data.prompts[own], data.keys[own], data.cond[own])
         replace(trainer.learner, rank=rank, world=world).from_gradients(0, part, plans)
     whole, first, second = (torch.stack(taken[i : i + 4]) for i in (0, 4, 8))
     assert (whole.norm(dim=1) > 1e-4).all()

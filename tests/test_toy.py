@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from diffalign import TrainConfig, Trainer, policies
-from diffalign.algorithms import ALGORITHMS, Batch, Needs
+from diffalign.algorithms import ALGORITHMS, Needs, Transitions
 from diffalign.algorithms.drtune import DRTune
 from diffalign.algorithms.flow_grpo import FlowGRPO
 from diffalign.dynamics import Levels
@@ -205,7 +205,7 @@ def test_step_weights_of_flow_grpo_have_mean_1():
     x, ones = torch.zeros(len(step), 2, 1, 1), torch.ones(len(step))
     cond = policy.encode(["a"] * len(step))
     rows = {"step": step, "x_next": x, "log_prob_old": 0 * ones}
-    batch = Batch(how, cond, x, how.levels[step], -ones, 0 * ones, on_policy=True, **rows)
+    batch = Transitions(how, cond, x, how.levels[step], -ones, 0 * ones, on_policy=True, **rows)
     loss, _ = FlowGRPO(step_weight="noise").loss(policy, batch)
     assert loss.item() == pytest.approx(1.0)
 

@@ -15,14 +15,16 @@ from ..config.decoding import ConfigError, suggest
 from ..config.source import Subject
 
 if TYPE_CHECKING:
-    from .base import Algorithm, Batch, GradientAlgorithm, Needs
+    from .base import Algorithm, Batch, GradientAlgorithm, Matches, Needs, Transitions
 
 __all__ = [
     "ALGORITHMS",
     "Algorithm",
     "Batch",
     "GradientAlgorithm",
+    "Matches",
     "Needs",
+    "Transitions",
     "build",
     "check",
     "name_of",

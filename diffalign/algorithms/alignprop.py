@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..sampling.rollout import Surrogate
+from ..sampling.adjoint import Surrogate
 from .base import GradientAlgorithm, check_choice, check_positive
 
 Truncation = Literal["uniform", "gaussian", "fixed", "bernoulli"]
@@ -31,7 +31,7 @@ class AlignProp(GradientAlgorithm):
                    a nearly full-length chain.
 
     ℓ = -R, or with `target` g the authors' |R - g|. Their loss_coeff and grad_scale are left to the
-    learning rate. One adjoint sweep serves all (`rollout.adjoint_sweep`).
+    learning rate. One adjoint sweep serves all (`adjoint.adjoint_sweep`).
     """
 
     truncation: Truncation = "uniform"

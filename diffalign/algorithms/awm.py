@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..policies.base import Policy
 from . import surrogate
-from .base import Batch, check_choice, check_positive
+from .base import Matches, check_choice, check_positive
 from .matching import ADVANTAGE_MAX, Matching, flow_time, matching_loss
 
 Weighting = Literal["uniform", "t", "t2", "huber", "ghuber"]
@@ -64,7 +64,7 @@ class AWM(Matching):
         check_choice("weighting", self.weighting, Weighting)
         check_positive(self, clip_range=False, slow_weight=True)
 
-    def copies(self) -> Mapping[str, Any]:
+    def copies(self) -> Mapping[str, Callable[[int], float]]:
         slow = {"slow": lambda n: min(0.3, 0.001 * n)} if self.slow_weight else {}
         return {"old": lambda n: 0.0, **slow}
 
@@ -73,7 +73,7 @@ class AWM(Matching):
         old = 1 - 1 / updates
         return super().frozen_calls(updates) + old + (self.slow_weight > 0)
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, policy: Policy, batch: Matches) -> tuple[Tensor, dict[str, Tensor]]:
         t = flow_time(batch.level)
         seen = batch.predict(policy)
         matching = matching_loss(policy, batch, seen)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..dynamics import SDES, Gaussian, Levels, Prediction
 from ..policies.base import Cond, Policy
-from ..sampling.rollout import Sampling, Surrogate
+from ..sampling.adjoint import Surrogate
+from ..sampling.rollout import Sampling
 
 
 class Needs(Enum):
@@ -25,15 +26,11 @@ class Needs(Enum):
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch of m rows. TRAJECTORY rows are (sample, step) pairs, FINAL rows (sample, time).
+    """A micro-batch of m rows: what `Transitions` and `Matches` have in common.
 
     x: what the denoiser is shown, (m, *latent), at `level` (m,). cond: of the rows. advantage: (m,)
     of the sample. reward: (m,) of the sample, less the epoch's mean, over the epoch's standard
-    deviation. on_policy: no optimiser step was made since the rollout.
-    TRAJECTORY only: step (m,) long; x_next (m, *latent) the stored successor, log_prob_old (m,) of
-    it when it was sampled, and mean_old (m, *latent) of the transition, where `stores_means`.
-    FINAL only: x = alpha x0 + sigma noise, x0 and noise (m, *latent); the `times` rows of a sample
-    follow each other, and are the same noise and levels whenever the sample comes up again.
+    deviation. on_policy: no optimizer step was made since the rollout.
     """
 
     sampling: Sampling
@@ -43,21 +40,57 @@ class Batch:
     advantage: Tensor
     reward: Tensor
     on_policy: bool
-    step: Any = None
-    x_next: Any = None
-    log_prob_old: Any = None
-    mean_old: Any = None
-    x0: Any = None
-    noise: Any = None
-    times: int = 1
 
     def predict(self, policy: Policy) -> Prediction:
         """What the denoiser says of every row, guidance included."""
         return policy.predict(self.x, self.level, self.cond, self.sampling.guidance)
 
+
+@dataclass(frozen=True)
+class Transitions(Batch):
+    """TRAJECTORY: rows are (sample, step) pairs, x being the state before the step.
+
+    step: (m,) long. x_next: (m, *latent), the state after it as it was stored. log_prob_old: (m,)
+    of x_next when it was sampled. mean_old: (m, *latent), the mean that it was sampled from; None
+    unless `stores_means`.
+    """
+
+    step: Tensor
+    x_next: Tensor
+    log_prob_old: Tensor
+    mean_old: Tensor | None = None
+
     def transition(self, seen: Prediction) -> Gaussian:
-        """p_θ(x' | x) of every TRAJECTORY row, by the very function that sampled it."""
+        """p_θ(x' | x) of every row, by the very function that sampled x'."""
         return self.sampling.step(self.x, seen, self.step)
+
+
+@dataclass(frozen=True)
+class Matches(Batch):
+    """FINAL: rows are (sample, time) pairs, x = alpha x0 + sigma noise.
+
+    x0: (m, *latent), the clean latents of the sample. noise: (m, *latent). The `times` rows of a
+    sample follow each other; whenever it comes up again they have the same noise and levels.
+    """
+
+    x0: Tensor
+    noise: Tensor
+    times: int = 1
+
+
+class Matcher(Protocol):
+    """What a FINAL algorithm has beside its loss: at which levels a sample is noised again."""
+
+    times: int
+    """levels a sample"""
+
+    def check_levels(self, steps: int) -> range:
+        """The levels of a schedule of `steps` that are used. Raises ValueError where none is."""
+        ...
+
+    def levels(self, policy: Policy, sampling: Sampling, offsets: Tensor) -> Levels:
+        """(n * times,) levels of n samples, given one draw u ~ U(0, 1) each, (n,)."""
+        ...
 
 
 KL = Literal["g_sqrt_dt", "g", "velocity"]
@@ -106,7 +139,7 @@ class Algorithm:
                 "e.g. 0.01"
             )
 
-    def copies(self) -> Mapping[str, Any]:
+    def copies(self) -> Mapping[str, Callable[[int], float]]:
         """Named copies of what is trained: {name: d(n)}, copy <- d copy + (1 - d) θ after an epoch
         that ends with n optimiser steps."""
         return {}
@@ -126,7 +159,10 @@ class Algorithm:
         return float(self.kl_weight > 0)
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """TRAJECTORY, FINAL: mean loss over the rows; per-row diagnostics (m,) or scalars."""
+        """Mean loss over the rows, and diagnostics: (m,), one a row, or scalars.
+
+        batch: `Transitions` where the algorithm needs TRAJECTORY, `Matches` where it needs FINAL.
+        """
         raise NotImplementedError
 
     def anchored(
@@ -137,14 +173,14 @@ class Algorithm:
             return 0.0
         with torch.no_grad(), policy.reference():
             base = batch.predict(policy)
-        if self.kl == "velocity":
-            distance = (seen.native - base.native).square().flatten(1).mean(1)
-        else:
+        if isinstance(batch, Transitions) and self.kl != "velocity":
             distance = batch.transition(seen).kl(batch.transition(base))
             if self.kl == "g" and batch.sampling.kernel in SDES:
                 distance = distance * (
                     batch.level.sigma - batch.sampling.levels.sigma[batch.step + 1]
                 )
+        else:
+            distance = (seen.native - base.native).square().flatten(1).mean(1)
         metrics["kl"] = distance.detach()
         return self.kl_weight * distance
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..policies.base import Policy
 from . import surrogate
-from .base import KL, Algorithm, Batch, Needs, check_choice, check_positive
+from .base import KL, Algorithm, Needs, Transitions, check_choice, check_positive
 
 Estimator = Literal["is", "sf"]
 
@@ -50,7 +50,7 @@ class DDPO(Algorithm):
     def single_update(self) -> bool:  # type: ignore[override]
         return self.estimator == "sf"
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, policy: Policy, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
         seen = batch.predict(policy)
         log_prob = batch.transition(seen).log_prob(batch.x_next)
         log_ratio, metrics = surrogate.log_ratio(log_prob, batch)

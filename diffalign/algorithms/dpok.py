@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..policies.base import Cond, Policy
 from . import surrogate
-from .base import Algorithm, Batch, Needs, check_positive
+from .base import Algorithm, Needs, Transitions, check_positive
 
 POOLED = 8  # latents a side that the value network sees
 
@@ -28,7 +28,7 @@ class Value(nn.Module):
             nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1),
         )  # fmt: skip
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Transitions) -> Tensor:
         x = batch.x if batch.x.ndim == 4 else batch.x.flatten(1)[:, :, None, None]
         x = F.adaptive_avg_pool2d(x, POOLED).flatten(1)
         level = torch.stack([batch.level.alpha, batch.level.sigma], 1).expand(len(x), -1)
@@ -83,7 +83,7 @@ class DPOK(Algorithm):
     def parameters(self) -> Iterable[nn.Parameter]:
         return self.value.parameters() if self.value is not None else ()
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, policy: Policy, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
         seen = batch.predict(policy)
         log_prob = batch.transition(seen).log_prob(batch.x_next)
         log_ratio, metrics = surrogate.log_ratio(log_prob, batch)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..sampling.rollout import Surrogate
+from ..sampling.adjoint import Surrogate
 from .base import GradientAlgorithm
 
 
@@ -24,7 +24,7 @@ class DRaFT(GradientAlgorithm):
     are differentiated by the latent, which earlier steps have moved; the reference takes the base's
     for a constant, which differs for k > 1.
 
-    The loop runs the adjoint sweep (`rollout.adjoint_sweep`), equal to autograd through the chain,
+    The loop runs the adjoint sweep (`adjoint.adjoint_sweep`), equal to autograd through the chain,
     with the memory of one denoiser step, or two with `kl_weight` and k > 1. Guidance, sampler and
     its noise are those of `sampler`.
     """

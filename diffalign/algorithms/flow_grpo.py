@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..policies.base import Policy
 from . import surrogate
-from .base import Batch, check_choice
+from .base import Transitions, check_choice
 from .trust import TrustRegion
 
 LogProb = Literal["gaussian", "cps"]
@@ -50,7 +50,7 @@ class FlowGRPO(TrustRegion):
         check_choice("log_prob", self.log_prob, LogProb)
         check_choice("step_weight", self.step_weight, StepWeight)
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, policy: Policy, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
         seen = batch.predict(policy)
         step = batch.transition(seen)
         log_ratio, metrics = surrogate.log_ratio(step.log_prob(batch.x_next), batch)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..policies.base import Policy
 from . import surrogate
-from .base import Batch, check_positive
+from .base import Matches, check_positive
 from .matching import Matching, matching_loss
 
 
@@ -39,13 +38,13 @@ class FPO(Matching):
         super().__post_init__()
         check_positive(self, clip_range=False)
 
-    def copies(self) -> Mapping[str, Any]:
+    def copies(self) -> Mapping[str, Callable[[int], float]]:
         return {"old": lambda n: 0.0}
 
     def frozen_calls(self, updates: int) -> float:
         return super().frozen_calls(updates) + 1 - 1 / updates  # from the second update on
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, policy: Policy, batch: Matches) -> tuple[Tensor, dict[str, Tensor]]:
         seen = batch.predict(policy)
         matching = matching_loss(policy, batch, seen)
         old = matching.detach()

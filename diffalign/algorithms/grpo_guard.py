@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..policies.base import Policy
 from . import surrogate
-from .base import Batch
+from .base import Transitions
 from .trust import TrustRegion
 
 
@@ -49,7 +49,7 @@ class GRPOGuard(TrustRegion):
     def stores_means(self) -> bool:  # type: ignore[override]
         return self.ratio_norm or super().stores_means
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, policy: Policy, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
         seen = batch.predict(policy)
         step = batch.transition(seen)
         log_ratio, metrics = surrogate.log_ratio(step.log_prob(batch.x_next), batch)

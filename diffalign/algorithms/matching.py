@@ -11,7 +11,7 @@ from torch import Tensor
 from ..dynamics import Levels, Prediction
 from ..policies.base import Policy
 from ..sampling.rollout import Sampling
-from .base import Algorithm, Batch, Needs, check_choice, check_positive
+from .base import Algorithm, Matches, Needs, check_choice, check_positive
 
 ADVANTAGE_MAX = 5.0
 """Advantage that the references scale to 1; their KL weights belong to that."""
@@ -62,7 +62,7 @@ class Matching(Algorithm):
         return policy.at(quantile.clamp(0.01, 0.999).to(policy.device))
 
 
-def matching_loss(policy: Policy, batch: Batch, seen: Prediction) -> Tensor:
+def matching_loss(policy: Policy, batch: Matches, seen: Prediction) -> Tensor:
     """ℓ = mean_D (f_θ(x, c) - f*)², f* the output that x0 and the noise ask for, (m,)."""
     target = policy.target(batch.x0, batch.noise, batch.level)
     return (seen.native - target).square().flatten(1).mean(1)

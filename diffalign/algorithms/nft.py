@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from ..policies.base import Policy
-from .base import Batch, check_choice, check_positive
+from .base import Matches, check_choice, check_positive
 from .matching import ADVANTAGE_MAX, Matching
 
 Schedule = Literal["none", "slow", "late"]
@@ -53,13 +53,13 @@ class DiffusionNFT(Matching):
         check_choice("old", self.old, Schedule)
         check_positive(self, beta=False)
 
-    def copies(self) -> Mapping[str, Any]:
+    def copies(self) -> Mapping[str, Callable[[int], float]]:
         return {"old": SCHEDULES[self.old]}
 
     def frozen_calls(self, updates: int) -> float:
         return super().frozen_calls(updates) + 1
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, policy: Policy, batch: Matches) -> tuple[Tensor, dict[str, Tensor]]:
         seen = batch.predict(policy)
         with torch.no_grad(), policy.adapter("old"):
             old = batch.predict(policy)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..sampling.rollout import Surrogate
+from ..sampling.adjoint import Surrogate
 from .base import GradientAlgorithm, check_positive
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..policies.base import Policy
-from .base import Batch, check_positive
+from .base import Matches, check_positive
 from .matching import Matching, matching_loss
 
 
@@ -30,7 +30,7 @@ class RWR(Matching):
         super().__post_init__()
         check_positive(self, temperature=False)
 
-    def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, policy: Policy, batch: Matches) -> tuple[Tensor, dict[str, Tensor]]:
         seen = batch.predict(policy)
         matching = matching_loss(policy, batch, seen)
         weight = (batch.advantage / self.temperature).exp()

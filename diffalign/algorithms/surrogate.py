@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..dynamics import Gaussian
-from .base import Batch
+from .base import Transitions
 
 
-def log_ratio(log_prob: Tensor, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+def log_ratio(log_prob: Tensor, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
     """log ρ = log p_θ - log p_old of TRAJECTORY rows, and the rollout's mismatch.
 
     Before the first update p_old is p_θ itself, detached, so that ρ is exactly 1; how far the
@@ -43,9 +43,11 @@ def _ratio(log_ratio: Tensor) -> Tensor:
     return log_ratio.clamp_max(60).exp()  # 0 times infinity would be no number
 
 
-def old(step: Gaussian, batch: Batch) -> Gaussian:
+def old(step: Gaussian, batch: Transitions) -> Gaussian:
     """The transitions as the rollout drew them; before the first update those of now, detached."""
-    return Gaussian(step.mean.detach() if batch.on_policy else batch.mean_old, step.std)
+    mean = step.mean.detach() if batch.on_policy else batch.mean_old
+    assert mean is not None  # an algorithm that asks for it has `stores_means`
+    return Gaussian(mean, step.std)
 
 
 def figures(log_ratio: Tensor, clip_range: float) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dynamics import Gaussian
 from . import surrogate
-from .base import KL, Algorithm, Batch, Needs, check_choice, check_positive
+from .base import KL, Algorithm, Needs, Transitions, check_choice, check_positive
 
 Trust = Literal["ratio", "kl"]
 
@@ -56,7 +56,7 @@ class TrustRegion(Algorithm):
         return self.trust == "kl"
 
     def objective(
-        self, log_ratio: Tensor, step: Gaussian, batch: Batch
+        self, log_ratio: Tensor, step: Gaussian, batch: Transitions
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses of rows (m,) by their log-ratios (m,) and transitions, and the diagnostics."""
         if self.trust == "ratio":

@@ -172,6 +172,11 @@ class OptimConfig(Section):
     max_denoiser_calls: int | None = None
     """end after the epoch in which training has made this many; null = no end but epochs"""
 
+    @property
+    def saved(self) -> str:
+        """Which weights are evaluated and saved: what is trained, or its average."""
+        return "ema" if self.ema else "default"
+
 
 @dataclass
 class EvalConfig(Section):

@@ -1,12 +1,21 @@
-"""Sampling: trajectories without gradient, and the exact gradient of a reward through them."""
+"""Trajectories, sampled without gradient and stored.
+
+How a trajectory comes about: `Sampling` says by which levels and which kernel. Every sample starts
+from `Noise` of its own seed and takes K steps, each one call of the denoiser. The steps of its
+`Window` are drawn from the kernel's Gaussian and stored, with the log-probability of the draw; all
+others are the ODE's. What is kept of them, `Trajectories`, is used by need:
+
+    TRAJECTORY  states before and after every stored step, their log-probabilities, perhaps means
+    FINAL       the clean latents alone
+    GRADIENT    all states, for the sweep of `adjoint`, which calls the denoiser again with gradient
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +27,6 @@ from ..dynamics import (
     Levels,
     Prediction,
     dpm_solver_2m,
-    noised,
     ode,
     step_std,
 )
@@ -96,6 +104,11 @@ class Window:
     def whole(cls, n: int, steps: int) -> Window:
         return cls(torch.zeros(n, dtype=torch.long), steps)
 
+    @property
+    def end(self) -> int:
+        """The first step that is outside of the window of every sample."""
+        return int(self.start.max()) + self.length
+
 
 class Noise:
     """Standard normal noise with one CPU generator a sample.
@@ -129,6 +142,31 @@ class Trajectories:
     means: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What is wanted of n samples: see the arguments of `rollout`. end: the steps that are drawn
+    one by one, alike for all chunks; finish: whether the deterministic ones follow."""
+
+    cond: Cond
+    seeds: Sequence[int]
+    window: Window
+    initial: Sequence[int] | None
+    means: bool
+    store: bool
+    end: int
+    finish: bool
+
+    def __getitem__(self, part: slice) -> _Wanted:
+        """A chunk of the samples."""
+        return replace(
+            self,
+            cond=self.cond[part],
+            seeds=self.seeds[part],
+            window=replace(self.window, start=self.window.start[part]),
+            initial=None if self.initial is None else self.initial[part],
+        )
+
+
 @torch.no_grad()
 def rollout(
     policy: Policy,
@@ -153,26 +191,15 @@ def rollout(
     is the state after them. store: False keeps the final latents alone. each: called with the final
     latents of every chunk as soon as they are there.
     """
-    until = sampling.steps if until is None else until
-    window = window or Window.whole(len(seeds), until)
-    last = int(window.start.max()) + window.length  # alike for all, and so is a tail
+    steps = sampling.steps if until is None else until
+    window = window or Window.whole(len(seeds), steps)
+    finish = steps == sampling.steps
+    wanted = _Wanted(cond, seeds, window, initial, means, store, window.end, finish)
     parts = []
     for i in range(0, len(seeds), batch):
-        part = _rollout(
-            policy,
-            cond[slice(i, i + batch)],
-            sampling,
-            seeds[i : i + batch],
-            Window(window.start[i : i + batch], window.length, window.tail),
-            initial[i : i + batch] if initial is not None else None,
-            means,
-            last,
-            until == sampling.steps,
-            store,
-        )
-        parts.append(part)
+        parts.append(_chunk(policy, sampling, wanted[i : i + batch]))
         if each is not None:
-            each(part.final)
+            each(parts[-1].final)
     return Trajectories(
         torch.cat([p.start for p in parts]),
         torch.cat([p.states for p in parts]),
@@ -182,23 +209,23 @@ def rollout(
     )
 
 
-def _rollout(
-    policy, cond, sampling, seeds, window, initial, keep_means, last, finish, store
-) -> Trajectories:
-    n, length, device = len(seeds), window.length, policy.device
-    kept = length if store else 0
-    noise = Noise(seeds, policy.latent_shape, device)
+def _chunk(policy: Policy, sampling: Sampling, wanted: _Wanted) -> Trajectories:
+    """Samples that share the calls of the denoiser."""
+    device, window = policy.device, wanted.window
+    n, kept = len(wanted.seeds), window.length if wanted.store else 0
+    noise = Noise(wanted.seeds, policy.latent_shape, device)
+    initial = wanted.initial
     x = noise.draw() if initial is None else Noise(initial, policy.latent_shape, device).draw()
     states = x.new_zeros(n, kept + 1, *x.shape[1:])
     states[:, 0] = x  # all there is where no step is asked for
-    means = x.new_zeros(n, kept, *x.shape[1:]) if keep_means else None
+    means = x.new_zeros(n, kept, *x.shape[1:]) if wanted.means else None
     log_prob = x.new_zeros(n, kept)
-    for i in range(last):
+    for i in range(wanted.end):
         level, following = sampling.levels[i], sampling.levels[i + 1]
         rows, copies = _distinct(initial, (window.start >= i).tolist(), device)
-        seen = policy.predict(x[rows], level, cond[rows], sampling.guidance)
+        seen = policy.predict(x[rows], level, wanted.cond[rows], sampling.guidance)
         mean = x_next = ode(x[rows], seen, level, following).mean[copies]
-        inside = ((window.start <= i) & (i < window.start + length)).nonzero()[:, 0]
+        inside = ((window.start <= i) & (i < window.start + window.length)).nonzero()[:, 0]
         k, inside = i - window.start[inside].to(device), inside.to(device)
         if sampling.stochastic[i] and len(inside):
             chance = KERNELS[sampling.kernel](x[rows], seen, level, following, sampling.eta)
@@ -206,19 +233,24 @@ def _rollout(
             drawn = step.sample(noise.draw(inside.tolist()))
             mean = mean.index_copy(0, inside, step.mean)
             x_next = x_next.index_copy(0, inside, drawn)
-            if store:
+            if wanted.store:
                 log_prob[inside, k] = step.log_prob(drawn)
-        if store:
+        if wanted.store:
             states[inside, k], states[inside, k + 1] = x[inside], x_next[inside]
-        if means is not None and store:
+        if means is not None and wanted.store:
             means[inside, k] = mean[inside]
         x = x_next
-    if finish:
-        x = _finish(policy, cond, sampling, x, last, window.tail)
+    if wanted.finish and wanted.end < sampling.steps:
+        x = _finish(policy, sampling, x, wanted)
     return Trajectories(window.start, states, log_prob, x, means)
 
 
-def _distinct(initial, shared: list[bool], device) -> tuple[Any, Any]:
+Rows = slice | Tensor
+
+
+def _distinct(
+    initial: Sequence[int] | None, shared: list[bool], device: torch.device
+) -> tuple[Rows, Rows]:
     """Rows that stand for all, and for every row the position of the one that stands for it: rows
     still `shared` are alike where their initial noise is."""
     if initial is None or not any(shared):
@@ -233,11 +265,9 @@ def _distinct(initial, shared: list[bool], device) -> tuple[Any, Any]:
     return torch.tensor(rows, device=device), torch.tensor(copies, device=device)
 
 
-def _finish(policy, cond, sampling, x, first, tail) -> Tensor:
-    """The deterministic steps from `first` on, all or `tail` of them."""
-    if first == sampling.steps:
-        return x
-    levels = sampling.levels
+def _finish(policy: Policy, sampling: Sampling, x: Tensor, wanted: _Wanted) -> Tensor:
+    """The deterministic steps after the windows: all of them, or their `tail`."""
+    levels, first, cond, tail = sampling.levels, wanted.end, wanted.cond, wanted.window.tail
     if tail is None:
         for i in range(first, sampling.steps):
             seen = policy.predict(x, levels[i], cond, sampling.guidance)
@@ -249,88 +279,3 @@ def _finish(policy, cond, sampling, x, first, tail) -> Tensor:
         seen = policy.predict(x, levels[i], cond, sampling.guidance)
         x, before = dpm_solver_2m(seen, x, before, levels, i), seen.x0
     return x
-
-
-@dataclass(frozen=True)
-class Surrogate:
-    """The differentiable stand-in for a trajectory that a GRADIENT algorithm learns from.
-
-    active: steps whose denoiser call carries gradient. at: the reward sees the x0 predicted at this
-    step; None = the final latent. detach: every denoiser call sees sg[x], so that gradient crosses
-    a step by its linear part alone. renoised: copies of the final latent that are noised to the
-    last level again and denoised in one step, the reward averaged over them and the original.
-    """
-
-    active: tuple[int, ...]
-    at: int | None = None
-    detach: bool = False
-    renoised: int = 0
-
-
-@torch.no_grad()
-def reward_input(
-    policy: Policy, cond: Cond, sampling: Sampling, states: Tensor, plan: Surrogate
-) -> Tensor:
-    """The latents (n, *latent) that the reward decodes, of states (n, K + 1, *latent)."""
-    if plan.at is None:
-        return states[:, -1]
-    x, level = states[:, plan.at], sampling.levels[plan.at]
-    return policy.predict(x, level, cond, sampling.guidance).x0
-
-
-def renoise_last(
-    policy: Policy, cond: Cond, sampling: Sampling, states: Tensor, noise: Tensor
-) -> Tensor:
-    """`states` (n, K + 1, *latent) with the last two replaced: the final latent noised by `noise`
-    (n, *latent) to the last level, and what one step makes of it (DRaFT-LV)."""
-    last = sampling.steps - 1
-    x = noised(states[:, -1], noise, sampling.levels[last])
-    with torch.no_grad():
-        x_next = sampling.transition(policy, x, last, cond).mean
-    return torch.cat([states[:, :last], x[:, None], x_next[:, None]], 1)
-
-
-def adjoint_sweep(
-    policy: Policy,
-    cond: Cond,
-    sampling: Sampling,
-    states: Tensor,
-    grad: Tensor,
-    plan: Surrogate,
-    penalty: Callable[[Tensor, Prediction, int], Tensor] | None = None,
-) -> None:
-    """Back-propagate g = dL/d(reward input) through a surrogate, one denoiser graph at a time.
-
-        g_K = g,   ∇θ L += (∂μ_i/∂θ)ᵀ g_{i+1},   g_i = (∂μ_i/∂x_i)ᵀ g_{i+1}    i = K-1 … min(active)
-
-    μ_i is the mean of step i at the stored x_i; the noise added to it is a constant. Where step i
-    is not active its denoiser call is a constant too, so that only the linear part of μ_i counts,
-    and with `plan.detach` that is all that reaches x_i. With `plan.at` = e the sweep starts at x̂0
-    of step e in place of μ_e. The result equals autograd through the whole surrogate, at the memory
-    of one denoiser step however long the chain.
-
-    states: (n, K + 1, *latent) of a rollout; grad: (n, *latent). penalty: (what the denoiser was
-    shown, its prediction, step) to a scalar added to L at every active step. Adds to the `.grad` of
-    the policy's weights.
-    """
-    first = min(plan.active)
-    top = sampling.steps - 1 if plan.at is None else plan.at
-    for i in reversed(range(first, top + 1)):
-        # nobody needs the gradient with respect to the earliest state
-        x = states[:, i].detach().requires_grad_(i > first)
-        level = sampling.levels[i]
-        with torch.enable_grad():
-            inner = x.detach() if plan.detach else x
-            if i in plan.active:
-                seen = policy.predict(inner, level, cond, sampling.guidance)
-                if plan.detach:
-                    seen = policy.parametrize(x, seen.native, level)
-            else:  # x̂0 and noise are affine in x, whatever the constant output
-                seen = policy.parametrize(x, torch.zeros_like(x), level)
-            out = seen.x0 if i == plan.at else sampling.step(x, seen, i).mean
-            extra = penalty(inner, seen, i) if penalty is not None and i in plan.active else None
-        outputs = [out] if extra is None else [out, extra]
-        torch.autograd.backward(outputs, [grad, None][: len(outputs)])
-        if i > first:
-            assert x.grad is not None
-            grad = x.grad

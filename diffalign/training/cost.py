@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 if TYPE_CHECKING:
+    from ..algorithms.base import GradientAlgorithm, Matcher
     from .plan import Plan
 
 BACKWARD = 2  # calls that a backward pass takes the time of
@@ -86,7 +87,7 @@ def _calls(plan: Plan) -> tuple[float, float, float, str]:
     steps = c.sampler.steps
     frozen = algorithm.frozen_calls(c.train.updates_per_epoch * c.train.inner_epochs)
     if algorithm.needs is Needs.FINAL:
-        times = algorithm.times
+        times = cast("Matcher", algorithm).times
         return steps, times * (1 + frozen), times, f"{times} noise levels"
     if algorithm.needs is Needs.TRAJECTORY:
         low, high = windows.bounds(c.sampler, plan.stochastic)
@@ -95,7 +96,8 @@ def _calls(plan: Plan) -> tuple[float, float, float, str]:
         sampled = windows.calls_per_sample(c.sampler, plan.stochastic, c.data.group_size, share)
         return sampled, trained * (1 + frozen), trained, f"{trained} of {steps} steps"
     generator = torch.Generator()
-    draws = [algorithm.surrogate(steps, generator) for _ in range(DRAWS)]
+    gradient = cast("GradientAlgorithm", algorithm)
+    draws = [gradient.surrogate(steps, generator) for _ in range(DRAWS)]
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / DRAWS

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
+from tqdm import tqdm
 
 from rewards import WeightedSum
 
@@ -21,6 +22,7 @@ from ..policies import Cond, Policy, read_text_encoders
 from ..record.pictures import fitted
 from ..record.pictures import save as save_pictures
 from ..sampling.rollout import Sampling, rollout, sample_seed
+from ..verdict import VERDICTS, WARNINGS
 from .guard import Guard, diversity, thumbnails
 
 
@@ -60,8 +62,30 @@ class Evaluation:
         """The prompts that this process draws."""
         return [self.prompts[i].text for i, _ in self.mine]
 
-    def wrong(self) -> list[str]:
-        """What the guard finds wrong at the last evaluation (`Guard.see`)."""
+    def guarded(self, run_dir: Path, epoch: int) -> tuple[dict[str, float], bool]:
+        """What the guard says of the last evaluation, as metrics, and whether the run must stop.
+
+        What is wrong is printed. The best weights by the judges are kept in best/.
+        """
+        if not self.prompts or self.config.eval.guard == "off":
+            return {}, False
+        wrong, best = self._wrong(), run_dir / "best"
+        if self.guard.is_best and self.main:
+            self.policy.save(best, self.config.train.saved)
+        stop = bool(wrong) and self.config.eval.guard == "stop"
+        if wrong and self.main:
+            kept = (
+                f"the best weights by the judges are in {best}"
+                if best.exists()
+                else "no epoch was better by the judges than the base model"
+                if self.config.eval.rewards
+                else "eval.rewards names no judge to choose the best weights by"
+            )
+            verdict, what = WARNINGS[self.guard.verdict], "stopped" if stop else "going on"
+            tqdm.write(f"epoch {epoch}: {verdict}, {'; '.join(wrong)}; {what}, {kept}")
+        return {name: float(name == self.guard.verdict) for name in VERDICTS}, stop
+
+    def _wrong(self) -> list[str]:
         return self.guard.see(self.scores, self.spread, self.drawn)
 
     @torch.no_grad()
@@ -75,7 +99,7 @@ class Evaluation:
             batch = [self.prompts[i] for i, _ in chunk]
             cond = self.policy.encode([p.text for p in batch])
             seeds = [sample_seed(c.train.seed, "eval", i, j) for i, j in chunk]
-            paths = rollout(self.policy, cond, self.sampling, seeds, c.sampler.batch)
+            paths = rollout(self.policy, cond, self.sampling, seeds, batch=c.sampler.batch)
             pictures = self.policy.decode(paths.final)
             total, parts = self.reward.score(pictures, *for_rewards(batch), held_out=True)
             if self.judge is not None:
@@ -107,7 +131,7 @@ class Evaluation:
         means = {f"eval/{k}": sum(v) / len(v) for k, v in scored.items() if v}
         self.spread = diversity(torch.stack([row[3] for row in rows]), [row[0] for row in rows])
         if not self.guard.base:
-            self.wrong()
+            self._wrong()
         return means | ({} if self.spread is None else {"eval/diversity": self.spread})
 
     @torch.no_grad()
@@ -133,7 +157,8 @@ class Evaluation:
         for start in range(0, len(rows), size):
             chunk = rows[start : start + size]
             cond = policy.encode([text for text, _ in chunk])
-            paths = rollout(policy, cond, how, [seed for _, seed in chunk], size, store=False)
+            own = [seed for _, seed in chunk]
+            paths = rollout(policy, cond, how, own, batch=size, store=False)
             drawn += [grids.to_pil(picture) for picture in policy.decode(paths.final)]
         if read:
             policy.free_text_encoders()

@@ -1,74 +1,104 @@
-"""What is learnt from one rollout: the updates of an epoch, for each of the three needs."""
+"""The updates of an epoch: what is learned from its samples, for each of the three needs.
+
+How an epoch flows, by what the algorithm needs:
+
+    TRAJECTORY  sample, score, compare → `Transitions`, one row a (sample, step) → loss → gradient
+    FINAL       sample, score, compare → `Matches`, one row a (sample, time), noised again → loss
+    GRADIENT    sample anew for every update → decode, score with gradient → sweep back through it
+
+The samples of an epoch, those of all processes, are shuffled and divided into
+`train.updates_per_epoch` updates, and that `train.inner_epochs` times (`Learner._updates`). An
+update adds up the gradients of its micro-batches, over all processes, and takes one optimizer step;
+every row counts alike, so that results depend neither on the micro-batch nor on the processes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from rewards import WeightedSum
 from rewards.gradients import merge
 
-from ..algorithms import Batch, Needs
+from ..algorithms.base import (
+    Algorithm,
+    Batch,
+    GradientAlgorithm,
+    Matcher,
+    Matches,
+    Needs,
+    Transitions,
+)
 from ..config import TrainConfig
 from ..config.prompts import Prompt, for_rewards
 from ..dynamics import Prediction, noised
 from ..policies import Cond, Policy
 from ..record.metrics import Meter
-from ..sampling.rollout import (
-    Noise,
-    Sampling,
-    Surrogate,
-    adjoint_sweep,
-    renoise_last,
-    reward_input,
-    rollout,
-    sample_seed,
-)
+from ..sampling.adjoint import Surrogate, adjoint_sweep, renoise_last, reward_input
+from ..sampling.rollout import Noise, Sampling, Trajectories, rollout, sample_seed
 from .optimizer import Optimizer
+from .scorer import Scores
 
 
 @dataclass(frozen=True)
-class Rollout:
-    """This process's n samples of an epoch. keys: (epoch, prompt, number in its group) of each,
-    what its noise depends on beside the run's seed. scores, advantage (n,) and reward (n,),
-    whitened over the epoch: None for GRADIENT, and so are paths, since its updates draw their own.
+class Samples:
+    """This process's n samples of an epoch, all that a GRADIENT algorithm needs of them.
+
+    keys: (epoch, prompt, number in its group) of each, what its noise depends on beside the run's
+    seed.
     """
 
     prompts: Sequence[Prompt]
     keys: Sequence[tuple[int, ...]]
     cond: Cond
-    paths: Any = None
-    scores: Any = None
-    advantage: Any = None
-    reward: Any = None
 
 
 @dataclass(frozen=True)
+class Rollout(Samples):
+    """Samples that were drawn and scored, for the other two needs."""
+
+    paths: Trajectories
+    scores: Scores
+
+
+@dataclass(frozen=True)
+class Credit:
+    """What n samples are worth, (n,) each: their advantages, and their rewards less the epoch's
+    mean over its standard deviation."""
+
+    advantage: Tensor
+    reward: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
 class Learner:
-    """The updates of an epoch. samples: pictures of all processes."""
+    """The updates of an epoch. samples: of all processes; rank and world: which process this is,
+    and of how many."""
 
     config: TrainConfig
-    algorithm: Any
+    algorithm: Algorithm
     policy: Policy
     sampling: Sampling
-    reward: Any
+    reward: WeightedSum
     optimizer: Optimizer
     samples: int
     rank: int
     world: int
 
-    def from_advantages(self, epoch: int, data: Rollout) -> Meter:
+    def from_advantages(self, epoch: int, data: Rollout, credit: Credit) -> Meter:
         """TRAJECTORY: loss over (sample, step) rows. FINAL: over (sample, time) rows."""
         meter, first = Meter(), self.optimizer.updates
-        trajectory = self.algorithm.needs is Needs.TRAJECTORY
-        per_sample = data.paths.log_prob.shape[1] if trajectory else self.algorithm.times
+        if self.algorithm.needs is Needs.TRAJECTORY:
+            per_sample, batches = data.paths.log_prob.shape[1], self._transitions
+        else:
+            per_sample, batches = cast(Matcher, self.algorithm).times, self._matches
         for mine, everyone in self._updates(epoch):
             on_policy = self.optimizer.updates == first
-            batches = self._transitions if trajectory else self._matches
-            for batch in batches(data, mine, on_policy):
+            for batch in batches(data, credit, mine, on_policy):
                 loss, figures = self.algorithm.loss(self.policy, batch)
                 rows = len(batch.x)
                 # each row counts alike whatever the micro-batches and processes
@@ -77,66 +107,67 @@ class Learner:
             meter.add({"grad_norm": self.optimizer.step()})
         return meter
 
-    def _transitions(self, data: Rollout, mine: Tensor, on_policy: bool) -> Iterator[Batch]:
+    def _transitions(
+        self, data: Rollout, credit: Credit, mine: Tensor, on_policy: bool
+    ) -> Iterator[Batch]:
         paths, device = data.paths, self.policy.device
         steps = torch.arange(paths.log_prob.shape[1])
         samples, index = (m.flatten() for m in torch.meshgrid(mine, steps, indexing="ij"))
         for pick in chunks(len(samples), self.config.train.micro_batch):
             i, k = samples[pick], index[pick]
             step = (paths.start[i] + k).to(device)
-            yield Batch(
-                self.sampling,
-                data.cond[i],
-                paths.states[i, k],
-                self.sampling.levels[step],
-                data.advantage[i],
-                data.reward[i],
-                on_policy,
+            yield Transitions(
+                sampling=self.sampling,
+                cond=data.cond[i],
+                x=paths.states[i, k],
+                level=self.sampling.levels[step],
+                advantage=credit.advantage[i],
+                reward=credit.reward[i],
+                on_policy=on_policy,
                 step=step,
                 x_next=paths.states[i, k + 1],
                 log_prob_old=paths.log_prob[i, k],
                 mean_old=paths.means[i, k] if paths.means is not None else None,
             )
 
-    def _matches(self, data: Rollout, mine: Tensor, on_policy: bool) -> Iterator[Batch]:
-        times, shape = self.algorithm.times, self.policy.latent_shape
+    def _matches(
+        self, data: Rollout, credit: Credit, mine: Tensor, on_policy: bool
+    ) -> Iterator[Batch]:
+        matcher, shape = cast(Matcher, self.algorithm), self.policy.latent_shape
+        times = matcher.times
         for pick in chunks(len(mine), max(1, self.config.train.micro_batch // times)):
             i = mine[pick]
             seeds = [
                 sample_seed(self.config.train.seed, *data.keys[j], "match") for j in i.tolist()
             ]
             offsets = torch.tensor([s / 2**63 for s in seeds])
-            level = self.algorithm.levels(self.policy, self.sampling, offsets)
+            level = matcher.levels(self.policy, self.sampling, offsets)
             noise = Noise(seeds, (times, *shape), self.policy.device).draw().flatten(0, 1)
             i = i.repeat_interleave(times)
             x0 = data.paths.final[i]
-            yield Batch(
-                self.sampling,
-                data.cond[i],
-                noised(x0, noise, level),
-                level,
-                data.advantage[i],
-                data.reward[i],
-                on_policy,
+            yield Matches(
+                sampling=self.sampling,
+                cond=data.cond[i],
+                x=noised(x0, noise, level),
+                level=level,
+                advantage=credit.advantage[i],
+                reward=credit.reward[i],
+                on_policy=on_policy,
                 x0=x0,
                 noise=noise,
                 times=times,
             )
 
     def surrogates(self, epoch: int) -> list[Surrogate]:
-        """What each update of an epoch learns from, alike on all processes; none but for GRADIENT
-        algorithms."""
-        if self.algorithm.needs is not Needs.GRADIENT:
-            return []
+        """GRADIENT: what each update of an epoch learns from, alike on all processes."""
         generator = torch.Generator()
         generator.manual_seed(sample_seed(self.config.train.seed, epoch, "surrogate"))
-        c = self.config.train
-        steps = self.sampling.steps
+        c, algorithm = self.config.train, cast(GradientAlgorithm, self.algorithm)
         updates = c.inner_epochs * c.updates_per_epoch
-        return [self.algorithm.surrogate(steps, generator) for _ in range(updates)]
+        return [algorithm.surrogate(self.sampling.steps, generator) for _ in range(updates)]
 
     def from_gradients(
-        self, epoch: int, data: Rollout, plans: Sequence[Surrogate]
+        self, epoch: int, data: Samples, plans: Sequence[Surrogate]
     ) -> tuple[Meter, dict[str, Tensor], list[tuple[Tensor, Prompt]]]:
         """GRADIENT: reward gradient at the clean latents, then the adjoint sweep.
 
@@ -148,7 +179,8 @@ class Learner:
         c, policy = self.config.train, self.policy
         for (mine, everyone), plan in zip(self._updates(epoch), plans, strict=True):
             share = 1 / (everyone * (1 + plan.renoised))
-            drawn = self._draw(data, mine, plan)
+            # of an update all samples may be with other processes
+            drawn = self._draw(data, mine, plan) if len(mine) else torch.empty(0)
             for pick in chunks(len(mine), c.micro_batch):
                 rows = mine[pick]
                 cond, states = data.cond[rows], drawn[pick]
@@ -177,30 +209,36 @@ class Learner:
             meter.add({"grad_norm": self.optimizer.step()})
         return meter, {name: torch.cat(values) for name, values in rewards.items()}, pictures
 
-    def _draw(self, data: Rollout, rows: Tensor, plan: Surrogate) -> Any:
+    def _draw(self, data: Samples, rows: Tensor, plan: Surrogate) -> Tensor:
         """The states (len(rows), steps + 1, *latent) of samples, as far as `plan` looks."""
-        if not len(rows):  # all of an update's are with other processes
-            return None
         s, seed = self.config.sampler, self.config.train.seed
         keys = [data.keys[j] for j in rows.tolist()]
-        seeds = [sample_seed(seed, *key) for key in keys]
         start = [sample_seed(seed, *key[:-1], "start") for key in keys] if s.same_noise else None
-        how = self.policy, data.cond[rows], self.sampling, seeds, s.batch
-        return rollout(*how, initial=start, until=plan.at).states
+        paths = rollout(
+            self.policy,
+            data.cond[rows],
+            self.sampling,
+            [sample_seed(seed, *key) for key in keys],
+            batch=s.batch,
+            initial=start,
+            until=plan.at,
+        )
+        return paths.states
 
     def _pixel_gradient(
         self, images: Tensor, batch: Sequence[Prompt]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """∂(Σ loss)/∂images (n, 3, H, W), the total reward and its parts (n,)."""
+        algorithm = cast(GradientAlgorithm, self.algorithm)
         pixels = images.detach().requires_grad_()
         total, parts = self.reward.score(pixels, *for_rewards(batch))
         how, weights = self.config.train.gradients, self.reward.weights
         if how == "sum" or len(weights) == 1:
-            loss = self.algorithm.reward_loss(total).sum()
+            loss = algorithm.reward_loss(total).sum()
             return torch.autograd.grad(loss, pixels)[0], total, parts
         # the loss is a function of the total: its slope times an ascent direction of the rewards
         value = total.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(self.algorithm.reward_loss(value).sum(), value)
+        (slope,) = torch.autograd.grad(algorithm.reward_loss(value).sum(), value)
         each = [
             torch.autograd.grad(parts[k].nansum(), pixels)[0]
             if parts[k].requires_grad  # else missing for all of them
@@ -221,7 +259,9 @@ class Learner:
                 f"prompt {batch[bad[0]].text!r}"
             )
 
-    def _penalty(self, cond: Cond, share: float, meter: Meter) -> Any:
+    def _penalty(
+        self, cond: Cond, share: float, meter: Meter
+    ) -> Callable[[Tensor, Prediction, int], Tensor] | None:
         """kl_weight times the mean square between the outputs of policy and base (DRaFT+), both at
         the state that the policy saw: where that depends on the weights, through earlier steps, the
         base's output does too."""
@@ -250,7 +290,7 @@ class Learner:
         return penalty
 
     def _updates(self, epoch: int) -> Iterator[tuple[Tensor, int]]:
-        """For each optimiser step of an epoch: this process's samples, and the number of all.
+        """For each optimizer step of an epoch: this process's samples, and the number of all.
 
         The shuffle is over the samples of all processes, so it does not depend on their number.
         """

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ..config import OptimConfig
 from ..config.decoding import ConfigError
 from ..policies import Policy
+from .stopping import IN_A_ROW, NotFinite, unusable_gradient
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-from .stopping import IN_A_ROW, NotFinite, unusable_gradient
 
 
 def check_optimizer(name: str) -> None:

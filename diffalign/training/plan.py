@@ -5,15 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import rewards as reward_library
 
 from .. import algorithms
-from ..config import SamplerConfig, TrainConfig, prompts
+from ..config import TrainConfig, prompts
 from ..config.decoding import ConfigError
-from ..config.prompts import Prompt, PromptSampler, for_judges, for_rewards
+from ..config.prompts import Prompt, PromptSampler
 from .cost import Cost, advice
+
+if TYPE_CHECKING:
+    from ..algorithms.base import Algorithm, Matcher
+
+Named = Mapping[str, Any] | str
+"""An algorithm by its name, or by `type` and options."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +27,8 @@ class Plan:
     """Everything about a run that can be known, and refused, before a model is loaded."""
 
     config: TrainConfig
-    algorithm: Any
-    rewards: Mapping[Any, Any]
+    algorithm: Algorithm
+    rewards: reward_library.Spec
     train_prompts: list[Prompt]
     eval_prompts: list[Prompt]
     stochastic: list[bool]  # of the K transitions of the sampler
@@ -34,10 +40,10 @@ class Plan:
     def make(
         cls,
         config: TrainConfig,
-        rewards: Mapping[Any, Any] | None = None,
+        rewards: reward_library.Spec | None = None,
         train_prompts: prompts.Given | Sequence[prompts.Given] | None = None,
         processes: int = 1,
-        algorithm: Any = None,
+        algorithm: Algorithm | Named | None = None,
     ) -> Plan:
         """Check `config` as a whole. Raises ConfigError or ValueError, one clear message.
 
@@ -48,92 +54,40 @@ class Plan:
                 f"data.groups={config.data.groups} is not a multiple of the {processes} processes, "
                 "and a group stays on one process; make it one"
             )
-        data = (
-            prompts.load(config.data.prompts)
-            if train_prompts is None
-            else prompts.collect(train_prompts)
-        )
-        PromptSampler(len(data), config.data.groups)
-        held_out = prompts.load(config.eval.prompts) if config.eval.prompts else []
+        trained, held_out = _prompts(config, train_prompts)
 
         # from here on torch is imported, a second that what is refused above need not wait for
         config, method = _with_algorithm(config, algorithm)
-        import torch
-
         from .. import policies
-        from ..algorithms import Needs
-        from ..record.metrics import check_trackers
-        from ..sampling import windows
+        from ..algorithms.base import Needs
         from ..sampling.rollout import Sampling
-        from .optimizer import check_optimizer
+        from . import checks
 
-        gradient = method.needs is Needs.GRADIENT
-        config.check(advantages=not gradient)
-        if method.single_update:
-            for name in ("updates_per_epoch", "inner_epochs"):
-                if getattr(config.train, name) != 1:
-                    raise ConfigError(
-                        f"train.{name}={getattr(config.train, name)} needs importance sampling; "
-                        "use 1, or algorithm.estimator=is"
-                    )
+        config.check(advantages=method.needs is not Needs.GRADIENT)
+        checks.check_updates(config, method)
         rewards = config.rewards if rewards is None else _with_options(rewards, config.rewards)
-        check_trackers(config.log.trackers)
-        check_optimizer(config.train.optimizer)
-        policies.check(config.model.name)
-        if config.model.merge_lora is not None:
-            policies.check_lora(config.model.merge_lora, "model.merge_lora", config.model.name)
-        reward_library.check(rewards, *for_rewards(data + held_out))
-        if config.eval.rewards:
-            reward_library.check(config.eval.rewards, *for_judges(held_out))
-        model = config.model
-        levels, shape = policies.peek(model.name, config.sampler.steps, model.resolution)
+        checks.check_packages(config)
+        checks.check_model(config)
+        checks.check_rewards(rewards, config.eval.rewards, trained, held_out)
+        name, resolution, s = config.model.name, config.model.resolution, config.sampler
+        levels, shape = policies.peek(name, s.steps, resolution)
         if held_out:
-            policies.peek(model.name, config.eval_steps, model.resolution)
-        uses_cfg = policies.family(model.name).uses_cfg
-        for section in ("sampler", "eval"):
-            name, scale = f"{section}.guidance", getattr(config, section).guidance
-            if scale is not None and scale > 1 and not policies.knows_guidance(model.name):
-                raise ConfigError(
-                    f"{name}={scale:g} does nothing: {model.name!r} takes no guidance scale, as "
-                    "FLUX.1-schnell does not; use 1"
-                )
-        if model.tiny_vae is not None:
-            policies.check_tiny_vae(model.tiny_vae, model.name)
-        sampling = Sampling(levels, config.sampler.kernel, config.sampler.eta, 1.0)
-        stochastic, trajectory = sampling.stochastic, method.needs is Needs.TRAJECTORY
-        if gradient:
-            method.surrogate(config.sampler.steps, torch.Generator())
-            reward_library.check_gradient(rewards)
-        if not trajectory:
-            for name in ("window", "window_range", "tail"):
-                value = getattr(config.sampler, name)
-                if value is not None:
-                    raise ConfigError(
-                        f"sampler.{name}={value} is for policy gradients, and "
-                        f"{config.algorithm['type']} trains no transitions; leave it out"
-                    )
-        if method.needs is Needs.FINAL:
-            method.check_levels(config.sampler.steps)
-            if config.sampler.same_noise and not any(stochastic):
-                reason, remedy = _without_chance(config.sampler)
-                raise ConfigError(
-                    "sampler.same_noise=true makes all images of a prompt alike, since "
-                    f"{reason}; {remedy}, or same_noise=false"
-                )
-        if trajectory and not any(stochastic):
-            reason, remedy = _without_chance(config.sampler)
-            raise ConfigError(f"{reason}, and a policy gradient needs chance; {remedy}")
-        if trajectory:
-            low, high = windows.bounds(config.sampler, stochastic)
-            size, places = config.data.group_size, high - low
-            each = max(2, size // places)  # one image of a step has none to be compared with
-            if config.sampler.window_schedule == "branch" and size != each * places:
-                raise ConfigError(
-                    f"data.group_size={size} does not give every one of the {places} steps that "
-                    "branch the same number of images, 2 or more to compare; use "
-                    f"{each * places} or {(each + 1) * places}, or a shorter sampler.window_range"
-                )
-        return cls(config, method, rewards, data, held_out, stochastic, shape, uses_cfg, processes)
+            policies.peek(name, config.eval_steps, resolution)
+        checks.check_guidance(config)
+        checks.check_tiny_vae(config)
+        stochastic = Sampling(levels, s.kernel, s.eta, guidance=1.0).stochastic
+        checks.check_steps(config, method, stochastic, rewards)
+        return cls(
+            config=config,
+            algorithm=method,
+            rewards=rewards,
+            train_prompts=trained,
+            eval_prompts=held_out,
+            stochastic=stochastic,
+            latent_shape=shape,
+            uses_cfg=policies.family(name).uses_cfg,
+            processes=processes,
+        )
 
     @property
     def samples(self) -> int:
@@ -147,7 +101,7 @@ class Plan:
 
     def describe(self) -> str:
         """The geometry and the cost of the run, for --dry-run."""
-        from ..algorithms import Needs
+        from ..algorithms.base import Needs
 
         c, n, cost = self.config, self.samples, Cost.of(self)
         updates = c.train.updates_per_epoch * c.train.inner_epochs
@@ -158,7 +112,8 @@ class Plan:
             unit = "(sample, step) pairs" if needs is Needs.TRAJECTORY else "(sample, level) pairs"
         size = c.train.micro_batch
         if needs is Needs.FINAL:  # the levels of a sample stay together
-            size = max(1, size // self.algorithm.times) * self.algorithm.times
+            times = cast("Matcher", self.algorithm).times
+            size = max(1, size // times) * times
         chunks = math.ceil(rows / size)
         last = rows - (chunks - 1) * size
         ragged = "" if last == size else f", the last of {last}"
@@ -187,19 +142,18 @@ class Plan:
         return "\n".join([*lines, *([f"note       {tip}"] if (tip := advice(cost.share)) else [])])
 
 
-def _without_chance(sampler: SamplerConfig) -> tuple[str, str]:
-    """Why no step of a sampler is stochastic, and what to do."""
-    kernel = sampler.kernel
-    if kernel == "ode":
-        remedy = "use ddim or cps, or for a flow model flow_sde"
-        return "sampler.kernel=ode is deterministic", remedy
-    if sampler.eta == 0:
-        return f"sampler.eta=0 makes sampler.kernel={kernel} deterministic", "raise sampler.eta"
-    reason = f"sampler.steps={sampler.steps} is the last step alone, which sampler.kernel={kernel}"
-    return f"{reason} takes without noise", "use 2 steps or more"
+def _prompts(
+    config: TrainConfig, given: prompts.Given | Sequence[prompts.Given] | None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts to train on, enough for an epoch, and those held out."""
+    trained = prompts.load(config.data.prompts) if given is None else prompts.collect(given)
+    PromptSampler(len(trained), config.data.groups)
+    return trained, prompts.load(config.eval.prompts) if config.eval.prompts else []
 
 
-def _with_algorithm(config: TrainConfig, given: Any) -> tuple[TrainConfig, Any]:
+def _with_algorithm(
+    config: TrainConfig, given: Algorithm | Named | None
+) -> tuple[TrainConfig, Algorithm]:
     """The algorithm, and the config that names it."""
     if given is None:
         return config, algorithms.build(config.algorithm)
@@ -217,7 +171,9 @@ def _with_algorithm(config: TrainConfig, given: Any) -> tuple[TrainConfig, Any]:
     return replace(config, algorithm=named), given
 
 
-def _with_options(rewards: Mapping[Any, Any], configured: Mapping[str, Any]) -> dict[Any, Any]:
+def _with_options(
+    rewards: reward_library.Spec, configured: Mapping[str, Any]
+) -> reward_library.Spec:
     """`rewards` as passed in Python; a bare weight keeps the options the config gives that name."""
     if not isinstance(rewards, Mapping):
         return rewards  # refused by those who read it

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from rewards import RewardError
 
+from .. import report
 from ..config.decoding import ConfigError
 from ..drawing import grids
-from ..record import checkpoint, folder
+from ..record import checkpoint, folder, pictures
+from ..record.metrics import Tracker
 from . import identity, stopping
 from .stopping import NotFinite, Signals, TrainingStopped
 
@@ -61,6 +63,37 @@ def open_run(
             "as they were, start anew with --overwrite or another --log.dir, or insist with --force"
         )
     return state, changed
+
+
+def open_record(trainer: Trainer, resume: bool, overwrite: bool) -> Tracker:
+    """Make the run folder ready for the epochs to come: nothing of an earlier run, of a resumed one
+    nothing after the epochs done. Writes config.yaml; returns what writes the metrics."""
+    config = trainer.config
+    with folder.writing(trainer.dir):
+        if overwrite and trainer.main:
+            folder.clear(trainer.dir)
+        tracker = Tracker(
+            trainer.dir,
+            config.log.trackers,
+            config.to_dict(),
+            trainer.accelerator,
+            resume_step=trainer.epoch if resume else None,
+        )
+        if trainer.main:
+            pictures.drop(trainer.dir, after=trainer.epoch)
+            resolved = copy.deepcopy(config)
+            resolved.rewards = identity.named(trainer.plan.rewards)
+            resolved.save(trainer.dir / "config.yaml")
+    return tracker
+
+
+def report_on(trainer: Trainer) -> None:
+    """Write report.html. Whatever goes wrong in it, the run goes on."""
+    try:
+        if trainer.main:
+            report.write([trainer.dir])
+    except Exception as error:
+        trainer.say(f"epoch {trainer.epoch}: no {report.NAME}, {error!r}")
 
 
 @contextmanager
