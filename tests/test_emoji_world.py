@@ -15,9 +15,8 @@ import rewards
 from diffalign import policies
 from diffalign.commands import cli
 from diffalign.config import prompts
-from diffalign.emoji_world import distill, evaluate, train_base, training
+from diffalign.emoji_world import evaluate
 from diffalign.emoji_world.claims import Thing, judge, parse
-from diffalign.emoji_world.open_clip_format import convert
 from diffalign.emoji_world.scenes import (
     ASSETS,
     KINDS,
@@ -29,11 +28,15 @@ from diffalign.emoji_world.scenes import (
     plural,
     sample_scene,
 )
-from diffalign.emoji_world.t5 import build_t5_tokenizer
-from diffalign.emoji_world.tokenizer import LENGTH, build_tokenizer
-from diffalign.emoji_world.train_clip import build
-from diffalign.emoji_world.training import attention, pixels
-from diffalign.emoji_world.verifier import read, targets, verify
+from diffalign.emoji_world.tensors import pixels
+from diffalign.emoji_world.verifier import read, verify
+from diffalign.emoji_world.workshop import distill, train_base, training
+from diffalign.emoji_world.workshop.open_clip_format import convert
+from diffalign.emoji_world.workshop.t5 import build_t5_tokenizer
+from diffalign.emoji_world.workshop.tokenizer import LENGTH, build_tokenizer
+from diffalign.emoji_world.workshop.train_clip import build
+from diffalign.emoji_world.workshop.train_verifier import targets
+from diffalign.emoji_world.workshop.training import attention
 
 PROMPTS = ASSETS / "emoji-world" / "prompts"
 

@@ -33,7 +33,7 @@ from ..sampling.pipeline import check_drawing
 from ..sampling.rollout import Sampling, rollout
 from .claims import parse
 from .scenes import ASSETS, STYLES, Scene, readable, sample_scene
-from .training import pixels
+from .tensors import pixels
 from .verifier import findings
 
 CATEGORIES = (

@@ -1,6 +1,6 @@
 """Train an aesthetic head on emoji-clip, in the exact layout of LAION's.
 
-    python -m diffalign.emoji_world.train_aesthetic OUT --clip CLIP
+    python -m diffalign.emoji_world.workshop.train_aesthetic OUT --clip CLIP
 
 The head is LAION's improved-aesthetic-predictor MLP on the normalised image embedding of a CLIP:
 Linear(d, 1024), Dropout(0.2), Linear(1024, 128), Dropout(0.2), Linear(128, 64), Dropout(0.1),
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from .scenes import sample_scene
+from ..scenes import sample_scene
+from ..tensors import pixels
 from .train_clip import MIX, normalize
 from .train_preference import DEGRADATIONS, degrade
-from .training import fit, pixels
+from .training import fit
 
 
 class Head(nn.Module):

@@ -1,7 +1,7 @@
 """Train EmojiWorld's text-to-image pipelines of three families on the same latents.
 
-    python -m diffalign.emoji_world.train_base sd OUT --vae VAE --clip CLIP
-    python -m diffalign.emoji_world.train_base sd3 OUT --teacher SD  # or flux
+    python -m diffalign.emoji_world.workshop.train_base sd OUT --vae VAE --clip CLIP
+    python -m diffalign.emoji_world.workshop.train_base sd3 OUT --teacher SD  # or flux
 
 - sd: StableDiffusionPipeline; v-prediction with zero terminal SNR (arXiv 2305.08891).
 - sd3: StableDiffusion3Pipeline; rectified flow, logit-normal times (2403.03206).
@@ -31,10 +31,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..drawing.grids import image_grid
+from ...drawing.grids import image_grid
+from ..scenes import BACKGROUNDS, KINDS, OBJECTS, article, caption, sample_scene
+from ..tensors import pixels
 from . import pipelines
-from .scenes import BACKGROUNDS, KINDS, OBJECTS, article, caption, sample_scene
-from .training import fit, pixels, plain_attention, save, unit
+from .training import fit, plain_attention, save, unit
 
 SCENES = 90_000
 SHARE = {"single": 0.45, "pair": 0.15, "count": 0.18, "relation": 0.22}  # of the scenes made

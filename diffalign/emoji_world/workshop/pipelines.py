@@ -28,7 +28,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from .scenes import BACKGROUNDS, COLORS, NUMBERS, OBJECTS, SIZE, STYLES, plural
+from ..scenes import BACKGROUNDS, COLORS, NUMBERS, OBJECTS, SIZE, STYLES, plural
 from .t5 import build_t5_tokenizer
 
 LENGTH = 24  # CLIP tokens a prompt, padding included; the longest caption has 18

@@ -1,6 +1,6 @@
 """Distil emoji-sd into emoji-turbo, a LoRA that makes it a one-step generator.
 
-    python -m diffalign.emoji_world.distill OUT --sd SD --latents LATENTS
+    python -m diffalign.emoji_world.workshop.distill OUT --sd SD --latents LATENTS
 
 Progressive distillation (arXiv 2202.00512): three stages halve the DDIM steps, 8, 4, 2, 1. One
 student step is to land where two teacher steps do; the first teacher uses classifier-free guidance
@@ -23,10 +23,10 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..drawing.grids import image_grid
-from ..policies import lora
+from ...drawing.grids import image_grid
+from ...policies import lora
+from ..scenes import BACKGROUNDS, OBJECTS, article
 from . import pipelines
-from .scenes import BACKGROUNDS, OBJECTS, article
 from .train_base import dataset, sampler
 from .training import fit, plain_attention
 

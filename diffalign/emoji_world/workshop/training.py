@@ -5,21 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-
-from .scenes import Scene, render
-
-
-def pixels(scenes: Iterable[Scene]) -> Tensor:
-    """Pictures of `scenes` as one uint8 tensor (n, 3, 64, 64)."""
-    return torch.from_numpy(np.stack([np.asarray(render(s)) for s in scenes])).permute(0, 3, 1, 2)
 
 
 def unit(images: Tensor) -> Tensor:

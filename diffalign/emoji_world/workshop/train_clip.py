@@ -1,6 +1,6 @@
 """Train a tiny CLIPModel on EmojiWorld: a reward, or with another seed a held-out judge.
 
-    python -m diffalign.emoji_world.train_clip OUT --seed 1 [--patch 8]
+    python -m diffalign.emoji_world.workshop.train_clip OUT --seed 1 [--patch 8]
 
 Symmetric InfoNCE (arXiv 2103.00020) with hard negatives as in NegCLIP (2210.01936): beside the
 captions of the batch, each picture is compared with captions that differ from its own in one
@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from .scenes import OBJECTS, SIZE, Scene, alterations, article, caption, sample_scene
+from ..scenes import OBJECTS, SIZE, Scene, alterations, article, caption, sample_scene
+from ..tensors import pixels
 from .tokenizer import LENGTH, build_tokenizer
-from .training import fit, pixels
+from .training import fit
 
 WIDTH = 128
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

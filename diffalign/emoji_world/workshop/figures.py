@@ -1,8 +1,8 @@
 """What every shipped model of EmojiWorld measures: one set of probes for docs and tests.
 
-    python -m diffalign.emoji_world.figures                       # measure all, write figures.json
-    python -m diffalign.emoji_world.figures emoji-judge           # one model's again
-    python -m diffalign.emoji_world.figures --table               # figures.json as docs have it
+    python -m diffalign.emoji_world.workshop.figures              # measure all, write figures.json
+    python -m diffalign.emoji_world.workshop.figures emoji-judge  # one model's again
+    python -m diffalign.emoji_world.workshop.figures --table      # figures.json as docs have it
 
 `assets/emoji-world/figures.json` holds for every model the digest of its weights and its figures:
 value, standard error, number of pictures. Tests measure again with fewer pictures, and refuse
@@ -27,15 +27,16 @@ from torch import Tensor
 
 import rewards
 
-from .. import policies
-from ..config.decoding import write_atomic
-from . import evaluate, train_vae
-from .claims import parse
-from .scenes import ASSETS, KINDS, sample_scene
+from ... import policies
+from ...config.decoding import write_atomic
+from .. import evaluate
+from ..claims import parse
+from ..scenes import ASSETS, KINDS, sample_scene
+from ..tensors import pixels
+from . import train_vae
 from .train_aesthetic import examples, rank_correlation
 from .train_clip import MIX, probes
 from .train_preference import pairs
-from .training import pixels
 
 FILE = ASSETS / "emoji-world" / "figures.json"
 
