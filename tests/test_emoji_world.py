@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import rewards
 from diffalign import policies
 from diffalign.commands import cli
+from diffalign.commands import evaluate as command
 from diffalign.config import prompts
 from diffalign.emoji_world import evaluate
 from diffalign.emoji_world.claims import Thing, judge, parse
@@ -220,9 +221,9 @@ def test_eval_prints_a_table(capsys, tmp_path, pipelines):
 
 
 def test_eval_tells_models_of_one_name_apart(pipelines, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "draw", lambda _, texts, *how: torch.zeros(len(texts), 3, 8, 8))
-    monkeypatch.setattr(evaluate, "load_prompts", lambda _: ["a red dog"])
-    monkeypatch.setattr(evaluate, "real_scenes", lambda _: {"overall": float("nan")})
+    monkeypatch.setattr(command, "draw", lambda _, texts, *how: torch.zeros(len(texts), 3, 8, 8))
+    monkeypatch.setattr(command, "load_prompts", lambda _: ["a red dog"])
+    monkeypatch.setattr(command, "real_scenes", lambda _: {"overall": float("nan")})
     models = [str(shutil.copytree(pipelines["sd-v"], tmp_path / k / "model")) for k in "ab"]
     out = ["--out", str(tmp_path / "new" / "out")]
     assert cli.evaluate([*models, *out]) == 0
