@@ -29,7 +29,7 @@ CATEGORIES = (
     "single object", "two objects", "counting", "colours", "position", "colour attribution",
 )  # fmt: skip
 KINDS = {"counting": "count", "two objects": "pair", "colour attribution": "pair",
-         "position": "relation"}  # fmt: skip
+         "position": "relation"}  # of scenes; of the other categories: "single"  # fmt: skip
 
 
 def load_prompts(split: str) -> list[str]:
@@ -41,7 +41,7 @@ def load_prompts(split: str) -> list[str]:
 
 
 def successes(images: Tensor, texts: Sequence[str]) -> dict[str, list[bool]]:
-    """For every category, whether each of its pictures, of (n, 3, H, W) in [0, 1], succeeds."""
+    """Whether each of the pictures (n, 3, H, W) in [0, 1] succeeds, category by category."""
     found: dict[str, list[bool]] = {}
     for text, seen in zip(texts, findings(images, list(texts)), strict=True):
         found.setdefault(parse(text).category, []).append(all(seen.values()))
@@ -49,8 +49,8 @@ def successes(images: Tensor, texts: Sequence[str]) -> dict[str, list[bool]]:
 
 
 def table(images: Tensor, texts: Sequence[str]) -> dict[str, float]:
-    """Scores of (n, 3, H, W) pictures in [0, 1]: "overall", the six categories, and over all
-    prompts that say it, "said: object", "said: colour", ... ."""
+    """Scores of pictures (n, 3, H, W) in [0, 1]: "overall", the six categories, and for each kind
+    of claim, as "said: colour", the share of such claims that hold."""
     success, said = defaultdict(list), defaultdict(list)
     for text, found in zip(texts, findings(images, list(texts)), strict=True):
         success[parse(text).category].append(all(found.values()))
@@ -62,7 +62,7 @@ def table(images: Tensor, texts: Sequence[str]) -> dict[str, float]:
 
 
 def real_scene(text: str, rng: random.Random) -> Scene:
-    """A scene that a prompt describes, all that it leaves open drawn at random."""
+    """A scene that a prompt describes; what the prompt leaves open is drawn at random."""
     claim = parse(text)
     while True:
         scene = sample_scene(rng, KINDS.get(claim.category, "single"), reserved=None)

@@ -75,7 +75,8 @@ def load(path: str = str(ASSETS / "emoji-verifier")) -> Verifier:
 
 @torch.no_grad()
 def read(images: Tensor, model: Verifier | None = None) -> list[Reading]:
-    """The objects (n, 3, H, W) in [0, 1] pictures show: peaks of the centre map above THRESHOLD."""
+    """What pictures (n, 3, H, W) in [0, 1] show: an object at every peak of the centre map above
+    THRESHOLD."""
     small = F.interpolate(images.float().cpu(), (SIZE, SIZE), mode="area")
     logits = (model or load())(small)
     heat = logits["centre"].sigmoid()
@@ -99,7 +100,7 @@ def read(images: Tensor, model: Verifier | None = None) -> list[Reading]:
 
 
 def findings(images: Tensor, prompts: list[str]) -> list[dict[str, bool]]:
-    """Per picture, whether each thing its prompt says is so: see `claims.judge`.
+    """For every picture, which of its prompt's claims hold of it: see `claims.judge`.
 
     Raises ValueError for a prompt that says nothing EmojiWorld knows.
     """

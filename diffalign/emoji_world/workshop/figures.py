@@ -6,7 +6,7 @@
 
 `assets/emoji-world/figures.json` holds for every model the digest of its weights and its figures:
 value, standard error, number of pictures. Tests measure again with fewer pictures, and refuse
-weights that are not those measured: an old file cannot be shipped under a new file's figures.
+weights that are not those measured: new weights cannot be shipped under the figures of old ones.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ def share(hits: Sequence[bool]) -> Figure:
 
 
 def mean(values: Tensor) -> Figure:
-    """Of independent values (n,)."""
+    """The mean of independent values (n,)."""
     return Figure(values.mean().item(), values.std().item() / len(values) ** 0.5, len(values))
 
 
 def digest(model: str) -> str:
-    """Of the bytes of all weights in the model's folder, by the order of their paths."""
+    """Of all weights of the model: those in its folder, then those in folders it links to."""
     total = hashlib.sha256()
     for path in sorted((ASSETS / model).rglob("*.safetensors")):
         total.update(path.read_bytes())

@@ -2,7 +2,7 @@
 
     python -m diffalign.emoji_world.workshop.train_verifier OUT
 
-Scenes of reserved combinations are included: it is to judge pictures of them.
+Reserved combinations are among them: the verifier is to judge pictures of these, too.
 """
 
 from __future__ import annotations
