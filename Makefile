@@ -40,4 +40,4 @@ lint: $(READY)
 
 # Rebuild assets/emoji-* from nothing (hours on two cores; goes on where it stopped).
 emoji-world: $(READY)
-	bash diffalign/emoji_world/build.sh
+	bash diffalign/emoji_world/workshop/build.sh

@@ -24,7 +24,7 @@ from diffusers import (
 from families_flow import FLOW_BUILDERS
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from diffalign.emoji_world.tokenizer import LENGTH, build_tokenizer
+from diffalign.emoji_world.workshop.tokenizer import LENGTH, build_tokenizer
 
 # SD 1.x as on the hub, zero terminal SNR (2305.08891) as emoji-sd has it, SDXL and Turbo with the
 # set_alpha_to_one=False that their samplers do not know

@@ -18,8 +18,8 @@ from diffusers import (
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from diffalign.emoji_world.scenes import COLORS, OBJECTS
-from diffalign.emoji_world.t5 import build_t5_tokenizer
-from diffalign.emoji_world.tokenizer import build_tokenizer
+from diffalign.emoji_world.workshop.t5 import build_t5_tokenizer
+from diffalign.emoji_world.workshop.tokenizer import build_tokenizer
 
 
 def t5(width: int) -> tuple[Any, Any]:

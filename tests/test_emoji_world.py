@@ -14,10 +14,10 @@ from torch.nn import functional as F
 import rewards
 from diffalign import policies
 from diffalign.commands import cli
+from diffalign.commands import evaluate as command
 from diffalign.config import prompts
-from diffalign.emoji_world import distill, evaluate, train_base, training
+from diffalign.emoji_world import evaluate
 from diffalign.emoji_world.claims import Thing, judge, parse
-from diffalign.emoji_world.open_clip_format import convert
 from diffalign.emoji_world.scenes import (
     ASSETS,
     KINDS,
@@ -29,11 +29,15 @@ from diffalign.emoji_world.scenes import (
     plural,
     sample_scene,
 )
-from diffalign.emoji_world.t5 import build_t5_tokenizer
-from diffalign.emoji_world.tokenizer import LENGTH, build_tokenizer
-from diffalign.emoji_world.train_clip import build
-from diffalign.emoji_world.training import attention, pixels
-from diffalign.emoji_world.verifier import read, targets, verify
+from diffalign.emoji_world.tensors import pixels
+from diffalign.emoji_world.verifier import read, verify
+from diffalign.emoji_world.workshop import distill, train_base, training
+from diffalign.emoji_world.workshop.open_clip_format import convert
+from diffalign.emoji_world.workshop.t5 import build_t5_tokenizer
+from diffalign.emoji_world.workshop.tokenizer import LENGTH, build_tokenizer
+from diffalign.emoji_world.workshop.train_clip import build
+from diffalign.emoji_world.workshop.train_verifier import targets
+from diffalign.emoji_world.workshop.training import attention
 
 PROMPTS = ASSETS / "emoji-world" / "prompts"
 
@@ -217,9 +221,9 @@ def test_eval_prints_a_table(capsys, tmp_path, pipelines):
 
 
 def test_eval_tells_models_of_one_name_apart(pipelines, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "draw", lambda _, texts, *how: torch.zeros(len(texts), 3, 8, 8))
-    monkeypatch.setattr(evaluate, "load_prompts", lambda _: ["a red dog"])
-    monkeypatch.setattr(evaluate, "real_scenes", lambda _: {"overall": float("nan")})
+    monkeypatch.setattr(command, "draw", lambda _, texts, *how: torch.zeros(len(texts), 3, 8, 8))
+    monkeypatch.setattr(command, "load_prompts", lambda _: ["a red dog"])
+    monkeypatch.setattr(command, "real_scenes", lambda _: {"overall": float("nan")})
     models = [str(shutil.copytree(pipelines["sd-v"], tmp_path / k / "model")) for k in "ab"]
     out = ["--out", str(tmp_path / "new" / "out")]
     assert cli.evaluate([*models, *out]) == 0

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from diffalign.emoji_world import figures
 from diffalign.emoji_world.scenes import ASSETS
+from diffalign.emoji_world.workshop import figures
 
 DOCUMENTED = figures.documented()
 
@@ -17,7 +17,7 @@ def test_every_shipped_model_has_figures():
 @pytest.mark.parametrize("model", figures.PROBES)
 def test_the_weights_are_those_that_were_measured(model):
     assert figures.digest(model) == DOCUMENTED[model]["sha256"], (
-        f"measure {model} again: python -m diffalign.emoji_world.figures {model}"
+        f"measure {model} again: python -m diffalign.emoji_world.workshop.figures {model}"
     )
 
 

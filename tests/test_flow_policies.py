@@ -9,7 +9,7 @@ from diffusers import FluxPipeline
 from families_flow import FLOW_BUILDERS, pipe_latents
 
 from diffalign import policies
-from diffalign.emoji_world.t5 import build_t5_tokenizer
+from diffalign.emoji_world.workshop.t5 import build_t5_tokenizer
 from diffalign.policies.base import Policy
 from diffalign.policies.flow import flow_levels
 from diffalign.sampling.rollout import Sampling, rollout

@@ -18,7 +18,7 @@ from torch import nn
 
 import rewards.pickscore
 from diffalign.emoji_world.scenes import caption, sample_scene
-from diffalign.emoji_world.training import pixels
+from diffalign.emoji_world.tensors import pixels
 from rewards import build, check, clip_pixels
 from rewards.aesthetic import Aesthetic, load_head
 from rewards.clip import Clip

@@ -10,8 +10,8 @@ import yaml
 from conftest import SIDE, load, perturb
 
 from diffalign import policies
+from diffalign.commands import evaluate
 from diffalign.config import TrainConfig
-from diffalign.emoji_world import evaluate
 from diffalign.policies.run_folder import Model, resolve
 from diffalign.sampling.pipeline import Sampler
 from diffalign.sampling.rollout import Sampling, rollout

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..config import CHOICES
-
-SPLITS = ("train", "held_out")
-"""Of EmojiEval's prompts."""
+from ..emoji_world import SPLITS
 
 
 def device_of(parser: argparse.ArgumentParser) -> None:

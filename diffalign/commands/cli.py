@@ -282,7 +282,7 @@ def _listing(kind: str) -> Callable[..., int]:
     return guarded(run)
 
 
-evaluate = guarded(lambda a: _run("..emoji_world.evaluate", a, parsers.evaluation()))
+evaluate = guarded(lambda a: _run(".evaluate", a, parsers.evaluation()))
 grid = guarded(lambda a: _run(".grid", a, parsers.grid()))
 report = guarded(lambda a: _run("..report", a))
 film = guarded(lambda a: _run("..report.film", a))

@@ -15,8 +15,8 @@ from .scenes import BACKGROUNDS, COLORS, NUMBERS, OBJECTS, RELATIONS, STYLES, pl
 
 @dataclass(frozen=True)
 class Thing:
-    """An object seen in a picture; centre in pixels of 64. colour None = its own colours, and
-    `shade` the named colour nearest to those."""
+    """An object seen in a picture, its centre (`x`, `y`) in pixels of 64. `color` is None for its
+    own colours; `shade` is the named colour nearest to them."""
 
     name: str
     color: str | None
@@ -27,7 +27,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a prompt says. `nouns`: (name, colour or None) in order; number only of counts."""
+    """What a prompt says. `nouns`: (name, color or None) in order; `number` only of counts."""
 
     nouns: tuple[tuple[str, str | None], ...]
     number: int | None = None
@@ -87,10 +87,10 @@ def judge(claim: Claim, things: Sequence[Thing], background: str) -> dict[str, b
     """Which claims hold of the things seen: "object" always, "colour", "count", "position" and
     "background" where the prompt says so.
 
-    object: every noun is seen. colour: a seen object of that name has the colour, be it its own (a
-    yellow moon). count: exactly that many of the name. position: the relation's axis separates some
-    pair of the named objects by more than 8 pixels the right way, and by more than the other axis
-    does.
+    object: every noun is seen. colour: a seen object of that name has the colour, which may be its
+    own (a yellow moon). count: exactly that many of the name. position: some two of the named
+    objects are apart in the relation's direction by more than 8 pixels, and by more than they are
+    apart across it.
     """
     names = [t.name for t in things]
     found = {"object": all(name in names for name, _ in claim.nouns)}

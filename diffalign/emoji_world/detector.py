@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
-from diffalign.config.decoding import suggest
 from rewards.composition import Detection
 
+from ..config.decoding import suggest
 from .claims import parse
 from .scenes import OBJECTS, SIZE
 from .verifier import read
@@ -23,9 +23,9 @@ def detect(images: Tensor, classes: list[list[str]]) -> list[list[Detection]]:
     """Objects of the ``classes`` in each of (n, 3, H, W) pictures, a ``rewards.composition``
     detector.
 
-    The score is 1, for the verifier has decided; the box is a square of 28/64 of the picture; an
-    object in its own colours has the named one nearest to those. Raises ValueError for a class that
-    is not in EmojiWorld.
+    The score is always 1, for the verifier has decided already. The box is a square of 28/64 of the
+    picture's side. An object in its own colours is given the named colour nearest to them. Raises
+    ValueError for a class that is not in EmojiWorld.
     """
     for name in {name for names in classes for name in names}:
         if name not in OBJECTS:

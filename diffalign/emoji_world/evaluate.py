@@ -1,7 +1,5 @@
 """EmojiEval: GenEval's six categories (arXiv 2310.11513) in EmojiWorld, scored by the verifier.
 
-    diffalign eval MODEL [MODEL ...] [--lora RUN] [--split train|held_out]
-
 448 fixed prompts in the split `train`, 444 in `held_out`; the latter ask for combinations that no
 denoiser was trained on (`scenes.held_out`). A picture succeeds when the verifier confirms
 everything its prompt says; the score of a category is the share that succeeds, the overall score
@@ -14,33 +12,24 @@ import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from rewards.device import choose_device, default_device
-
 from .. import policies
-from ..commands import arguments as arguments_of
-from ..commands.arguments import SPLITS
 from ..config import prompts
-from ..config.decoding import check_folder, to_json, write_atomic
-from ..drawing.grids import image_grid, save_png
-from ..report.run import short_names
-from ..sampling.pipeline import check_drawing
 from ..sampling.rollout import Sampling, rollout
+from . import SPLITS
 from .claims import parse
 from .scenes import ASSETS, STYLES, Scene, readable, sample_scene
-from .training import pixels
+from .tensors import pixels
 from .verifier import findings
 
 CATEGORIES = (
     "single object", "two objects", "counting", "colours", "position", "colour attribution",
 )  # fmt: skip
 KINDS = {"counting": "count", "two objects": "pair", "colour attribution": "pair",
-         "position": "relation"}  # fmt: skip
+         "position": "relation"}  # of scenes; of the other categories: "single"  # fmt: skip
 
 
 def load_prompts(split: str) -> list[str]:
@@ -52,7 +41,7 @@ def load_prompts(split: str) -> list[str]:
 
 
 def successes(images: Tensor, texts: Sequence[str]) -> dict[str, list[bool]]:
-    """For every category, whether each of its pictures, of (n, 3, H, W) in [0, 1], succeeds."""
+    """Whether each of the pictures (n, 3, H, W) in [0, 1] succeeds, category by category."""
     found: dict[str, list[bool]] = {}
     for text, seen in zip(texts, findings(images, list(texts)), strict=True):
         found.setdefault(parse(text).category, []).append(all(seen.values()))
@@ -60,8 +49,8 @@ def successes(images: Tensor, texts: Sequence[str]) -> dict[str, list[bool]]:
 
 
 def table(images: Tensor, texts: Sequence[str]) -> dict[str, float]:
-    """Scores of (n, 3, H, W) pictures in [0, 1]: "overall", the six categories, and over all
-    prompts that say it, "said: object", "said: colour", ... ."""
+    """Scores of pictures (n, 3, H, W) in [0, 1]: "overall", the six categories, and for each kind
+    of claim, as "said: colour", the share of such claims that hold."""
     success, said = defaultdict(list), defaultdict(list)
     for text, found in zip(texts, findings(images, list(texts)), strict=True):
         success[parse(text).category].append(all(found.values()))
@@ -73,7 +62,7 @@ def table(images: Tensor, texts: Sequence[str]) -> dict[str, float]:
 
 
 def real_scene(text: str, rng: random.Random) -> Scene:
-    """A scene that a prompt describes, all that it leaves open drawn at random."""
+    """A scene that a prompt describes; what the prompt leaves open is drawn at random."""
     claim = parse(text)
     while True:
         scene = sample_scene(rng, KINDS.get(claim.category, "single"), reserved=None)
@@ -112,54 +101,3 @@ def draw(
         paths = rollout(policy, policy.encode(chunk), sampling, seeds, 32)
         images.append(policy.decode(paths.final).cpu())
     return torch.cat(images)
-
-
-def formatted(columns: dict[str, dict[str, float]]) -> str:
-    """A Markdown table: a row a score, a column a model."""
-    names = list(dict.fromkeys(k for scores in columns.values() for k in scores))
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    for name in names:
-        cells = [f"{s[name]:.3f}" if name in s else "" for s in columns.values()]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`diffalign eval`: prints the table; returns the exit status."""
-    args = arguments_of.evaluation().parse_args(arguments)
-    choose_device(args.device)
-    if args.lora and not args.models:
-        raise ValueError("--lora needs the model it was trained on; name that first")
-    for model in args.models:
-        check_drawing(model, args.steps, args.guidance, None)
-    named = [*args.models, *([args.lora] if args.lora else [])]
-    names = short_names(named) if named else []
-    if args.out:
-        check_folder(args.out, "--out")
-    jobs: list[tuple[str, str | None]] = [(model, None) for model in args.models]
-    if args.lora:
-        jobs.append((args.models[0], args.lora))
-    for model, lora in jobs:
-        for option, path in (("--lora", lora), ("--merge-lora", args.merge_lora)):
-            if path:
-                policies.check_lora(path, option, model)
-    texts = load_prompts(args.split)
-    columns: dict[str, dict[str, float]] = {"real scenes": real_scenes(args.split)}
-    for name, (model, lora) in zip(names, jobs, strict=True):
-        policy: Any = policies.load(model, default_device(), merge_lora=args.merge_lora)
-        if lora:
-            policies.merge(policy.pipe, lora)
-        images = draw(policy, texts, args.steps, args.guidance, args.seed)
-        columns[name] = table(images, texts)
-        if args.out:
-            save_png(image_grid(list(images), columns=28), Path(args.out) / f"{name}.png")
-    print(formatted(columns))
-    if args.out:
-        settings = {k: v for k, v in vars(args).items() if k != "out"}
-        text = to_json({"settings": settings, "scores": columns}, indent=2)
-        write_atomic(Path(args.out) / "scores.json", f"{text}\n".encode())
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

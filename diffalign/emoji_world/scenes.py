@@ -71,7 +71,7 @@ CELLS = [(x, y) for x in (16, 48) for y in (16, 48)]  # centres that a count is 
 
 @dataclass(frozen=True)
 class Item:
-    """One sprite: `size` and centre (`x`, `y`) in pixels; `colour` None = its own colours."""
+    """One sprite: `size` and centre (`x`, `y`) in pixels; `color` None = its own colours."""
 
     name: str
     style: str
@@ -133,11 +133,11 @@ def reserved_color(name: str, color: str | None) -> bool:
 
 
 def held_out(scene: Scene) -> bool:
-    """Whether a combination in `scene` is reserved: no denoiser or VAE was trained on those (the
-    CLIP text tower of emoji-sd and emoji-flux was, as the CLIP reward, judge and verifier were).
+    """Whether `scene` shows a reserved combination: one colour of every object, one background of
+    every single object, one number of one object in four, or one pair of objects in eight.
 
-    Of every object one colour, of single objects one background, of one object in four one number,
-    and one pair of objects in eight.
+    No denoiser and no VAE was trained on these. The CLIP reward, the judge and the verifier were,
+    and with the reward the CLIP text tower of emoji-sd and emoji-flux.
     """
     if any(reserved_color(item.name, item.color) for item in scene.items):
         return True
@@ -151,11 +151,11 @@ def held_out(scene: Scene) -> bool:
 
 
 def sample_scene(rng: random.Random, kind: str = "single", reserved: bool | None = False) -> Scene:
-    """A random scene of one `kind`; reserved: held-out combinations only, none of them (False), or
-    any (None).
+    """A random scene of one `kind`, with a reserved combination (True), with none (False) or either
+    way (None), see `held_out`.
 
-    The caption names the background 2 times in 3, the style 1 in 3, and one object in two is
-    recoloured. Sizes vary and are never named: that freedom is the policy's.
+    One object in two is recoloured. The caption names the background 2 times in 3 and the style 1
+    in 3. Sizes vary and are never named: that freedom is the policy's.
     """
     while True:
         scene = _sample_scene(rng, kind)
@@ -205,8 +205,8 @@ def _sample_scene(rng: random.Random, kind: str) -> Scene:
 def alterations(scene: Scene, rng: random.Random) -> dict[str, Scene]:
     """Scenes like `scene` in all but one respect, whose captions are wrong about it.
 
-    Keys: object, and where the caption says it colour, background, count, position and binding (the
-    colours of two objects swapped).
+    Keys: "object"; "colour", "background", "count" and "position" where the caption names them;
+    "binding", the colours of two objects swapped, where these differ.
     """
     first, others = scene.items[0], scene.items[1:]
     taken = {item.name for item in scene.items}
@@ -214,7 +214,7 @@ def alterations(scene: Scene, rng: random.Random) -> dict[str, Scene]:
     result = {}
 
     def alter(**changes) -> Scene:
-        """The first item changed; in a count all of them are the same."""
+        """The scene with its first item changed; in a count with all, which look alike."""
         rest = tuple(replace(i, **changes) for i in others) if scene.kind == "count" else others
         return replace(scene, items=(replace(first, **changes), *rest))
 

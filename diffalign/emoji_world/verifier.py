@@ -1,35 +1,28 @@
 """The verifier: finds the objects of a picture, their colours and places, and the background.
 
-    python -m diffalign.emoji_world.verifier OUT        # trains it
-
-A small one-stage detector in the manner of CenterNet (arXiv 1904.07850), trained on composed scenes
-of every kind, reserved combinations included, with the augmentation of train_clip. It is a judge,
-and a reward only where a run makes it one: `verify` scores a picture by the share of what its
-prompt says that the picture shows.
+A small one-stage detector in the manner of CenterNet (arXiv 1904.07850), trained by
+`workshop/train_verifier.py`. It is a judge, and a reward only where a run makes it one: `verify`
+scores a picture by the share of what its prompt says that the picture shows.
 """
 
 from __future__ import annotations
 
-import argparse
-import random
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rewards.loading import reading
 
 from .claims import Thing, judge, parse
-from .scenes import ASSETS, BACKGROUNDS, COLORS, KINDS, OBJECTS, SIZE, Scene, sample_scene
-from .training import fit, pixels
+from .scenes import ASSETS, BACKGROUNDS, COLORS, OBJECTS, SIZE
 
 NAMES, HUES, GROUNDS = list(OBJECTS), [*COLORS, None], list(BACKGROUNDS)
 CELL = 8  # pixels a side of a detector cell
-SPREAD = 6.0  # standard deviation in pixels of the bump around an object's centre
 THRESHOLD = 0.35  # a centre between four cells reads 0.64 in each, an empty place 0
 
 
@@ -64,24 +57,6 @@ class Verifier(nn.Module):
         return {"centre": center[:, 0], "object": name, "colour": color, "background": ground}
 
 
-def targets(scenes: list[Scene]) -> dict[str, Tensor]:
-    """What the detector should say: "centre" in [0, 1] (n, 8, 8), class indices (n, 8, 8), (n,)."""
-    grid = (torch.arange(SIZE // CELL) + 0.5) * CELL
-    n, side = len(scenes), len(grid)
-    center = torch.zeros(n, side, side)
-    name, color = (torch.zeros(n, side, side, dtype=torch.long) for _ in range(2))
-    for i, scene in enumerate(scenes):
-        for item in scene.items:
-            square = (grid[None] - item.x).square() + (grid[:, None] - item.y).square()
-            bump = (-square / (2 * SPREAD**2)).exp()
-            own = bump > center[i]
-            name[i][own] = NAMES.index(item.name)
-            color[i][own] = HUES.index(item.color)
-            center[i] = center[i].maximum(bump)
-    ground = torch.tensor([GROUNDS.index(s.background) for s in scenes])
-    return {"centre": center, "object": name, "colour": color, "background": ground}
-
-
 @dataclass(frozen=True)
 class Reading:
     """What the verifier sees in a picture."""
@@ -100,7 +75,8 @@ def load(path: str = str(ASSETS / "emoji-verifier")) -> Verifier:
 
 @torch.no_grad()
 def read(images: Tensor, model: Verifier | None = None) -> list[Reading]:
-    """The objects (n, 3, H, W) in [0, 1] pictures show: peaks of the centre map above THRESHOLD."""
+    """What pictures (n, 3, H, W) in [0, 1] show: an object at every peak of the centre map above
+    THRESHOLD."""
     small = F.interpolate(images.float().cpu(), (SIZE, SIZE), mode="area")
     logits = (model or load())(small)
     heat = logits["centre"].sigmoid()
@@ -124,7 +100,7 @@ def read(images: Tensor, model: Verifier | None = None) -> list[Reading]:
 
 
 def findings(images: Tensor, prompts: list[str]) -> list[dict[str, bool]]:
-    """Per picture, whether each thing its prompt says is so: see `claims.judge`.
+    """For every picture, which of its prompt's claims hold of it: see `claims.judge`.
 
     Raises ValueError for a prompt that says nothing EmojiWorld knows.
     """
@@ -138,54 +114,3 @@ def findings(images: Tensor, prompts: list[str]) -> list[dict[str, bool]]:
 def verify(images: Tensor, prompts: list[str]) -> Tensor:
     """Share of what the prompt says that the picture shows, (n,) in [0, 1]."""
     return torch.tensor([sum(f.values()) / len(f) for f in findings(images, prompts)])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--batch", type=int, default=64)
-    args = parser.parse_args()
-    torch.manual_seed(3)
-    model = Verifier().to(memory_format=torch.channels_last)
-    rng = random.Random(3)
-    scenes = [sample_scene(rng, rng.choice(KINDS), reserved=None) for _ in range(60000)]
-    images, truth = pixels(scenes), targets(scenes)
-    rng = random.Random(10**6 + 3)
-    held = [sample_scene(rng, rng.choice(KINDS), reserved=None) for _ in range(1000)]
-    held_images, held_truth = pixels(held).float() / 255, targets(held)
-
-    from .train_clip import augment  # brings transformers along, which a verdict has no use for
-
-    def loss(step: int) -> Tensor:
-        pick = torch.randint(len(images), (args.batch,))
-        logits = model(augment(images[pick].float() / 255))
-        center = truth["centre"][pick]
-        weight = center * (center > 0.3)
-        total = 20 * F.binary_cross_entropy_with_logits(logits["centre"].float(), center)
-        for k in ("object", "colour"):
-            wrong = F.cross_entropy(logits[k].float(), truth[k][pick], reduction="none")
-            total = total + (wrong * weight).sum() / weight.sum()
-        ground = F.cross_entropy(logits["background"].float(), truth["background"][pick])
-        return total + ground
-
-    @torch.no_grad()
-    def report(step: int) -> dict:
-        readings = read(held_images, model)
-        number = [len(r.things) == len(s.items) for r, s in zip(readings, held, strict=True)]
-        logits, on = model(held_images), held_truth["centre"] > 0.5
-        right = {k: logits[k].argmax(1)[on] == held_truth[k][on] for k in ("object", "colour")}
-        right["background"] = logits["background"].argmax(1) == held_truth["background"]
-        right["number of objects"] = torch.tensor(number)
-        return {k: round(v.float().mean().item(), 4) for k, v in right.items()}
-
-    figures = fit({"m": model}, loss, args.steps, 2e-3, args.out / "training.pt", report=report)
-    print({"figures": figures})
-    save_file(
-        {k: v.half().contiguous() for k, v in model.state_dict().items()},
-        args.out / "model.safetensors",
-    )
-
-
-if __name__ == "__main__":
-    main()

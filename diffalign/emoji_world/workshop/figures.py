@@ -1,12 +1,12 @@
 """What every shipped model of EmojiWorld measures: one set of probes for docs and tests.
 
-    python -m diffalign.emoji_world.figures                       # measure all, write figures.json
-    python -m diffalign.emoji_world.figures emoji-judge           # one model's again
-    python -m diffalign.emoji_world.figures --table               # figures.json as docs have it
+    python -m diffalign.emoji_world.workshop.figures              # measure all, write figures.json
+    python -m diffalign.emoji_world.workshop.figures emoji-judge  # one model's again
+    python -m diffalign.emoji_world.workshop.figures --table      # figures.json as docs have it
 
 `assets/emoji-world/figures.json` holds for every model the digest of its weights and its figures:
 value, standard error, number of pictures. Tests measure again with fewer pictures, and refuse
-weights that are not those measured: an old file cannot be shipped under a new file's figures.
+weights that are not those measured: new weights cannot be shipped under the figures of old ones.
 """
 
 from __future__ import annotations
@@ -27,15 +27,16 @@ from torch import Tensor
 
 import rewards
 
-from .. import policies
-from ..config.decoding import write_atomic
-from . import evaluate, train_vae
-from .claims import parse
-from .scenes import ASSETS, KINDS, sample_scene
+from ... import policies
+from ...config.decoding import write_atomic
+from .. import evaluate
+from ..claims import parse
+from ..scenes import ASSETS, KINDS, sample_scene
+from ..tensors import pixels
+from . import train_vae
 from .train_aesthetic import examples, rank_correlation
 from .train_clip import MIX, probes
 from .train_preference import pairs
-from .training import pixels
 
 FILE = ASSETS / "emoji-world" / "figures.json"
 
@@ -62,12 +63,12 @@ def share(hits: Sequence[bool]) -> Figure:
 
 
 def mean(values: Tensor) -> Figure:
-    """Of independent values (n,)."""
+    """The mean of independent values (n,)."""
     return Figure(values.mean().item(), values.std().item() / len(values) ** 0.5, len(values))
 
 
 def digest(model: str) -> str:
-    """Of the bytes of all weights in the model's folder, by the order of their paths."""
+    """Of all weights of the model: those in its folder, then those in folders it links to."""
     total = hashlib.sha256()
     for path in sorted((ASSETS / model).rglob("*.safetensors")):
         total.update(path.read_bytes())

@@ -1,14 +1,13 @@
 """Distil emoji-sd into emoji-turbo, a LoRA that makes it a one-step generator.
 
-    python -m diffalign.emoji_world.distill OUT --sd SD --latents LATENTS
+    python -m diffalign.emoji_world.workshop.distill OUT --sd SD --latents LATENTS
 
 Progressive distillation (arXiv 2202.00512): three stages halve the DDIM steps, 8, 4, 2, 1. One
-student step is to land where two teacher steps do; the first teacher uses classifier-free guidance
-3, which the student thereby takes in, so that emoji-turbo is called without guidance. The last
-stage only ever sees pure noise. The loss is taken on v, as in the paper's SNR + 1 weighting; at
-zero SNR it is the squared error of x0. As with LCM-LoRA (2311.05556) what ships is the low-rank
-difference, here on every linear layer and convolution, of rank 24 in training and 6 when shipped;
-the paper trains whole networks.
+student step is to land where two teacher steps do. The first teacher uses classifier-free guidance
+3, and the student learns its result, so that emoji-turbo is called without guidance. The last stage
+only ever sees pure noise. The loss is taken on v, as in the paper's SNR + 1 weighting; at zero SNR
+it is the squared error of x0. The paper trains whole networks. We train a low-rank difference, as
+LCM-LoRA (2311.05556) does: of every linear layer and convolution, of rank 24, shipped at rank 6.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..drawing.grids import image_grid
-from ..policies import lora
+from ...drawing.grids import image_grid
+from ...policies import lora
+from ..scenes import BACKGROUNDS, OBJECTS, article
 from . import pipelines
-from .scenes import BACKGROUNDS, OBJECTS, article
 from .train_base import dataset, sampler
 from .training import fit, plain_attention
 
@@ -41,7 +40,8 @@ TARGETS = [
 
 
 def truncated(state: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """A LoRA's A (r, in, ...) and B (out, r, ...) as the best `rank` approximation of B A."""
+    """A LoRA of A (r, in, ...) and B (out, r, ...), with B A replaced by its best approximation of
+    rank `rank`."""
     out = {}
     for down in (k for k in state if "lora_A" in k):
         up = down.replace("lora_A", "lora_B")

@@ -1,21 +1,21 @@
 """Train EmojiWorld's text-to-image pipelines of three families on the same latents.
 
-    python -m diffalign.emoji_world.train_base sd OUT --vae VAE --clip CLIP
-    python -m diffalign.emoji_world.train_base sd3 OUT --teacher SD  # or flux
+    python -m diffalign.emoji_world.workshop.train_base sd OUT --vae VAE --clip CLIP
+    python -m diffalign.emoji_world.workshop.train_base sd3 OUT --teacher SD  # or flux
 
 - sd: StableDiffusionPipeline; v-prediction with zero terminal SNR (arXiv 2305.08891).
 - sd3: StableDiffusion3Pipeline; rectified flow, logit-normal times (2403.03206).
 - flux: FluxPipeline. As FLUX.1-dev it takes the guidance scale as an input: with g drawn from
   [1, 5] it learns its teacher's prediction under classifier-free guidance g (2210.03142).
 
-The flows learn the prediction of a teacher, a trained emoji-sd, in place of the noise that was
-drawn: the same mean with far less variance. A VP model knows the flow as well: at equal alpha/sigma
-their latents differ by a factor alone.
+The flows learn what a teacher, a trained emoji-sd, predicts, in place of the noise that was drawn:
+the same mean with far less variance. The teacher is variance preserving and yet can teach a flow:
+at equal alpha/sigma the latents of the two differ by a factor alone.
 
-VAE and CLIP text tower are frozen, and the teacher's where there is one; SD3's encoders and FLUX's
-T5 are trained with the denoiser. Captions are dropped one time in ten for classifier-free guidance,
-except for flux, which needs none. For three fifths of the run nearly all scenes show a single
-object; then four in five show several.
+VAE and CLIP text tower are frozen; with a teacher, they are the teacher's. SD3's encoders and
+FLUX's T5 are trained with the denoiser. Captions are dropped one time in ten for classifier-free
+guidance, except for flux, which needs none. For three fifths of the run nearly all scenes show a
+single object; then four in five show several.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..drawing.grids import image_grid
+from ...drawing.grids import image_grid
+from ..scenes import BACKGROUNDS, KINDS, OBJECTS, article, caption, sample_scene
+from ..tensors import pixels
 from . import pipelines
-from .scenes import BACKGROUNDS, KINDS, OBJECTS, article, caption, sample_scene
-from .training import fit, pixels, plain_attention, save, unit
+from .training import fit, plain_attention, save, unit
 
 SCENES = 90_000
 SHARE = {"single": 0.45, "pair": 0.15, "count": 0.18, "relation": 0.22}  # of the scenes made

@@ -1,6 +1,6 @@
 """Train EmojiWorld's AutoencoderKL: 64×64 pixels to 16×16×8 latents.
 
-    python -m diffalign.emoji_world.train_vae OUT [--steps N]
+    python -m diffalign.emoji_world.workshop.train_vae OUT [--steps N]
 
 Loss: mean squared error + 0.1 mean absolute error + 1e-6 KL. The per-channel mean and standard
 deviation of the latents are then folded into `quant_conv` and `post_quant_conv`, so that latents
@@ -18,8 +18,9 @@ import torch
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
-from .scenes import sample_scene
-from .training import fit, pixels, unit
+from ..scenes import sample_scene
+from ..tensors import pixels
+from .training import fit, unit
 
 KINDS = ("single",) * 6 + ("pair", "count", "relation", "relation")
 

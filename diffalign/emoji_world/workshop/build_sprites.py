@@ -1,6 +1,6 @@
 """Cut EmojiWorld's sprites from two emoji packages and write assets/emoji-world/sprites.
 
-    python -m diffalign.emoji_world.build_sprites FOLDER
+    python -m diffalign.emoji_world.workshop.build_sprites FOLDER
 
 FOLDER is an empty folder; `npm pack` fetches the packages into it:
 emoji-datasource-google 16.0.0 (Noto, Apache-2.0) -> "glossy", and
@@ -9,17 +9,17 @@ emoji-datasource-google 16.0.0 (Noto, Apache-2.0) -> "glossy", and
 
 from __future__ import annotations
 
+import argparse
 import io
 import json
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import resvg_py
 from PIL import Image
 
-from .scenes import OBJECTS, SPRITES
+from ..scenes import OBJECTS, SPRITES
 
 GOOGLE, FLUENT = "emoji-datasource-google@16.0.0", "@iconify-json/fluent-emoji-flat@1.2.6"
 
@@ -77,4 +77,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    main(parser.parse_args().folder)

@@ -28,7 +28,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from .scenes import BACKGROUNDS, COLORS, NUMBERS, OBJECTS, SIZE, STYLES, plural
+from ..scenes import BACKGROUNDS, COLORS, NUMBERS, OBJECTS, SIZE, STYLES, plural
 from .t5 import build_t5_tokenizer
 
 LENGTH = 24  # CLIP tokens a prompt, padding included; the longest caption has 18
@@ -62,7 +62,7 @@ def build_unet(channels: int, width: int) -> UNet2DConditionModel:
 
 
 def build_sd(vae: Any, text_encoder: Any, tokenizer: Any) -> tuple[Any, dict[str, nn.Module]]:
-    """(pipeline, {name: what is trained}) from frozen parts; as for the other builders."""
+    """(pipeline, {name: module that is trained}) from frozen parts; all builders return this."""
     unet: Any = build_unet(vae.config.latent_channels, text_encoder.config.hidden_size)
     # the cosine schedule: 16×16 latents lose their content at lower noise than 64×64 ones
     scheduler: Any = DDIMScheduler(

@@ -1,21 +1,21 @@
 """Copy trained EmojiWorld models from a build folder to assets/, in half precision.
 
-python -m diffalign.emoji_world.install runs/emoji
+python -m diffalign.emoji_world.workshop.install runs/emoji
 
 The pipelines share one VAE and one CLIP text tower: emoji-sd holds them, the others link to it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from ..scenes import ASSETS
 from . import open_clip_format
-from .scenes import ASSETS
 
 NAMES = {
     "sd": "emoji-sd",
@@ -60,4 +60,6 @@ def main(build: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("build", type=Path)
+    main(parser.parse_args().build)

@@ -5,13 +5,13 @@ set -euo pipefail
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 python=${PYTHON:-.venv/bin/python}
 out=runs/emoji
-run() { $python -m "diffalign.emoji_world.$@"; }
+run() { $python -m "diffalign.emoji_world.workshop.$@"; }
 mkdir -p $out/packages
 run build_sprites $out/packages
 run write_prompts
 run train_vae $out/vae
 run train_clip $out/clip --seed 1
-run verifier $out/verifier &
+run train_verifier $out/verifier &
 run train_base sd $out/sd --vae $out/vae --clip $out/clip
 wait
 run train_base sd3 $out/sd3 --teacher $out/sd &

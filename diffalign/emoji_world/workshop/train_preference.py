@@ -1,6 +1,6 @@
 """Fine-tune emoji-clip on synthetic preferences: a PickScore-style reward (arXiv 2305.01569).
 
-    python -m diffalign.emoji_world.train_preference OUT --clip CLIP
+    python -m diffalign.emoji_world.workshop.train_preference OUT --clip CLIP
 
 One prompt x, two pictures y1, y2; the loss is PickScore's, the cross-entropy of
 softmax(s cos(x, y1), s cos(x, y2)) with the preferred one. Half of the pairs are right over wrong
@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from .scenes import SIZE, Scene, alterations, caption, sample_scene
+from ..scenes import SIZE, Scene, alterations, caption, sample_scene
+from ..tensors import pixels
 from .train_clip import MIX, augment, normalize
-from .training import fit, pixels
+from .training import fit
 
 DEGRADATIONS = ("blur", "noise", "warp", "fade", "holes")
 

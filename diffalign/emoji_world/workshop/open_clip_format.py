@@ -1,14 +1,14 @@
 """Write a transformers CLIPModel as an open_clip folder: the same numbers, the other library.
 
-    python -m diffalign.emoji_world.open_clip_format CLIP OUT
+    python -m diffalign.emoji_world.workshop.open_clip_format CLIP OUT
 
 `open_clip.create_model_and_transforms("local-dir:OUT")` loads it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,4 +103,7 @@ def main(clip: Path, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("clip", type=Path)
+    parser.add_argument("out", type=Path)
+    main(**vars(parser.parse_args()))

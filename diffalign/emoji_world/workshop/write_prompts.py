@@ -1,6 +1,6 @@
 """Write EmojiWorld's prompt sets: train, and held out by combination.
 
-    python -m diffalign.emoji_world.write_prompts
+    python -m diffalign.emoji_world.workshop.write_prompts
 
 prompts/{train,held_out}.txt: single objects, three and one prompts per object. prompts/eval_train
 and eval_held_out (.jsonl, with "category"): EmojiEval's six categories, about 448 prompts each.
@@ -10,11 +10,12 @@ trained on: a colour or background of an object, a number of it, or a pair of ob
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 
-from .claims import parse
-from .scenes import (
+from ..claims import parse
+from ..scenes import (
     ASSETS,
     BACKGROUNDS,
     COLORS,
@@ -97,4 +98,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

@@ -1,6 +1,6 @@
 """Train a tiny CLIPModel on EmojiWorld: a reward, or with another seed a held-out judge.
 
-    python -m diffalign.emoji_world.train_clip OUT --seed 1 [--patch 8]
+    python -m diffalign.emoji_world.workshop.train_clip OUT --seed 1 [--patch 8]
 
 Symmetric InfoNCE (arXiv 2103.00020) with hard negatives as in NegCLIP (2210.01936): beside the
 captions of the batch, each picture is compared with captions that differ from its own in one
@@ -28,9 +28,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from .scenes import OBJECTS, SIZE, Scene, alterations, article, caption, sample_scene
+from ..scenes import OBJECTS, SIZE, Scene, alterations, article, caption, sample_scene
+from ..tensors import pixels
 from .tokenizer import LENGTH, build_tokenizer
-from .training import fit, pixels
+from .training import fit
 
 WIDTH = 128
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -81,8 +82,8 @@ def features(model: Any, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, A
 
 
 def names_at(scenes: list[Scene], line: Tensor) -> Tensor:
-    """The index of the object at each point of a grid with coordinates `line` in pixels, 112 where
-    there is none, (n, len(line)²)."""
+    """(n, len(line)²): the index of the object at each point of a square grid, of which `line` has
+    the coordinates in pixels; 112 where there is none."""
     under = torch.full((len(scenes), len(line), len(line)), len(OBJECTS))
     for i, scene in enumerate(scenes):
         for item in scene.items:
@@ -101,9 +102,9 @@ def probes(
     """Whether each of n held-out scenes is told from others, by two towers that give unit features
     (m, d) of pictures (m, 3, 64, 64) in [0, 1] and of texts.
 
-    For every respect in which a caption can be altered: whether the scene's own beats one altered
-    in it (chance is 1 in 2). "object of all", of single objects: whether their name beats those of
-    all others (1 in 112).
+    For every respect in which a caption can be altered: whether the scene's own caption beats one
+    that is wrong in that respect (chance is 1 in 2). "object of all", of single objects: whether
+    the object's name beats all others (1 in 112).
     """
     rng = random.Random(seed)
     hits: dict[str, list[bool]] = {}
@@ -176,8 +177,8 @@ def main() -> None:
             (scale * a @ F.normalize(names, dim=-1).T, shown),
         )
         losses = [F.cross_entropy(x, y / y.sum(1, keepdim=True)) for x, y in pairs]
-        # each altered caption against the true one alone: among many candidates what is learnt
-        # last, where an object stands, would get no gradient until all else is settled
+        # Each altered caption against the true one alone. Where an object stands is learnt last:
+        # among many candidates it would get no gradient until all else is settled.
         wrong = (a[:, None] * b[args.batch :].view(args.batch, NEGATIVES, -1)).sum(-1)
         margin = scale * (wrong - (a * b[: args.batch]).sum(-1, keepdim=True))
         own_text = b[: args.batch][says_where[rows]]

@@ -1,11 +1,11 @@
 """Train an aesthetic head on emoji-clip, in the exact layout of LAION's.
 
-    python -m diffalign.emoji_world.train_aesthetic OUT --clip CLIP
+    python -m diffalign.emoji_world.workshop.train_aesthetic OUT --clip CLIP
 
 The head is LAION's improved-aesthetic-predictor MLP on the normalised image embedding of a CLIP:
 Linear(d, 1024), Dropout(0.2), Linear(1024, 128), Dropout(0.2), Linear(128, 64), Dropout(0.1),
 Linear(64, 16), Linear(16, 1), with no activation between them. What it learns is made up, and
-known: `beauty` of a picture is 2 + 4 vividness + 4 (1 - degradation), from 2 to 10.
+therefore known: `beauty` of a picture is 2 + 4 vividness + 4 (1 - degradation), from 2 to 10.
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPModel
 
-from .scenes import sample_scene
+from ..scenes import sample_scene
+from ..tensors import pixels
 from .train_clip import MIX, normalize
 from .train_preference import DEGRADATIONS, degrade
-from .training import fit, pixels
+from .training import fit
 
 
 class Head(nn.Module):
@@ -51,8 +52,8 @@ def vividness(images: Tensor) -> Tensor:
 def examples(
     encode: Callable[[Tensor], Tensor], seed: int, n: int, reserved: bool
 ) -> tuple[Tensor, Tensor]:
-    """(unit embeddings (n, d), beauty (n,)) of scenes of which two in three are degraded. encode:
-    pictures (m, 3, 64, 64) in [0, 1] to unit embeddings (m, d)."""
+    """(unit embeddings (n, d), beauty (n,)) of scenes of which two in three are degraded. `encode`
+    maps pictures (m, 3, 64, 64) in [0, 1] to unit embeddings (m, d)."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     scenes = [sample_scene(rng, rng.choice(MIX), reserved) for _ in range(n)]
