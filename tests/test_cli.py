@@ -220,10 +220,10 @@ def test_readme_train_commands(arguments, monkeypatch, tmp_path, no_models):
 @pytest.mark.parametrize("arguments", readme_commands("sample"), ids=" ".join)
 def test_readme_sample_commands(arguments, monkeypatch):
     called = []
-    monkeypatch.setattr(pipeline, "draw", lambda **options: called.append(options))
-    monkeypatch.setattr(search, "run", lambda *search, **options: called.append(options))
+    monkeypatch.setattr(pipeline, "draw", called.append)
+    monkeypatch.setattr(search, "run", lambda *search: called.append(search[-1]))
     assert cli.sample(arguments) == 0
-    assert pipeline.parse_seeds(called[0]["seeds"])
+    assert pipeline.parse_seeds(called[0].seeds)
 
 
 def test_readme_config_and_python(monkeypatch, tmp_path):

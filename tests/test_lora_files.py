@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from diffalign import policies
 from diffalign.policies import lora_files
 from diffalign.policies.run_folder import WEIGHTS
-from diffalign.sampling.pipeline import Sampler, draw
+from diffalign.sampling.pipeline import Drawing, Sampler, draw
 from diffalign.sampling.rollout import Sampling, rollout
 
 KINDS = ("sd-epsilon", "sdxl", "sd3", "flux-dev")
@@ -141,10 +141,12 @@ def test_a_lora_of_another_model(pipelines, tmp_path, monkeypatch, kind):
         folder = str(trained(pipelines[other], tmp_path / other)[0].parent)
         with monkeypatch.context() as patch:
             patch.setattr(policies, "pipeline", lambda *_, **__: pytest.fail("read weights"))
+            how = {"model": pipelines[kind], "prompts": ["a dog"], "seeds": "0"}
+            how["resolution"] = SIDE
             with pytest.raises(ValueError, match=r"^--lora .*give one that was trained on such a"):
-                draw(pipelines[kind], ["a dog"], "0", lora=folder, resolution=SIDE)
+                draw(Drawing(**how, lora=folder))
             with pytest.raises(ValueError, match=r"^--merge-lora .*trained on such a model"):
-                draw(pipelines[kind], ["a dog"], "0", merge_lora=folder, resolution=SIDE)
+                draw(Drawing(**how, merge_lora=folder))
         with pytest.raises(ValueError, match="the LoRA '"):  # also where nobody has checked it
             policies.merge(load(pipelines[kind]).pipe, folder)
 

@@ -18,7 +18,7 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from diffalign import policies
 from diffalign.policies import lora_files, schedulers
-from diffalign.sampling.pipeline import draw
+from diffalign.sampling.pipeline import Drawing, draw
 from diffalign.sampling.rollout import Sampling, rollout
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -198,7 +198,8 @@ def test_pictures_are_not_censored_where_training_saw_them(pipelines, tmp_path, 
     black = pipe("a dog", num_inference_steps=1, output_type="np", height=SIDE, width=SIDE)
     assert black.images.max() == 0  # the checker works
     how = {"steps": 2, "resolution": SIDE, "grid": str(tmp_path / "g.png")}
-    draw(str(tmp_path / "sd"), ["a dog"], "0", out=str(tmp_path / "out"), **how)
+    how |= {"model": str(tmp_path / "sd"), "prompts": ["a dog"], "seeds": "0"}
+    draw(Drawing(**how, out=str(tmp_path / "out")))
     assert capsys.readouterr().err.count("without its safety checker") == 1
     (file,) = (tmp_path / "out").glob("*.png")
     assert np.asarray(Image.open(file)).max() > 0

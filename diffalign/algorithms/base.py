@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..dynamics import SDES, Gaussian, Levels, Prediction
-from ..policies.base import Cond, Policy
+from ..policies.base import Policy
+from ..policies.cond import Cond
 from ..sampling.adjoint import Surrogate
 from ..sampling.rollout import Sampling
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..policies.base import Cond, Policy
+from ..policies.base import Policy
+from ..policies.cond import Cond
 from . import surrogate
 from .base import Algorithm, Needs, Transitions, check_positive
 

@@ -223,7 +223,8 @@ def _drawn(method: str | None, wanted: Any, args: dict[str, Any]) -> Path:
     how |= {k: args[k] for k in ("prompts", "lora", "compare", "grid", "out")}
     how["seeds"] = "0-3" if args["seeds"] is None else args["seeds"]
     how["lora_scale"] = 1.0 if args["lora_scale"] is None else args["lora_scale"]
-    return search.run(method, wanted, **how) if method else pipeline.draw(**how)
+    drawing = pipeline.Drawing(**how)
+    return search.run(method, wanted, drawing) if method else pipeline.draw(drawing)
 
 
 def _redrawn(method: str | None, args: dict[str, Any]) -> Path:

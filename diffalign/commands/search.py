@@ -20,58 +20,40 @@ from ..optimize_noise.base import Result, Task, search
 from ..optimize_noise.options import Wanted
 from ..sampling import drawn
 from ..sampling.drawn import Drawn
-from ..sampling.pipeline import check_drawing, check_loras, family_of, parse_seeds
+from ..sampling.pipeline import Drawing, parse_seeds
 
 
-def run(
-    method: str,
-    wanted: Wanted,
-    model: str,
-    prompts: Sequence[str],
-    seeds: str,
-    lora: str | None = None,
-    lora_scale: float = 1.0,
-    compare: bool = False,
-    steps: int = 20,
-    guidance: float = 3.0,
-    resolution: int | None = None,
-    merge_lora: str | None = None,
-    dtype: str = "float32",
-    grid: str = "grid.png",
-    out: str | None = None,
-) -> Path:
+def run(method: str, wanted: Wanted, drawing: Drawing) -> Path:
     """Write a grid of the plain and the best picture of every prompt and seed; returns its path.
 
     As many are searched for at once as `sampler.batch` has pictures, each with a budget of its own.
-    The other arguments are those of `pipeline.draw`; with `out` the best pictures are written as
-    there, and trace.json, what each search had taken and found after every step. Ctrl-C keeps what
-    was found, and so does a reward that fails, which is raised then.
+    With `drawing.out` the best pictures are written as `pipeline.draw` does, and trace.json, what
+    each search had taken and found after every step. Ctrl-C keeps what was found, and so does a
+    reward that fails, which is raised then.
     """
-    numbers, texts = parse_seeds(seeds), collect(prompts, "--prompts")
+    numbers, texts = parse_seeds(drawing.seeds), collect(drawing.prompts, "--prompts")
     jobs = [(prompt, seed) for prompt in texts for seed in numbers]
     reward_library.check(wanted.rewards, *for_rewards([p for p, _ in jobs]))
     options = dict(wanted.options)
     ahead = options.pop("look_ahead", None) if method == "flow_map" else None
     make: Any = build(method, options)
-    levels, shape = check_drawing(model, steps, guidance, resolution, grid)
-    sampling = sampling_for(method, levels, guidance, wanted.sampler.kernel, wanted.sampler.eta)
-    if compare:
+    levels, shape = drawing.check(**{"flow_map.look_ahead": ahead})
+    kernel, eta = wanted.sampler.kernel, wanted.sampler.eta
+    sampling = sampling_for(method, levels, drawing.guidance, kernel, eta)
+    if drawing.compare:
         raise ValueError(
             "--compare is for a LoRA; a search sets its pictures beside the plain ones"
         )
-    check_loras(model, merge_lora, lora, lora_scale, **{"flow_map.look_ahead": ahead})
     names = [f"{i:03d}_seed{seed}.png" for i, (_, seed) in enumerate(jobs)]
+    out, grid, batch = drawing.out, drawing.grid, wanted.sampler.batch
     if out is not None:
         drawn.check_out(out, grid, names, trace=True)
     device = default_device()
     reward = reward_library.build(wanted.rewards).to(device)
     prompt, seed = jobs[0]
-    batch = wanted.sampler.batch
     peeked: Any = SimpleNamespace(latent_shape=shape)
     make(Task(peeked, reward, [prompt], sampling, [seed], batch))  # refuses what cannot work
-    how = {"model": model, "merge_lora": merge_lora, "lora": lora, "lora_scale": lora_scale}
-    how |= {"steps": steps, "guidance": guidance, "resolution": resolution, "dtype": dtype}
-    how |= {"kernel": sampling.kernel, "eta": sampling.eta, "family": family_of(model)}
+    how = drawing.how(sampling.kernel, sampling.eta)
     policy = loaded(how)
     if ahead is not None:
         other = loaded(how | {"merge_lora": ahead, "lora": None})

@@ -10,7 +10,8 @@ import torch
 
 from ..config import ModelConfig
 from ..dynamics import Levels
-from .base import Cond, Policy
+from .base import Policy
+from .cond import Cond
 from .configs import pixels_per_latent, read_config, text_options
 from .flux import FluxPolicy
 from .lora_files import check as check_lora

@@ -10,7 +10,6 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,28 +18,8 @@ from torch import Tensor, nn
 
 from ..dynamics import PREDICTIONS, Levels, Prediction, native_target
 from . import lora
+from .cond import Cond
 from .configs import read_config
-
-
-@dataclass(frozen=True)
-class Cond:
-    """Text conditioning of n samples: tensors (n, ...) by name, of prompt and negative prompt.
-
-    There is no negative where guidance makes no second branch.
-    """
-
-    positive: dict[str, Tensor]
-    negative: dict[str, Tensor]
-
-    def __getitem__(self, index: Tensor | slice) -> Cond:
-        """The rows `index` (a LongTensor or a slice)."""
-        return Cond(
-            {k: v[index] for k, v in self.positive.items()},
-            {k: v[index] for k, v in self.negative.items()},
-        )
-
-    def __len__(self) -> int:
-        return len(next(iter(self.positive.values())))
 
 
 class Policy(ABC):
@@ -85,6 +64,10 @@ class Policy(ABC):
         self._prompts: dict[str, dict[str, Tensor]] = {}
         self.read_base: Callable[[], Any] = self._read_base  # the denoiser before any training
         self._copies: dict[str, Any] = {}  # of a wholly trained network: "base", "old", ...
+        self.setup()
+
+    def setup(self) -> None:  # noqa: B027  (most need nothing)
+        """What a family makes of the pipeline besides, once."""
 
     @classmethod
     def check(

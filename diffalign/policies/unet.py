@@ -33,24 +33,17 @@ class UNetPolicy(Policy):
     denoiser = "unet"
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0")
 
-    def __init__(
-        self,
-        pipe: Any,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        resolution: int | None = None,
-    ):
-        super().__init__(pipe, device, dtype, resolution)
+    def setup(self) -> None:
         self.predicts = self.schedule_config["prediction_type"]
         self.abar = schedulers.alphas_cumprod(self.schedule_config).double()
-        self.zero_negative = pipe.config.get("force_zeros_for_empty_prompt", False)
-        self.is_xl = type(pipe).__name__ == XL
+        self.zero_negative = self.pipe.config.get("force_zeros_for_empty_prompt", False)
+        self.is_xl = type(self.pipe).__name__ == XL
         if self.is_xl:
             self._check_time_ids()
         factor = pixels_per_latent(self.vae.config)
         height, width = (side * factor for side in self.latent_shape[1:])
         # original size, crop corner, target size
-        self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=device)
+        self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device)
 
     def _check_time_ids(self) -> None:
         c = self.network.config

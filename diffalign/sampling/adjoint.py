@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..dynamics import Prediction, noised
-from ..policies.base import Cond, Policy
+from ..policies.base import Policy
+from ..policies.cond import Cond
 from .rollout import Sampling
 
 

@@ -40,6 +40,39 @@ class Settings:
     guidance: float = 3.0
 
 
+@dataclass(kw_only=True)
+class Drawing(Settings):
+    """What `sample.py` is asked to draw, and where.
+
+    prompts: texts or prompt files. seeds: as `parse_seeds` has it. lora: a folder or file that
+    `pipe.load_lora_weights` reads, or a run folder with a whole denoiser; lora_scale multiplies ΔW.
+    merge_lora is part of the model, of the base too. compare adds a row of the base model above
+    each. grid: the picture of all. out: a folder for the single pictures, prompts.jsonl and
+    noise.safetensors (`drawn.write`).
+    """
+
+    prompts: Sequence[str]
+    seeds: str
+    lora: str | None = None
+    lora_scale: float = 1.0
+    compare: bool = False
+    grid: str = "grid.png"
+    out: str | None = None
+
+    def check(self, **others: str | None) -> tuple[Levels, tuple[int, ...]]:
+        """As `check_drawing` and `check_loras`. others: LoRAs of further options, by name."""
+        found = check_drawing(self.model, self.steps, self.guidance, self.resolution, self.grid)
+        check_loras(self.model, self.merge_lora, self.lora, self.lora_scale, **others)
+        return found
+
+    def how(self, kernel: str | None = None, eta: float = 0.0) -> dict[str, Any]:
+        """As `drawn.Drawn` has it."""
+        names = ("model", "merge_lora", "lora", "lora_scale")
+        names += ("steps", "guidance", "resolution", "dtype")
+        own = {name: getattr(self, name) for name in names}
+        return own | {"kernel": kernel, "eta": eta, "family": family_of(self.model)}
+
+
 def settings(runs: Sequence[str | None], given: Mapping[str, Any]) -> dict[str, Any]:
     """`Settings` by name: what is given, else how the first of `runs` that is a run was evaluated,
     else the defaults. Says what it took of a run.
@@ -279,55 +312,34 @@ def pictures(
     return found
 
 
-def draw(
-    model: str,
-    prompts: Sequence[str],
-    seeds: str,
-    lora: str | None = None,
-    lora_scale: float = 1.0,
-    compare: bool = False,
-    steps: int = 20,
-    guidance: float = 3.0,
-    resolution: int | None = None,
-    merge_lora: str | None = None,
-    dtype: str = "float32",
-    grid: str = "grid.png",
-    out: str | None = None,
-) -> Path:
+def draw(wanted: Drawing) -> Path:
     """Write a grid with a row per prompt and a column per seed; returns its path.
 
-    lora: a folder or file that `pipe.load_lora_weights` reads, or a run folder with a whole
-    denoiser; lora_scale multiplies ΔW. merge_lora is part of the model, of the base too. compare
-    adds a row of the base model above each. out: a folder for the single pictures, prompts.jsonl
-    and noise.safetensors (`drawn.write`). Raises ValueError for bad input before the pipeline is
-    loaded.
+    Raises ValueError for bad input before the pipeline is loaded.
     """
-    numbers, texts = parse_seeds(seeds), collect(prompts, "--prompts")
-    check_drawing(model, steps, guidance, resolution, grid)
-    check_plain(model, resolution)
-    check_loras(model, merge_lora, lora, lora_scale)
-    if compare and lora is None:
+    numbers, texts = parse_seeds(wanted.seeds), collect(wanted.prompts, "--prompts")
+    model, lora, out = wanted.model, wanted.lora, wanted.out
+    wanted.check()
+    check_plain(model, wanted.resolution)
+    if wanted.compare and lora is None:
         raise ValueError("--compare sets the LoRA beside the base model; give --lora as well")
-    variants = [None, lora] if compare else [lora]
+    variants = [None, lora] if wanted.compare else [lora]
     names = [
         f"{row:03d}_seed{seed}.png" for row in range(len(texts) * len(variants)) for seed in numbers
     ]
     if out is not None:
-        drawn.check_out(out, grid, names)
+        drawn.check_out(out, wanted.grid, names)
 
-    sampler = Sampler(model, merge_lora, dtype)
-    how = {"model": model, "merge_lora": merge_lora, "lora": None, "lora_scale": lora_scale}
-    how |= {"steps": steps, "guidance": guidance, "resolution": resolution, "dtype": dtype}
-    how |= {"kernel": None, "eta": 0.0, "family": family_of(model)}
+    sampler = Sampler(model, wanted.merge_lora, wanted.dtype)
     columns = []
     for variant in variants:
-        sampler.use({} if variant is None else {variant: lora_scale})
-        own = how | {"lora": variant}
-        columns.append([pictures(sampler, prompt, numbers, own) for prompt in texts])
+        sampler.use({} if variant is None else {variant: wanted.lora_scale})
+        how = wanted.how() | {"lora": variant}
+        columns.append([pictures(sampler, prompt, numbers, how) for prompt in texts])
     rows = [row for several in zip(*columns, strict=True) for row in several]
-    about = {"lora": lora, "prompts": [p.text for p in texts], "seeds": numbers}
-    grids.save_png(drawn.grid_of(rows), grid, how | about)
+    about = {"prompts": [p.text for p in texts], "seeds": numbers}
+    grids.save_png(drawn.grid_of(rows), wanted.grid, wanted.how() | about)
     if out is not None:
         flat = [one for row in rows for one in row]
         drawn.write(out, dict(zip(names, flat, strict=True)))
-    return Path(grid)
+    return Path(wanted.grid)

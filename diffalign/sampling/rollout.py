@@ -30,7 +30,8 @@ from ..dynamics import (
     ode,
     step_std,
 )
-from ..policies.base import Cond, Policy
+from ..policies.base import Policy
+from ..policies.cond import Cond
 
 
 def sample_seed(*parts: int | str) -> int:

@@ -7,15 +7,19 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import rewards as reward_library
 from rewards.redaction import redact
 
 from .. import algorithms
 from ..config import TrainConfig
 from ..config.decoding import read_yaml
 from ..config.prompts import Prompt
+
+if TYPE_CHECKING:
+    from ..algorithms.base import Algorithm
+    from .plan import Plan
 
 MAY_CHANGE = frozenset(
     {
@@ -43,21 +47,24 @@ PROMPTS = {"data.prompts": "train_prompts", "eval.prompts": "eval_prompts"}
 Settings = dict[str, Any]
 
 
-def settings(plan: Any, prompts: bool = True) -> Settings:
-    """{dotted name: plain value} of everything in a `Plan` that must stay.
+def settings(plan: Plan) -> Settings:
+    """{dotted name: plain value} of everything in a plan that must stay.
 
     Algorithms are there with all their options, rewards with their weights. For prompt files stands
-    a digest of what is in them, so that they may move, or with prompts=False their paths.
+    a digest of what is in them, so that they may move.
     """
-    tree = plan.config.to_dict()
-    tree["algorithm"] = {"type": tree["algorithm"]["type"], **asdict(plan.algorithm)}
-    tree["rewards"] = _weighted(plan.rewards)
-    tree["eval"]["rewards"] = _weighted(plan.config.eval.rewards)
-    tree["eval"] |= {"steps": plan.config.eval_steps, "guidance": plan.config.eval_guidance}
-    flat = _flat(tree)
-    if prompts:
-        flat |= {key: _digest_of(getattr(plan, name)) for key, name in PROMPTS.items()}
-    return redact(_plain({key: value for key, value in flat.items() if _stays(key)}))
+    found = _settings(plan.config, plan.algorithm, plan.rewards)
+    return found | {key: _digest_of(getattr(plan, name)) for key, name in PROMPTS.items()}
+
+
+def _settings(config: TrainConfig, algorithm: Algorithm, rewards: reward_library.Spec) -> Settings:
+    """As `settings`, with the paths of prompt files."""
+    tree = config.to_dict()
+    tree["algorithm"] = {"type": tree["algorithm"]["type"], **asdict(algorithm)}
+    tree["rewards"] = _weighted(rewards)
+    tree["eval"]["rewards"] = _weighted(config.eval.rewards)
+    tree["eval"] |= {"steps": config.eval_steps, "guidance": config.eval_guidance}
+    return redact(_plain({key: value for key, value in _flat(tree).items() if _stays(key)}))
 
 
 def digest(known: Settings) -> str:
@@ -65,7 +72,7 @@ def digest(known: Settings) -> str:
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
-def changes(run_dir: Path, state: Mapping[str, Any], plan: Any) -> dict[str, str]:
+def changes(run_dir: Path, state: Mapping[str, Any], plan: Plan) -> dict[str, str]:
     """What differs between the run that a checkpoint is of and `plan`: {"train.seed": "0 -> 1"}.
 
     A checkpoint that does not say what it is of is taken to be of the folder's config.yaml.
@@ -78,8 +85,8 @@ def changes(run_dir: Path, state: Mapping[str, Any], plan: Any) -> dict[str, str
             algorithm = algorithms.build(config.algorithm)
         except ValueError:  # gone, or of a version with other settings
             return {}
-        was = SimpleNamespace(config=config, algorithm=algorithm, rewards=config.rewards)
-        old, new = settings(was, prompts=False), settings(plan, prompts=False)
+        old = _settings(config, algorithm, config.rewards)
+        new = _settings(plan.config, plan.algorithm, plan.rewards)
     key = "algorithm.type"
     if old[key] != new[key]:  # and so the options are others too
         old, new = (
@@ -112,7 +119,7 @@ def _stays(key: str) -> bool:
     return key not in MAY_CHANGE and not (of_reward and key.rpartition(".")[2] in SERVING)
 
 
-def _weighted(rewards: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
+def _weighted(rewards: reward_library.Spec) -> dict[str, dict[str, Any]]:
     """Rewards by name, {"jpeg": 1.0} as {"jpeg": {"weight": 1.0}}."""
     return {
         name: {"weight": 1.0, **(value if isinstance(value, Mapping) else {"weight": value})}
