@@ -33,7 +33,8 @@ class FlowGRPO(TrustRegion):
       with `step_weight=noise` TempFlow-GRPO (2508.04324): one trunk a prompt, branches at each of
       its steps, compared among those of the same step.
     - sampler.same_noise: the images of a prompt start from one noise.
-    - trust: `kl` masks rows by their KL in place of the clip, Flow-DPPO (2606.11025).
+    - trust: `kl` is Flow-DPPO (2606.11025), for several updates a rollout. In place of the clip, a
+      row counts 0 where A log ρ > 0 and the step's KL from the rollout's is `kl_max` or more.
 
     w_i is 1, or with `step_weight=noise` the std of step i over the mean of all stochastic steps
     (TempFlow's 2.25 s is that for SD3's ten steps). Differs from the reference: the KL is measured

@@ -27,11 +27,13 @@ class TrustRegion(Algorithm):
     The ratio is a noisy sign of how far the policy has moved: over the noise that drew x', log ρ is
     -D ± √(2D/n) for n elements, and the second term is as large as the first for D = 2/n. D itself
     has no noise in it. A row that would move on beyond τ teaches nothing, one that comes back
-    always does. Neither acts in the first update of a rollout, where ρ = 1 and D = 0.
+    always does, and nothing else bounds ρ. Neither region acts in the first update of a rollout,
+    where ρ = 1 and D = 0. D needs the means of the rollout, as large as its states again.
 
-    τ is that of two public implementations, with two updates a rollout; D grows with the learning
-    rate and with the square of the updates. The old means are stored for it, as large as the
-    states again.
+    τ belongs to a learning rate and a number of updates. 1e-5 is that of the authors' code; their
+    paper has 1e-7 for flow_sde and 1e-6 for cps. It sums D over the latent in its equations, and
+    names A (log ρ - D) as the exact sign of a move away from μ_old; as in its experiments, the mask
+    has A log ρ here, which differs where D is not small beside √(2D/n).
     """
 
     needs: ClassVar[Needs] = Needs.TRAJECTORY
