@@ -11,14 +11,14 @@ import re
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from enum import Enum
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import draccus
 import yaml
 
-from .text import read_text
+from .text import read_text, unusable
 
 T = TypeVar("T")
 
@@ -29,24 +29,38 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values an option may have: low <= value < high, or low < value with `above`."""
+    """The values an option may have: low <= value < high, or low < value with `above`; with
+    high=None infinity too."""
 
     low: float
-    high: float = inf
+    high: float | None = inf
     above: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value < self.high and not (self.above and value == self.low)
+        low = value > self.low if self.above else value >= self.low
+        return low and (self.high is None or value < self.high)
 
     def __str__(self) -> str:
         low = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
-        return low + (f" and below {self.high:g}" if self.high < inf else "")
+        return low + (f" and below {self.high:g}" if (self.high or inf) < inf else "")
 
 
 Count = Annotated[int, Bounds(1)]
+Natural = Annotated[int, Bounds(0)]
 Weight = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(0, above=True)]
+Limit = Annotated[float, Bounds(0, None, above=True)]
 Share = Annotated[float, Bounds(0, 1)]
+
+UNIONS, COLLECTIONS = (Union, types.UnionType), (list, tuple, set)
+
+RENAMED = {
+    "normalised": "normalized",
+    "normalise": "normalize",
+    "regularisation": "regularization",
+    "neighbours": "neighbors",
+}
+"""Former spellings of options and of their choices, which are taken for the new ones."""
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
@@ -118,7 +132,7 @@ def decode(
     mapping: Mapping[str, Any],
     where: str = "",
     source: str = "",
-    known: Sequence[str] = (),
+    known: Iterable[str] = (),
 ) -> T:
     """Makes a dataclass of a mapping, strictly.
 
@@ -135,6 +149,9 @@ def decode(
         raise ConfigError(f"{name}{source} {given}, not a mapping; {remedy}")
     prefix = f"{where}." if where else ""
     hints = field_types(cls)
+    if issubclass(cls, Section):  # `TrainConfig.check` tells all choices that are wrong at once
+        hints = {key: unchosen(hint) for key, hint in hints.items()}
+    mapping = _respelt(mapping, hints)
     for key in mapping:
         if key not in hints:
             tip = suggest(key, hints)
@@ -160,34 +177,90 @@ def decode(
         raise ConfigError(f"{where}{source}: {error}".lstrip()) from error
 
 
+def _respelt(mapping: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with new spellings of keys for former ones, unless it has both."""
+    new = {key: RENAMED.get(key) for key in mapping if key not in hints}
+    taken = {old for old, key in new.items() if key in hints and key not in mapping}
+    return {RENAMED[key] if key in taken else key: value for key, value in mapping.items()}
+
+
 def field_types(cls: Any) -> dict[str, Any]:
     """The annotated type of every field of a dataclass that its constructor takes."""
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in fields(cls) if f.init}
+
+
+def setting_types(cls: Any) -> dict[str, Any]:
+    """The types of all settings of a configuration of sections, by their dotted names."""
+    return {
+        f"{section}.{key}": kind
+        for section, hint in field_types(cls).items()
+        if is_dataclass(hint)
+        for key, kind in field_types(hint).items()
+    }
 
 
 def section_keys(cls: Any) -> list[str]:
     """The dotted names of all settings of a configuration of sections."""
-    return [
-        f"{section}.{key}"
-        for section, hint in field_types(cls).items()
-        if is_dataclass(hint)
-        for key in field_types(hint)
-    ]
+    return list(setting_types(cls))
+
+
+def bounds_of(hint: Any) -> Bounds | None:
+    """The bounds of a number's type, if it has any."""
+    if get_origin(hint) is Annotated:
+        return next((a for a in hint.__metadata__ if isinstance(a, Bounds)), None)
+    arms = get_args(hint) if get_origin(hint) in UNIONS else ()
+    return next(filter(None, map(bounds_of, arms)), None)
+
+
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """What a setting of a Literal type may be; nothing for other types."""
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def unchosen(hint: Any) -> Any:
+    """The type that any choice has, of a Literal type; other types as they are."""
+    return str if choices_of(hint) else hint
 
 
 def decode_value(hint: Any, value: Any, name: str, source: str = "") -> Any:
     """A value of the type `hint` for the setting `name`, as `decode` does it."""
-    if get_origin(hint) is dict:
-        value = _numbers(value)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    try:
-        if not fits(hint, value):
-            raise TypeError
-        return draccus.decode(hint, value)
-    except Exception as error:
-        raise wrong_type(hint, value, name, source) from error
+    found = converted(hint, value)
+    if not fits(hint, found):
+        raise wrong_type(hint, value, name, source)
+    return found
+
+
+def converted(hint: Any, value: Any) -> Any:
+    """What a file, or a command line, means by a value where the type `hint` is wanted: numbers for
+    texts, tuples for lists, new spellings for former ones. Anything else stays as it is."""
+    origin, args = get_origin(hint) or hint, get_args(hint)
+    make: Any = origin
+    if origin is Annotated:
+        return converted(args[0], value)
+    if origin in UNIONS:
+        found = ((arm, converted(arm, value)) for arm in args)
+        return next((new for arm, new in found if fits(arm, new)), value)
+    if origin is Literal:
+        new = RENAMED.get(value) if isinstance(value, str) else None
+        return new if value not in args and new in args else value
+    if origin is dict and isinstance(value, Mapping):
+        return {k: converted(args[1] if args else Any, v) for k, v in _numbers(value).items()}
+    if origin in COLLECTIONS and isinstance(value, (list, tuple)):
+        kinds = _item_types(hint, len(value))
+        return make(map(converted, kinds, value)) if len(kinds) == len(value) else value
+    if origin is bool and isinstance(value, str):
+        return {"true": True, "false": False}.get(value, value)
+    own = isinstance(origin, type) and issubclass(origin, (Path, Enum))  # of a user's algorithm
+    text = isinstance(value, str) and (own or origin in (int, float))
+    if text or (origin is float and isinstance(value, int) and not isinstance(value, bool)):
+        try:
+            return make(value)
+        except (ValueError, OverflowError):
+            return value
+    return value
 
 
 def wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigError:
@@ -214,28 +287,36 @@ def wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigErro
     return ConfigError(f"{name}={value!r}{source} is not {article}{what}{remedy}")
 
 
-def fits(hint: Any, value: Any, typed: bool = False) -> bool:
-    """Whether a value is of a type; a text may stand for a number unless it should be `typed`."""
-    # draccus takes None and bools for numbers, and anything at all for a string.
+def fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of a type."""
     origin, args = get_origin(hint) or hint, get_args(hint)
     if origin is Any:
         return True
-    if origin in (Union, types.UnionType):
-        return any(fits(a, value, typed) for a in args)
-    if origin is type(None) or value is None:
-        return origin is type(None) and value is None
+    if origin is Annotated:
+        return fits(args[0], value)
+    if origin in UNIONS:
+        return any(fits(arm, value) for arm in args)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in args)
     if origin in (int, float):
         number = numbers.Integral if origin is int else numbers.Real
-        allowed = number if typed else (int, float, str)
-        return isinstance(value, allowed) and not isinstance(value, bool)
-    if origin is str:
-        return isinstance(value, str)
-    if origin in (list, tuple, set):
-        item = args[0] if args else Any
-        return isinstance(value, (list, tuple)) and all(fits(item, v, typed) for v in value)
+        return isinstance(value, number) and not isinstance(value, bool)
+    if origin in COLLECTIONS and isinstance(value, COLLECTIONS):
+        kinds = _item_types(hint, len(value))
+        return len(kinds) == len(value) and all(map(fits, kinds, value))
     if origin is dict:
-        return isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
-    return not is_dataclass(origin) or isinstance(value, origin)  # pyright: ignore
+        kind = args[1] if args else Any
+        return isinstance(value, Mapping) and all(
+            isinstance(k, str) and fits(kind, v) for k, v in value.items()
+        )
+    return not isinstance(origin, type) or isinstance(value, origin)
+
+
+def _item_types(hint: Any, size: int) -> tuple[Any, ...]:
+    """The types of the items of a collection of `size`; of a tuple as many as it is to have."""
+    args = get_args(hint) or (Any,)
+    fixed = get_origin(hint) is tuple and ... not in args
+    return args if fixed else args[:1] * size
 
 
 def _numbers(value: Any) -> Any:
@@ -258,13 +339,60 @@ def type_name(hint: Any) -> str:
         return "one of " + ", ".join(map(str, args))
     if is_dataclass(origin):
         return getattr(origin, "__name__", "")
-    if origin in (Union, types.UnionType):
+    if origin in UNIONS:
         return " or ".join("null" if a is type(None) else type_name(a) for a in args)
     if origin is dict:
         return "mapping"
-    if origin in (list, tuple, set):
+    if origin in COLLECTIONS:
         return "list" + (f" of {type_name(args[0])}" if args else "")
     return getattr(origin, "__name__", str(origin))
+
+
+class Section:
+    """A dataclass of settings, held to its types however it is made: what Python passes is checked
+    as what a file says is. A text that begins with ~ is a path in the home directory. Raises
+    `ConfigError`."""
+
+    def __post_init__(self) -> None:
+        for name, hint in field_types(type(self)).items():
+            value = getattr(self, name)
+            if choices_of(hint):
+                value = converted(hint, value)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            if isinstance(value, str):
+                value = os.path.expanduser(value)
+            setattr(self, name, value)
+            where = f"{type(self).__name__}.{name}"
+            if not fits(unchosen(hint), value):
+                raise wrong_type(unchosen(hint), value, where)
+            check_text(value, where)
+
+
+def check_text(value: Any, where: str) -> None:
+    """Raises `ConfigError` for a text, at any depth of mappings and lists, that no file can hold in
+    UTF-8, or that holds a NUL."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            check_text(item, where)
+    if isinstance(value, str) and (problem := unusable(value)):
+        raise ConfigError(f"{where}={value!r} {problem}")
+
+
+def plain(value: Any) -> Any:
+    """The same as nested dicts, lists and scalars, such as JSON and YAML have; shares none of its
+    containers. What is none of these stays."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(inner) for inner in value]
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):  # also those of NumPy
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 class _Loader(yaml.SafeLoader):
@@ -348,7 +476,7 @@ def override(cls: Any, tree: dict[str, Any], key: str, text: str) -> None:
     node, (name, *rest) = tree, key.split(".")
     while rest and is_dataclass(field_types(cls).get(name)):
         cls, node, name, rest = field_types(cls)[name], node[name], rest[0], rest[1:]
-    hint = field_types(cls).get(name)
+    hint = unchosen(field_types(cls).get(name))
     # A string is taken as typed: YAML would read the folder name 2024_01 as the number 202401.
     plain = hint is str or (hint == (str | None) and text != "null")
     value = text if plain else _parse(text, f"--{key} {text}")
