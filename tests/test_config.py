@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 
 from diffalign.commands.help import help_text
-from diffalign.config import LogConfig, ModelConfig, OptimConfig, TrainConfig, decode
+from diffalign.config import (
+    AdvantageConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    decode,
+)
 from diffalign.config.decoding import ConfigError, Count, field_types, section_keys, suggest
 from diffalign.config.source import Subject
 
@@ -423,6 +430,31 @@ def test_numbers_of_numpy_are_written_as_numbers(tmp_path):
     config.save(tmp_path / "config.yaml")
     train = TrainConfig.from_file(tmp_path / "config.yaml").train
     assert (train.epochs, train.lr) == (3, 0.5)
+
+
+def test_former_spellings_are_taken(write, capsys):
+    path = write("train: {gradients: normalised}")
+    config = TrainConfig.from_file(path, ["--advantage.combine", "normalised"])
+    python = TrainConfig(advantage=AdvantageConfig(combine="normalised"))  # type: ignore
+    python.train.gradients = "normalised"  # type: ignore
+    for c in (config, python):
+        c.check()
+        assert (c.train.gradients, c.advantage.combine) == ("normalized", "normalized")
+    assert capsys.readouterr() == ("", "")
+    # only where there is such an option or choice, and not beside the new one
+    message = refused(TrainConfig.from_dict({"eval": {"guard": "normalised"}}).check)
+    assert message == "eval.guard='normalised' is not known; valid: off, warn, stop"
+    refused(lambda: decode(Own, {"neighbours": 1}, "own"), "unknown key 'own.neighbours'; valid:")
+
+    @dataclass
+    class Near:
+        neighbors: int
+
+    assert decode(Near, {"neighbours": "3"}) == Near(3)
+    refused(
+        lambda: decode(Near, {"neighbours": 3, "neighbors": 4}),
+        "unknown key 'neighbours'; did you mean 'neighbors'?",
+    )
 
 
 def test_suggest():

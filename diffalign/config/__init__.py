@@ -119,8 +119,8 @@ class AdvantageConfig(Section):
     std: Literal["group", "global"] = "global"
     """what a group's rewards are divided by (only for baseline=group; combine=gdpo always has the
     group's)"""
-    combine: Literal["sum", "normalised", "gdpo"] = "sum"
-    """several rewards: sum (advantages of their weighted sum) | normalised (weighted mean of the
+    combine: Literal["sum", "normalized", "gdpo"] = "sum"
+    """several rewards: sum (advantages of their weighted sum) | normalized (weighted mean of the
     advantages of each) | gdpo (that, divided by its standard deviation over the epoch)"""
     clip: Limit = 5.0
     """advantages are clipped to [-clip, clip]"""
@@ -154,8 +154,8 @@ class OptimConfig(Section):
     """optimiser steps per rollout; must divide the groups*group_size samples"""
     inner_epochs: int = 1
     """passes over a rollout; reward gradients draw its samples again, from the same noise"""
-    gradients: Literal["sum", "normalised", "pcgrad", "min_norm"] = "sum"
-    """several rewards, reward gradients: sum | normalised (each of equal length) | pcgrad (without
+    gradients: Literal["sum", "normalized", "pcgrad", "min_norm"] = "sum"
+    """several rewards, reward gradients: sum | normalized (each of equal length) | pcgrad (without
     what conflicts) | min_norm (none falls, to first order), picture by picture; rewards.gradients
     says more"""
     seed: Natural = 0

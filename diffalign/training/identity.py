@@ -14,7 +14,7 @@ from rewards.redaction import redact
 
 from .. import algorithms
 from ..config import TrainConfig
-from ..config.decoding import read_yaml
+from ..config.decoding import converted, read_yaml, setting_types
 from ..config.prompts import Prompt
 
 MAY_CHANGE = frozenset(
@@ -89,11 +89,12 @@ def changes(run_dir: Path, state: Mapping[str, Any], plan: Any) -> dict[str, str
     # what an older version did not have was then as the default is now
     options = {f.name: f.default for f in fields(plan.algorithm) if f.default is not MISSING}
     default = _plain(_flat({**TrainConfig().to_dict(), "algorithm": options}))
-    found = {}
+    types, found = setting_types(TrainConfig), {}
     for key in dict.fromkeys([*old, *new]):
         if key not in new and not key.startswith(("rewards.", "eval.rewards.")):
             continue  # this version does not have it
         before, after = old.get(key, default.get(key)), new.get(key)
+        before = converted(types.get(key, Any), before)  # maybe in its former spelling
         if before != after:
             texts = key in PROMPTS and "run" in state
             found[key] = "other texts" if texts else f"{json.dumps(before)} -> {json.dumps(after)}"
