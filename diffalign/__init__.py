@@ -1,5 +1,6 @@
 """diffalign: align text-to-image diffusion and flow models with rewards."""
 
+from . import algorithms  # noqa: F401  (the config asks it which options a type has)
 from .config import TrainConfig
 from .config.decoding import ConfigError
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewards.registry import Registry
 
-from ..config import decode
+from ..config import TrainConfig, decode
 from ..config.decoding import ConfigError, suggest
 from ..config.source import Subject
 
@@ -79,6 +79,9 @@ def of_type(kind: str, options: Mapping[str, Any], source: str) -> dict[str, Any
             file=sys.stderr,
         )
     return {"type": kind} | {k: v for k, v in options.items() if k in known}
+
+
+TrainConfig.of_type = of_type
 
 
 def name_of(algorithm: Algorithm) -> str:

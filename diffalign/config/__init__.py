@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
@@ -212,6 +212,9 @@ class TrainConfig(Section):
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    of_type: ClassVar[Callable[[str, Mapping[str, Any], str], dict[str, Any]]]
+    """the section `algorithm` for another type; `diffalign.algorithms`, built on this, sets it"""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.algorithm = {"type": "ddpo", **self.algorithm}
@@ -239,9 +242,7 @@ class TrainConfig(Section):
             given = list(pairs(overrides))
             kind = dict(given).get("algorithm.type", config.algorithm["type"])
             if kind and kind != config.algorithm["type"]:
-                from ..algorithms import of_type  # late: it needs this module
-
-                tree["algorithm"] = of_type(kind, config.algorithm, str(path))
+                tree["algorithm"] = cls.of_type(kind, config.algorithm, str(path))
             for key, text in given:
                 decoding.override(cls, tree, key, text)
             # The file alone was accepted above, so that what is refused now was typed.
