@@ -14,7 +14,8 @@ import yaml
 from test_trainer import adapter, redness
 
 from diffalign import ConfigError, TrainConfig, policies
-from diffalign.config.decoding import section_keys, write_atomic
+from diffalign.config.decoding import section_keys
+from diffalign.config.files import write_atomic
 from diffalign.record import checkpoint, folder
 from diffalign.training import identity
 from diffalign.training.plan import Plan

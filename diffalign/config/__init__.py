@@ -29,14 +29,13 @@ from .decoding import (
     bounds_of,
     choices_of,
     near_divisors,
-    pairs,
     plain,
-    read_yaml,
     section_keys,
     setting_types,
     suggest,
-    write_atomic,
 )
+from .files import write_atomic
+from .reading import override, pairs, read_yaml
 
 T = TypeVar("T")
 
@@ -244,7 +243,7 @@ class TrainConfig(Section):
             if kind and kind != config.algorithm["type"]:
                 tree["algorithm"] = cls.of_type(kind, config.algorithm, str(path))
             for key, text in given:
-                decoding.override(cls, tree, key, text)
+                override(cls, tree, key, text)
             # The file alone was accepted above, so that what is refused now was typed.
             config = decode(cls, tree, source=" on the command line")
         config.log.dir = config.log.dir or f"runs/{Path(path).stem}"

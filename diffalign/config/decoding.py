@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import numbers
 import os
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from enum import Enum
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import yaml
-
-from .text import read_text, unusable
+from .text import unusable
 
 T = TypeVar("T")
 
@@ -78,53 +74,6 @@ def near_divisors(total: int, value: int) -> str:
     below, above = [d for d in divisors if d < value], [d for d in divisors if d > value]
     near = [str(d) for d in below[-2:] + above[:2]]
     return " or ".join(filter(None, [", ".join(near[:-1]), near[-1]]))
-
-
-def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
-
-    Missing parent folders are made. Raises `OSError` of the kind that it met, with `path` in it.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
-
-
-def check_file(path: str | os.PathLike[str], option: str) -> None:
-    """Refuse, before the work, a file that cannot be written. Raises `ConfigError`."""
-    if Path(path).is_dir():
-        raise ConfigError(f"{option} {str(path)!r} is a folder; give the name of a file in it")
-    check_folder(Path(path).parent, option)
-
-
-def check_folder(path: str | os.PathLike[str], option: str) -> None:
-    """Refuse a folder that cannot be made, or not be written to. Raises `ConfigError`."""
-    there = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise ConfigError(f"{option}: {there} is a file, and no folder to write to; choose another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{option}: the folder {there} cannot be written to; choose another")
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON, which has no NaN and no infinity: they are null. What it does not know is a string."""
-    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def decode(
@@ -274,8 +223,9 @@ def wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigErro
     elif dict in kinds and single:
         remedy = f"; write {{type: {value}}}"
     elif dict in kinds and isinstance(value, Mapping):
-        odd = next((key for key in value if not isinstance(key, str)), None)
-        remedy = f" of names; put {odd!r} in quotes"
+        odd = [key for key in value if not isinstance(key, str)]
+        kind = get_args(hint)[1:] or (Any,)
+        remedy = f" of names; put {odd[0]!r} in quotes" if odd else f" to {type_name(kind[0])}"
     elif dict in kinds and value is None:
         remedy = "; give it keys or leave it out"
     elif hint is str and value is not None and not isinstance(value, (list, tuple, Mapping)):
@@ -393,125 +343,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, numbers.Real) and not isinstance(value, bool):  # also those of NumPy
         return int(value) if isinstance(value, numbers.Integral) else float(value)
     return os.fspath(value) if isinstance(value, os.PathLike) else value
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice: PyYAML would keep the last one in silence. And an alias inside of
-    what it stands for, which would have no end."""
-
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
-        return super().construct_object(node, deep=True)  # not deep, PyYAML would make such loops
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"duplicate key '{key.value}'", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The mapping in a YAML file; empty for an empty file. Raises `ConfigError`."""
-    try:
-        text = read_text(path)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    tree = _parse(text, str(path))
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {tree!r}, not a mapping; write 'section: {{key: value}}'")
-    return tree
-
-
-def read_sections(path: str | os.PathLike[str]) -> dict[str, Mapping[str, Any]]:
-    """The sections of a run's config.yaml, without empty ones. Raises `ConfigError`."""
-    tree = {name: values for name, values in read_yaml(path).items() if values is not None}
-    for name, values in tree.items():
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{path}: {name} is {values!r}, no section of settings; mend it")
-    return tree
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:  # a character that YAML does not allow: two lines
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
-    except ValueError as error:  # a date such as 2024-99-99, a number of thousands of digits
-        why = str(error).partition(";")[0]  # without Python's own remedy
-        raise ConfigError(f"{where}: {why}; mend that value, or put it in quotes") from error
-    except RecursionError as error:
-        raise ConfigError(f"{where} is nested too deeply; write it with fewer brackets") from error
-
-
-def pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
-    rest = list(arguments)
-    while rest:
-        token = rest.pop(0)
-        key, equals, text = token.removeprefix("--").partition("=")
-        if not token.startswith("--") or not key:
-            raise ConfigError(
-                f"unexpected argument {token!r}; settings look like --train.lr 5e-4, and a list is "
-                "one value, [a,b]"
-            )
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"--{key} needs a value: --{key} VALUE, or --{key}=VALUE")
-            text = rest.pop(0)
-        yield key, text
-
-
-def override(cls: Any, tree: dict[str, Any], key: str, text: str) -> None:
-    """Sets one dotted key of a complete tree of `cls`; what it leaves invalid is found by
-    `decode`. null empties a mapping."""
-    node, (name, *rest) = tree, key.split(".")
-    while rest and is_dataclass(field_types(cls).get(name)):
-        cls, node, name, rest = field_types(cls)[name], node[name], rest[0], rest[1:]
-    hint = unchosen(field_types(cls).get(name))
-    # A string is taken as typed: YAML would read the folder name 2024_01 as the number 202401.
-    plain = hint is str or (hint == (str | None) and text != "null")
-    value = text if plain else _parse(text, f"--{key} {text}")
-    if rest and name == "rewards":
-        _override_reward(node[name], ".".join(rest), value)
-    elif rest:
-        _nest(node, [name, *rest], value, key)
-    elif is_dataclass(hint) and isinstance(value, dict):
-        node[name] = {**node[name], **value}
-    else:
-        node[name] = {} if value is None and get_origin(hint) is dict else value
-
-
-def _override_reward(rewards: dict[str, Any], tail: str, value: Any) -> None:
-    # The name of a user's function may hold dots before its colon: pkg.module:function.
-    dot = tail.find(".", tail.find(":") + 1)
-    name, option = (tail, "") if dot < 0 else (tail[:dot], tail[dot + 1 :])
-    current = rewards.get(name)
-    if option:
-        if not isinstance(current, dict):
-            rewards[name] = {"weight": 1.0 if current is None else current}
-        _nest(rewards[name], option.split("."), value, tail)
-    elif value is None:
-        if name not in rewards:
-            raise ConfigError(f"there is no reward '{name}' to remove{suggest(name, rewards)}")
-        del rewards[name]
-    elif isinstance(current, dict) and not isinstance(value, dict):
-        current["weight"] = value
-    else:
-        rewards[name] = value
-
-
-def _nest(node: dict[str, Any], parts: list[str], value: Any, key: str) -> None:
-    for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"unknown key '{key}' on the command line; '{part}' is {node!r}")
-    node[parts[-1]] = value

@@ -26,7 +26,7 @@ from .. import policies
 from ..commands import arguments as arguments_of
 from ..commands.arguments import SPLITS
 from ..config import prompts
-from ..config.decoding import check_folder, to_json, write_atomic
+from ..config.files import check_folder, to_json, write_atomic
 from ..drawing.grids import image_grid, save_png
 from ..report.run import short_names
 from ..sampling.pipeline import check_drawing

@@ -12,13 +12,8 @@ from typing import Any
 from rewards.redaction import redact
 
 from ..config import TrainConfig
-from ..config.decoding import (
-    ConfigError,
-    decode_value,
-    field_types,
-    read_sections,
-    setting_types,
-)
+from ..config.decoding import ConfigError, decode_value, field_types, setting_types
+from ..config.reading import read_sections
 from ..record import pictures
 from ..record.metrics import read_metrics
 from ..record.pictures import Evaluated

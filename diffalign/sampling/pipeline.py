@@ -16,8 +16,10 @@ from rewards.device import default_device
 
 from .. import policies
 from ..config import Dtype
-from ..config.decoding import ConfigError, check_file, decode, field_types, read_sections, suggest
+from ..config.decoding import ConfigError, decode, field_types, suggest
+from ..config.files import check_file
 from ..config.prompts import Prompt, collect
+from ..config.reading import read_sections
 from ..drawing import grids
 from ..dynamics import Levels
 from ..policies import lora_files

@@ -14,8 +14,9 @@ from rewards.redaction import redact
 
 from .. import algorithms
 from ..config import TrainConfig
-from ..config.decoding import converted, read_yaml, setting_types
+from ..config.decoding import converted, setting_types
 from ..config.prompts import Prompt
+from ..config.reading import read_yaml
 
 MAY_CHANGE = frozenset(
     {
