@@ -65,8 +65,8 @@ def build(options: Mapping[str, Any]) -> Any:
 
 
 def of_type(kind: str, options: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The config section `algorithm` of the file `source` for another type: with those of its
-    options that this one has too. A note on stderr names the others. Raises ConfigError."""
+    """The config section `algorithm` of the file `source`, turned to another type. Options that
+    this type has too are kept; a note on stderr names the others. Raises ConfigError."""
     if kind in ALGORITHMS:
         known = {option.name for option in Subject(ALGORITHMS.places[kind]).options}
     else:

@@ -1,4 +1,4 @@
-"""The arguments of commands whose work imports torch, a second that `--help` need not wait for."""
+"""The arguments of commands that import torch to work, for which `--help` need not wait."""
 
 from __future__ import annotations
 

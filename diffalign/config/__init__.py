@@ -162,7 +162,7 @@ class OptimConfig(Section):
     checkpoint_every: Natural = 10
     """epochs; 0 = only at the end"""
     max_denoiser_calls: int | None = None
-    """end after the epoch in which training has made this many; null = no end but epochs"""
+    """end with the epoch in which training reaches so many; null = end after the epochs"""
 
 
 @dataclass
@@ -182,7 +182,7 @@ class EvalConfig(Section):
     guard: Literal["off", "warn", "stop"] = "warn"
     """what to do when a run is over-optimised, has collapsed or failed"""
     guard_drop: float = 2.0
-    """evidence that counts, in standard errors: Φ(-x) of unchanged runs are flagged, 2.3 % for 2"""
+    """standard errors that count as evidence; Φ(-x) of unchanged runs are flagged, 2.3 % for 2"""
     guard_diversity: Weight = 0.7
     """diversity that is too low, as a share of the base model's"""
     grid_prompts: Natural = 8
@@ -232,8 +232,9 @@ class TrainConfig(Section):
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
         """Reads a YAML file and applies `overrides`: ["--train.lr", "5e-4", "--data.groups=4"].
 
-        An empty `log.dir` becomes runs/<file stem>. Of the file's `algorithm`, another type keeps
-        the options that it has too; a note says which are left out. Raises `ConfigError`.
+        An empty `log.dir` becomes runs/<file stem>. If they name another `algorithm.type`, the
+        options of the file that it has too are kept, and a note says which are not. Raises
+        `ConfigError`.
         """
         config = decode(cls, read_yaml(path), source=f" in {path}")
         if overrides:
@@ -244,7 +245,7 @@ class TrainConfig(Section):
                 tree["algorithm"] = cls.of_type(kind, config.algorithm, str(path))
             for key, text in given:
                 override(cls, tree, key, text)
-            # The file alone was accepted above, so that what is refused now was typed.
+            # The file was accepted above, so whatever is refused now was typed.
             config = decode(cls, tree, source=" on the command line")
         config.log.dir = config.log.dir or f"runs/{Path(path).stem}"
         return config

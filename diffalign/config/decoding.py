@@ -1,4 +1,4 @@
-"""Strict decoding of nested mappings, YAML files and dotted overrides into dataclasses."""
+"""Strict decoding of nested mappings into dataclasses, by the types of their fields."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values an option may have: low <= value < high, or low < value with `above`; with
-    high=None infinity too."""
+    """The values an option may have: low <= value < high. With `above` low itself is not among
+    them, and with high=None infinity is."""
 
     low: float
     high: float | None = inf
@@ -45,7 +45,7 @@ Count = Annotated[int, Bounds(1)]
 Natural = Annotated[int, Bounds(0)]
 Weight = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(0, above=True)]
-Limit = Annotated[float, Bounds(0, None, above=True)]
+Limit = Annotated[float, Bounds(0, None, above=True)]  # infinity is no limit
 Share = Annotated[float, Bounds(0, 1)]
 
 UNIONS, COLLECTIONS = (Union, types.UnionType), (list, tuple, set)
@@ -56,7 +56,7 @@ RENAMED = {
     "regularisation": "regularization",
     "neighbours": "neighbors",
 }
-"""Former spellings of options and of their choices, which are taken for the new ones."""
+"""Former spellings of options and of their choices, and what they are taken for."""
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
@@ -85,10 +85,10 @@ def decode(
 ) -> T:
     """Makes a dataclass of a mapping, strictly.
 
-    `where` is the dotted name of the mapping ("algorithm"; empty at the top), `source` the place
-    to name in messages (" in configs/x.yaml"), `known` the dotted names of all settings, for hints
-    at one of another section. Strings become numbers where the field is one
-    (YAML reads 3e-4 as a string); nothing else is converted. Raises `ConfigError` for unknown and
+    where: the dotted name of the mapping ("algorithm"; empty at the top). source: the place that
+    messages name (" in configs/x.yaml"). known: the dotted names of all settings; a message points
+    to one of them if the key belongs to another section. Values become what their fields are where
+    that is certain (`converted`): YAML reads 3e-4 as a text. Raises `ConfigError` for unknown and
     missing keys and for wrong types.
     """
     if not isinstance(mapping, Mapping):
@@ -127,7 +127,7 @@ def decode(
 
 
 def _respelt(mapping: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with new spellings of keys for former ones, unless it has both."""
+    """The mapping with former spellings of keys replaced, except where it has both spellings."""
     new = {key: RENAMED.get(key) for key in mapping if key not in hints}
     taken = {old for old, key in new.items() if key in hints and key not in mapping}
     return {RENAMED[key] if key in taken else key: value for key, value in mapping.items()}
@@ -163,12 +163,12 @@ def bounds_of(hint: Any) -> Bounds | None:
 
 
 def choices_of(hint: Any) -> tuple[Any, ...]:
-    """What a setting of a Literal type may be; nothing for other types."""
+    """The values of a Literal type; none for other types."""
     return get_args(hint) if get_origin(hint) is Literal else ()
 
 
 def unchosen(hint: Any) -> Any:
-    """The type that any choice has, of a Literal type; other types as they are."""
+    """str for a Literal type, so that any text passes; other types as they are."""
     return str if choices_of(hint) else hint
 
 
@@ -183,8 +183,9 @@ def decode_value(hint: Any, value: Any, name: str, source: str = "") -> Any:
 
 
 def converted(hint: Any, value: Any) -> Any:
-    """What a file, or a command line, means by a value where the type `hint` is wanted: numbers for
-    texts, tuples for lists, new spellings for former ones. Anything else stays as it is."""
+    """The value that is meant where a file or a command line gives this one for the type `hint`: a
+    number for its text, a tuple for a list, the new spelling for the former one. Whatever cannot be
+    converted is returned as it is."""
     origin, args = get_origin(hint) or hint, get_args(hint)
     make: Any = origin
     if origin is Annotated:
@@ -263,7 +264,7 @@ def fits(hint: Any, value: Any) -> bool:
 
 
 def _item_types(hint: Any, size: int) -> tuple[Any, ...]:
-    """The types of the items of a collection of `size`; of a tuple as many as it is to have."""
+    """The types of the items of a collection of `size`; a tuple may ask for another number."""
     args = get_args(hint) or (Any,)
     fixed = get_origin(hint) is tuple and ... not in args
     return args if fixed else args[:1] * size
@@ -299,9 +300,8 @@ def type_name(hint: Any) -> str:
 
 
 class Section:
-    """A dataclass of settings, held to its types however it is made: what Python passes is checked
-    as what a file says is. A text that begins with ~ is a path in the home directory. Raises
-    `ConfigError`."""
+    """A dataclass of settings that is held to its types also when Python makes it. A text that
+    begins with ~ is a path in the home directory. Raises `ConfigError`."""
 
     def __post_init__(self) -> None:
         for name, hint in field_types(type(self)).items():
@@ -332,8 +332,7 @@ def check_text(value: Any, where: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """The same as nested dicts, lists and scalars, such as JSON and YAML have; shares none of its
-    containers. What is none of these stays."""
+    """A copy of nested dicts, lists and scalars, as YAML and JSON have them; other objects stay."""
     if is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):

@@ -46,8 +46,8 @@ class Module:
     imported: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def evaluate(self, node: ast.AST) -> Any:
-        """The value of an expression of constants, types and names; of what would need an import
-        of this package, its text."""
+        """The value of an expression of constants, types and names, or its text where the value
+        would need an import of this package."""
         text = ast.unparse(node)
         try:
             return eval(text, {}, _Names(self))
