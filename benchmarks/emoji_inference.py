@@ -27,7 +27,7 @@ from clusters import clustered
 
 import rewards
 from diffalign import policies
-from diffalign.config.decoding import write_atomic
+from diffalign.config.files import write_atomic
 from diffalign.config.prompts import Prompt
 from diffalign.emoji_world.claims import parse
 from diffalign.emoji_world.evaluate import load_prompts, table

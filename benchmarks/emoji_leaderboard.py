@@ -34,7 +34,7 @@ from PIL import Image
 
 from diffalign import TrainConfig, Trainer, algorithms, policies
 from diffalign.algorithms import Needs
-from diffalign.config.decoding import write_atomic
+from diffalign.config.files import write_atomic
 from diffalign.drawing.curves import panels, picture
 from diffalign.drawing.grids import save_png
 from diffalign.emoji_world.evaluate import draw, load_prompts, table

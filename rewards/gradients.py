@@ -13,7 +13,7 @@ def merge(gradients: Tensor, weights: Tensor, how: str = "sum") -> Tensor:
     """(n, k, ...) gradients g_k of k rewards, (k,) weights w_k -> (n, ...), each picture apart.
 
         sum         Σ w_k g_k
-        normalised  Σ w_k g_k / |g_k|, times the mean |g_k|: rewards of steep gradients rule no more
+        normalized  Σ w_k g_k / |g_k|, times the mean |g_k|: rewards of steep gradients rule no more
         pcgrad      each w_k g_k loses its part along every w_j g_j that it conflicts with (negative
                     inner product), in the order of the rewards, then Σ (2001.06782, who shuffle)
         min_norm    the shortest vector in the convex hull of the g_k / |g_k| (of weight > 0; < 0
@@ -33,7 +33,7 @@ def merge(gradients: Tensor, weights: Tensor, how: str = "sum") -> Tensor:
     present = raw > 0
     scale = raw.sum(1) / present.sum(1).clamp(min=1)
     unit = g / g.norm(dim=2, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
-    if how == "normalised":
+    if how in ("normalized", "normalised"):  # the latter is its former spelling
         merged = (unit * weights.abs()[None, :, None]).sum(1)
     else:
         merged = (unit * _hull(unit, present)[..., None]).sum(1)

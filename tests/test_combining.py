@@ -202,9 +202,10 @@ def test_merged_gradients():
     torch.testing.assert_close(merge(g, ones), g.sum(1))
     weights = torch.tensor([1.0, -2.0, 0.0], dtype=torch.float64)
     torch.testing.assert_close(merge(g, weights), g[:, 0] - 2 * g[:, 1])
-    # one steep reward rules the sum, not the normalised one
+    # one steep reward rules the sum, not the normalized one
     steep = g * torch.tensor([1e6, 1.0, 1.0], dtype=torch.float64)[None, :, None]
-    merged = merge(steep, ones, "normalised")
+    merged = merge(steep, ones, "normalized")
+    assert torch.equal(merge(steep, ones, "normalised"), merged)  # the former spelling
     unit = (g / g.norm(dim=2, keepdim=True)).sum(1)
     torch.testing.assert_close(merged / merged.norm(dim=1, keepdim=True),
                                unit / unit.norm(dim=1, keepdim=True))  # fmt: skip
@@ -238,7 +239,7 @@ def test_min_norm_raises_every_reward():
 
 def test_a_gradient_of_zero_takes_no_part():
     g = torch.tensor([[[3.0, 0.0], [0.0, 0.0]]])
-    for how in ("sum", "normalised", "pcgrad", "min_norm"):
+    for how in ("sum", "normalized", "pcgrad", "min_norm"):
         torch.testing.assert_close(merge(g, torch.ones(2), how), torch.tensor([[3.0, 0.0]]))
     assert torch.equal(merge(0 * g, torch.ones(2), "min_norm"), torch.zeros(1, 2))
 
@@ -259,7 +260,7 @@ def test_views():
     assert torch.autograd.grad(total(x, ["a"]).sum(), x)[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize("how", ["sum", "normalised", "pcgrad", "min_norm"])
+@pytest.mark.parametrize("how", ["sum", "normalized", "pcgrad", "min_norm"])
 def test_reward_gradients_of_several_rewards_train(make, how):
     several = {redness: 1.0, value: 0.5}
     trainer = make("draft", rewards=several, **{"train.gradients": how})

@@ -1,13 +1,23 @@
 import math
 import os
 from dataclasses import dataclass, field, is_dataclass
+from enum import Enum
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from diffalign.commands.help import help_text
-from diffalign.config import LogConfig, ModelConfig, OptimConfig, TrainConfig, decode
-from diffalign.config.decoding import ConfigError, field_types, section_keys, suggest
+from diffalign.config import (
+    AdvantageConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    decode,
+)
+from diffalign.config.decoding import ConfigError, Count, field_types, section_keys, suggest
 from diffalign.config.source import Subject
 
 
@@ -239,6 +249,8 @@ def test_what_python_passes_is_checked_as_a_file_is(tmp_path):
         (lambda: TrainConfig(rewards="jpeg"), "write {jpeg: 1.0}"),  # type: ignore
         (lambda: TrainConfig(model={"name": "x"}), "is not a ModelConfig"),  # type: ignore
         (lambda: ModelConfig(name="a\udce9"), "bytes that are not UTF-8"),
+        (lambda: ModelConfig(dtype=16), "ModelConfig.dtype=16 is not a str"),  # type: ignore
+        (lambda: ModelConfig(free_text_encoders=1), "is not a bool"),  # type: ignore
     ):
         refused(make, words)
     config = TrainConfig()
@@ -349,6 +361,100 @@ def test_decode_of_other_dataclasses():
         a: int
 
     refused(lambda: decode(Required, {}, "algorithm"), "missing key 'algorithm.a'")
+
+
+class Mode(Enum):
+    fast = "f"
+
+
+@dataclass
+class Own:
+    """What a user's algorithm may ask for."""
+
+    path: Path = Path()
+    mode: Mode = Mode.fast
+    on: bool = False
+    size: int | None = None
+    shares: tuple[float, ...] = ()
+    names: set[str] = field(default_factory=set)
+    scales: dict[str, float] = field(default_factory=dict)
+    either: int | str = 0
+    bounded: Count | None = None
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ({"path": "a/b"}, Path("a/b")),
+        ({"mode": "f"}, Mode.fast),
+        ({"on": "true"}, True),
+        ({"size": "12"}, 12),
+        ({"size": None}, None),
+        ({"shares": ["1e-3", 2]}, (1e-3, 2.0)),
+        ({"names": ["a", "a"]}, {"a"}),
+        ({"scales": {"a": 1, "b": "2e1"}}, {"a": 1.0, "b": 20.0}),
+        ({"either": "7"}, 7),
+        ({"either": "x"}, "x"),
+        ({"bounded": "3"}, 3),
+    ],
+)
+def test_decode_of_many_types(given, value):
+    (name,) = given
+    found = getattr(decode(Own, given), name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"path": 3}, "path=3 is not a Path"),
+        ({"mode": "g"}, "mode='g' is not a Mode"),
+        ({"on": 1}, "on=1 is not a bool"),
+        ({"on": "yes"}, "on='yes' is not a bool"),
+        ({"size": 2.0}, "size=2.0 is not an int or null"),
+        ({"size": True}, "size=True is not an int or null"),
+        ({"shares": 1}, "shares=1 is not a list of float"),
+        ({"shares": [None]}, "shares=[None] is not a list of float"),
+        ({"scales": {"a": "x"}}, "scales={'a': 'x'} is not a mapping"),
+        ({"either": 1.5}, "either=1.5 is not an int or str"),
+        ({"bounded": [1]}, "bounded=[1] is not an int or null"),
+    ],
+)
+def test_wrong_types_of_many(given, words):
+    refused(lambda: decode(Own, given), words)
+
+
+def test_numbers_of_numpy_are_written_as_numbers(tmp_path):
+    config = TrainConfig(train=OptimConfig(epochs=np.int64(3), lr=np.float32(0.5)))  # type: ignore
+    config.save(tmp_path / "config.yaml")
+    train = TrainConfig.from_file(tmp_path / "config.yaml").train
+    assert (train.epochs, train.lr) == (3, 0.5)
+
+
+def test_former_spellings_are_taken(write, capsys):
+    path = write("train: {gradients: normalised}")
+    config = TrainConfig.from_file(path, ["--advantage.combine", "normalised"])
+    python = TrainConfig(advantage=AdvantageConfig(combine="normalised"))  # type: ignore
+    python.train.gradients = "normalised"  # type: ignore
+    for c in (config, python):
+        c.check()
+        assert (c.train.gradients, c.advantage.combine) == ("normalized", "normalized")
+    assert capsys.readouterr() == ("", "")
+    # only where there is such an option or choice, and not beside the new one
+    message = refused(TrainConfig.from_dict({"eval": {"guard": "normalised"}}).check)
+    assert message == "eval.guard='normalised' is not known; valid: off, warn, stop"
+    refused(lambda: decode(Own, {"neighbours": 1}, "own"), "unknown key 'own.neighbours'; valid:")
+
+    @dataclass
+    class Near:
+        neighbors: int
+
+    assert decode(Near, {"neighbours": "3"}) == Near(3)
+    refused(
+        lambda: decode(Near, {"neighbours": 3, "neighbors": 4}),
+        "unknown key 'neighbours'; did you mean 'neighbors'?",
+    )
 
 
 def test_suggest():

@@ -220,11 +220,11 @@ def test_sum_compares_the_total():
 
 def test_normalized_is_the_weighted_mean_of_advantages():
     # of a -1, 1, -1, 1 and of b 1, -1, -1, 1
-    close(combined("normalised"), [-1.0, 1.0, -0.5, 0.5])
+    close(combined("normalized"), [-1.0, 1.0, -0.5, 0.5])
     # stds over the epoch 1.6583 and 5
     expected = [-0.75 / 2.75**0.5 - 0.25, 0.75 / 2.75**0.5 + 0.25]
     expected += [-1.5 / 2.75**0.5 + 0.25, 1.5 / 2.75**0.5 - 0.25]
-    close(combined("normalised", std="global"), expected)
+    close(combined("normalized", std="global"), expected)
 
 
 def test_gdpo_divides_by_the_spread_over_the_epoch():
@@ -236,7 +236,7 @@ def test_gdpo_divides_by_the_spread_over_the_epoch():
 
 
 @pytest.mark.parametrize("std", ["group", "global"])
-@pytest.mark.parametrize("combine", ["normalised", "gdpo"])
+@pytest.mark.parametrize("combine", ["normalized", "gdpo"])
 def test_a_missing_reward_does_not_dilute_the_others(combine, std):
     """Four prompts: scored by both, by a, by b, by none, and one image of the first lacks b."""
     groups = torch.arange(4).repeat_interleave(3)
@@ -255,14 +255,14 @@ def test_a_missing_reward_does_not_dilute_the_others(combine, std):
     assert not combined_advantages(nothing["a"], nothing, WEIGHTS, groups, config).any()
 
 
-@pytest.mark.parametrize("combine", ["normalised", "gdpo"])
+@pytest.mark.parametrize("combine", ["normalized", "gdpo"])
 def test_the_unit_of_a_part_does_not_matter(combine):
     scaled = PARTS | {"b": 1000 * PARTS["b"] + 7}
     close(combined(combine, scaled), combined(combine).tolist())
     assert not torch.allclose(combined("sum", scaled), combined("sum"), atol=0.1)
 
 
-@pytest.mark.parametrize("combine", ["sum", "normalised", "gdpo"])
+@pytest.mark.parametrize("combine", ["sum", "normalized", "gdpo"])
 def test_parts_of_weight_0_are_ignored(combine):
     monitor = PARTS | {"c": torch.tensor([5.0, -3.0, 0.0, 1.0])}
     again = combined(combine, monitor, WEIGHTS | {"c": 0.0})
@@ -271,7 +271,7 @@ def test_parts_of_weight_0_are_ignored(combine):
     assert torch.equal(alone, group_advantages(2 * PARTS["a"], GROUPS, "group"))
 
 
-@pytest.mark.parametrize("combine", ["sum", "normalised", "gdpo"])
+@pytest.mark.parametrize("combine", ["sum", "normalized", "gdpo"])
 def test_combined_advantages_are_clipped_last(combine):
     whole = combined(combine, clip=100.0)
     close(combined(combine, clip=0.4), whole.clamp(-0.4, 0.4).tolist(), 1e-6)

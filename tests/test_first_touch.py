@@ -84,6 +84,37 @@ def test_help_and_refusals_import_nothing_slow(command, status, said):
     assert imported <= ({"matplotlib"} if command[0:1] in (["report"], ["film"]) else set())
 
 
+def test_modules_that_moved_are_found_by_their_former_names():
+    code = """
+import sys, warnings
+warnings.simplefilter("error")
+import diffalign
+assert not {"diffalign.commands", "diffalign.drawing", "diffalign.config.prompts"} & {*sys.modules}
+from diffalign.prompts import Prompt
+import diffalign.cli
+from diffalign import prompts
+assert not {"torch", "diffalign.drawing"} & {*sys.modules}
+warnings.simplefilter("ignore")  # those of torch are not ours
+from diffalign.compare import compare
+from diffalign.grids import comparison_grid
+import diffalign.commands.cli, diffalign.commands.grid, diffalign.config.prompts
+import diffalign.drawing.grids
+assert prompts is diffalign.config.prompts
+assert prompts.__spec__.name == prompts.__name__ == Prompt.__module__ == "diffalign.config.prompts"
+assert diffalign.cli is diffalign.commands.cli
+assert compare is diffalign.commands.grid.compare
+assert comparison_grid is diffalign.drawing.grids.comparison_grid
+try:
+    import diffalign.prompt
+except ModuleNotFoundError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert done.stdout == "No module named 'diffalign.prompt'\n", done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "status"),
     [

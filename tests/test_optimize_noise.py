@@ -36,7 +36,7 @@ KINDS = {  # pipeline, steps, kernel, eta, guidance
 SMALL = {
     "best_of_n": {"n": 3},
     "random_search": {"rounds": 1},
-    "zero_order": {"rounds": 2, "neighbours": 2},
+    "zero_order": {"rounds": 2, "neighbors": 2},
     "paths": {"children": 2},
     "reno": {"iterations": 3},
     "dno": {"iterations": 3, "permutations": 2},
@@ -444,7 +444,7 @@ def test_budgets_end_a_search_with_the_step_that_uses_them_up(name):
 ALONE = {  # with budgets that end some of them on the way
     "best_of_n": {"n": 40},
     "random_search": {"rounds": 5},
-    "zero_order": {"rounds": 30, "neighbours": 3, "cosine": 0.8},
+    "zero_order": {"rounds": 30, "neighbors": 3, "cosine": 0.8},
     "paths": {"start": 0.5, "forward": 0.25, "backward": 0.5},
     "reno": {"lr": 1.0, "iterations": 40},
     "dno": {"lr": 0.1, "iterations": 40, "block": 2, "permutations": 2},
@@ -598,6 +598,21 @@ def test_options_are_checked_before_any_work(name, options, message):
     with pytest.raises(ValueError, match=message):
         build(name, options)
     assert build("reno", {"lr": "2e-1"}).keywords["lr"] == 0.2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "former", "now"),
+    [
+        ("zero_order", {"neighbours": "2"}, {"neighbors": 2}),
+        ("reno", {"regularisation": 0.5}, {"regularization": 0.5}),
+        ("dno", {"regularisation": 0.5}, {"regularization": 0.5}),
+        ("universal_guidance", {"normalise": "unit"}, {"normalize": "unit"}),
+    ],
+)
+def test_former_spellings_of_options_are_taken(name, former, now):
+    known = [build(name, options).keywords for options in (former, now)]  # type: ignore[attr-defined]
+    assert known[0] == known[1]
+    assert now.items() <= known[0].items()
 
 
 @pytest.mark.parametrize("name", ["denoiser_calls", "reward_calls", "seconds"])

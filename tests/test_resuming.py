@@ -14,7 +14,8 @@ import yaml
 from test_trainer import adapter, redness
 
 from diffalign import ConfigError, TrainConfig, policies
-from diffalign.config.decoding import section_keys, write_atomic
+from diffalign.config.decoding import section_keys
+from diffalign.config.files import write_atomic
 from diffalign.record import checkpoint, folder
 from diffalign.training import identity
 from diffalign.training.plan import Plan
@@ -115,6 +116,22 @@ def test_what_may_change(planned):
 )
 def test_what_must_stay(planned, key, value, said):
     assert changes(planned(), planned(**{key: value})) == said
+
+
+@pytest.mark.parametrize(
+    ("key", "now"), [("advantage.combine", "normalized"), ("train.gradients", "normalized")]
+)
+def test_a_run_of_the_former_spelling_goes_on(planned, tmp_path, key, now):
+    plan = planned(**{key.replace(".", "/"): now})
+    old = identity.settings(plan) | {key: "normalised"}
+    assert identity.changes(Path("nowhere"), {"run": {"settings": old}}, plan) == {}
+    found = identity.changes(Path("nowhere"), {"run": {"settings": old}}, planned())
+    assert found == {key: '"normalized" -> "sum"'}
+    # and of a version whose checkpoints do not say what they are of
+    plan.config.save(tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("normalized", "normalised"))
+    assert identity.changes(tmp_path, {}, plan) == {}
 
 
 def test_prompt_files_may_move_and_may_not_be_edited(planned, tmp_path):

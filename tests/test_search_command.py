@@ -59,6 +59,10 @@ def test_the_command_line_is_split():
         ("--reno --rewards.jpge 1", "did you mean 'jpeg'"),
         ("--reno --rewards.jpeg 1 --reno.iteration 3", "did you mean 'reno.iterations'"),
         ("--reno --rewards.jpeg 1 --reno.iterations 0", "use 1 or more"),
+        (
+            "--zero-order --rewards.jpeg 1 --zero-order.neighbours 0",
+            "zero_order.neighbors=0 is out",
+        ),
         ("--smc --rewards.jpeg 1 --sampler.kernel flow_sde", "needs a flow model"),
         ("--smc --rewards.jpeg 1 --sampler.kernel sde", "unknown kernel 'sde'"),
         ("--reno --rewards.jpeg 1", "rewards.jpeg is not differentiable"),

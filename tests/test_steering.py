@@ -304,7 +304,7 @@ def test_one_guided_step_is_the_formula():
 
 @pytest.mark.parametrize("through", ["denoiser", "x0"])
 @pytest.mark.parametrize("kernel", ["ode", "flow_sde"])
-@pytest.mark.parametrize("options", [{}, {"normalise": "unit"}, {"recurrence": 2, "last": 5}])
+@pytest.mark.parametrize("options", [{}, {"normalize": "unit"}, {"recurrence": 2, "last": 5}])
 def test_guidance_raises_the_reward(through, kernel, options):
     plain, *steps = universal_guidance(toy(kernel=kernel), 0.3, through, **options)
     *_, without = universal_guidance(toy(kernel=kernel), 0.0, through, **options)
@@ -348,7 +348,7 @@ FAMILIES = {"unet": ("sd-v", "ddim", 1.0), "flow": ("sd3", "flow_sde", 0.7)}
 OPTIONS = {
     "smc": {"end": 0.9, "particles": 3},
     "flow_map": {"gradient": 1.0, "particles": 2},
-    "universal_guidance": {"recurrence": 2, "strength": 0.1, "normalise": "unit"},
+    "universal_guidance": {"recurrence": 2, "strength": 0.1, "normalize": "unit"},
 }
 
 

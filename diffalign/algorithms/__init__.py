@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rewards.registry import Registry
 
-from ..config import decode
+from ..config import TrainConfig, decode
 from ..config.decoding import ConfigError, suggest
 from ..config.source import Subject
 
@@ -67,8 +67,8 @@ def build(options: Mapping[str, Any]) -> Any:
 
 
 def of_type(kind: str, options: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The config section `algorithm` of the file `source` for another type: with those of its
-    options that this one has too. A note on stderr names the others. Raises ConfigError."""
+    """The config section `algorithm` of the file `source`, turned to another type. Options that
+    this type has too are kept; a note on stderr names the others. Raises ConfigError."""
     if kind in ALGORITHMS:
         known = {option.name for option in Subject(ALGORITHMS.places[kind]).options}
     else:
@@ -81,6 +81,9 @@ def of_type(kind: str, options: Mapping[str, Any], source: str) -> dict[str, Any
             file=sys.stderr,
         )
     return {"type": kind} | {k: v for k, v in options.items() if k in known}
+
+
+TrainConfig.of_type = of_type
 
 
 def name_of(algorithm: Algorithm) -> str:

@@ -1,10 +1,11 @@
-"""The arguments of commands whose work imports torch, a second that `--help` need not wait for."""
+"""The arguments of commands that import torch to work, for which `--help` need not wait."""
 
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
-from ..config import CHOICES
+from ..config import Dtype
 from ..emoji_world import SPLITS
 
 
@@ -66,7 +67,7 @@ def grid() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, help=f"denoising steps{own}, or 20")
     parser.add_argument("--guidance", type=float, help=f"guidance scale{own}, or 3")
     parser.add_argument("--resolution", type=int, help=f"side in pixels{own}")
-    parser.add_argument("--dtype", choices=CHOICES["model.dtype"], help=f"of the network{own}")
+    parser.add_argument("--dtype", choices=get_args(Dtype), help=f"of the network{own}")
     device_of(parser)
     parser.add_argument("--cell", type=int, help="side of a picture in the grid; default: 192-512")
     parser.add_argument("--out", default="grid.png", help="PNG to write")

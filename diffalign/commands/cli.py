@@ -10,10 +10,10 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from .. import __version__
-from ..config import CHOICES, TrainConfig
+from ..config import Dtype, TrainConfig
 from ..config.decoding import ConfigError, suggest
 from ..config.text import expand_user
 from ..training.stopping import TrainingStopped, exit_status, leave
@@ -185,7 +185,7 @@ def sample(arguments: Sequence[str]) -> int:
     parser.add_argument("--steps", type=int, help="denoising steps; default: 20")
     parser.add_argument("--guidance", type=float, help="guidance scale; default: 3")
     parser.add_argument("--resolution", type=int, help="side in pixels; default: the model's own")
-    parser.add_argument("--dtype", choices=CHOICES["model.dtype"], help="default: float32")
+    parser.add_argument("--dtype", choices=get_args(Dtype), help="default: float32")
     parsers.device_of(parser)
     parser.add_argument("--grid", default="grid.png", help="PNG to write: a row a prompt")
     parser.add_argument(

@@ -9,7 +9,7 @@ from typing import Any
 from rewards.device import choose_device, default_device
 
 from .. import policies
-from ..config.decoding import check_folder, to_json, write_atomic
+from ..config.files import check_folder, to_json, write_atomic
 from ..drawing.grids import image_grid, save_png
 from ..emoji_world.evaluate import draw, load_prompts, real_scenes, table
 from ..report.run import short_names

@@ -17,7 +17,7 @@ from rewards.device import choose_device, default_device
 from rewards.files import IMAGE_SUFFIXES, MOST_PIXELS, load_image
 
 from ..config import prompts
-from ..config.decoding import write_atomic
+from ..config.files import write_atomic
 from ..config.prompts import Prompt, for_rewards
 from ..config.text import unusable
 from . import arguments as arguments_of

@@ -12,7 +12,7 @@ import rewards as reward_library
 from rewards.device import default_device
 
 from .. import policies
-from ..config.decoding import to_json, write_atomic
+from ..config.files import to_json, write_atomic
 from ..config.prompts import Prompt, collect, for_rewards
 from ..drawing import grids
 from ..optimize_noise import build, sampling_for

@@ -7,47 +7,39 @@ A run is a `TrainConfig`. A YAML file gives only what differs from the defaults,
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
-import draccus
 import yaml
 
 from rewards.redaction import redact
 
 from . import decoding
 from .decoding import (
+    Bounds,
     ConfigError,
+    Limit,
+    Natural,
+    Section,
+    Weight,
+    bounds_of,
+    choices_of,
     near_divisors,
-    pairs,
-    read_yaml,
+    plain,
     section_keys,
+    setting_types,
     suggest,
-    write_atomic,
 )
-from .section import Section
+from .files import write_atomic
+from .reading import override, pairs, read_yaml
 
 T = TypeVar("T")
 
-CHOICES = {
-    "model.dtype": ("float32", "bfloat16", "float16"),
-    "sampler.kernel": ("ddim", "ode", "flow_sde", "dance_sde", "cps"),
-    "sampler.window_schedule": ("random", "progressive", "decay", "branch"),
-    "advantage.baseline": ("group", "tracker"),
-    "advantage.std": ("group", "global"),
-    "advantage.combine": ("sum", "normalised", "gdpo"),
-    "train.optimizer": ("adamw", "adamw8bit"),
-    "train.lr_schedule": ("constant", "linear", "cosine"),
-    "train.gradients": ("sum", "normalised", "pcgrad", "min_norm"),
-    "eval.guard": ("off", "warn", "stop"),
-}
-"""What settings with a fixed set of values may be."""
-
+Dtype = Literal["float32", "bfloat16", "float16"]
 
 LARGEST_LR = 1e3  # far beyond use, and far below what AdamW cannot compute with
 
@@ -58,12 +50,12 @@ class ModelConfig(Section):
     """local folder or hub id of a diffusers pipeline, or a run folder: what it trained included"""
     merge_lora: str | None = None
     """folder or hub id of a LoRA merged into the denoiser first: a Turbo, LCM or style LoRA"""
-    dtype: str = "float32"
-    """of the denoiser and the text encoders: float32 | bfloat16 | float16 (with loss scaling);
-    trained weights, SDE maths and VAE stay in float32"""
+    dtype: Dtype = "float32"
+    """of the denoiser and the text encoders; float16 comes with loss scaling; trained weights, SDE
+    maths and VAE stay in float32"""
     resolution: int | None = None
     """side of the pictures in pixels; null = the model's own"""
-    lora_rank: int = 8
+    lora_rank: Natural = 8
     """rank of the trained low-rank update; 0 = train all weights of the denoiser"""
     lora_alpha: float | None = None
     """the update is scaled by lora_alpha / lora_rank; null = lora_rank"""
@@ -86,17 +78,17 @@ class ModelConfig(Section):
 class SamplerConfig(Section):
     steps: int = 20
     """denoising steps"""
-    guidance: float = 1.0
+    guidance: Weight = 1.0
     """guidance scale w; up to 1 there is no classifier-free guidance; also used in training"""
-    kernel: str = "ddim"
-    """ddim | ode | flow_sde | dance_sde | cps"""
-    eta: float = 1.0
+    kernel: Literal["ddim", "ode", "flow_sde", "dance_sde", "cps"] = "ddim"
+    """which noise a step adds; ode adds none"""
+    eta: Weight = 1.0
     """stochasticity of the kernel; 0 = deterministic"""
     batch: int = 16
     """images per denoiser call while sampling; the last call of an epoch may have fewer"""
     window: int | None = None
     """stochastic, trained steps of a policy gradient, the others being the ODE's; null = all"""
-    window_schedule: str = "random"
+    window_schedule: Literal["random", "progressive", "decay", "branch"] = "random"
     """where the window is in an epoch: random | progressive | decay (progressive, and ever fewer
     epochs per place in the second half) | branch (a step for every image of a prompt in turn)"""
     window_range: list[int] | None = None
@@ -121,15 +113,15 @@ class DataConfig(Section):
 
 @dataclass
 class AdvantageConfig(Section):
-    baseline: str = "group"
-    """group | tracker (DDPO's per-prompt buffer)"""
-    std: str = "global"
-    """what a group's rewards are divided by: group | global (only for baseline=group; combine=gdpo
-    always has the group's)"""
-    combine: str = "sum"
-    """several rewards: sum (advantages of their weighted sum) | normalised (weighted mean of the
+    baseline: Literal["group", "tracker"] = "group"
+    """what an image is compared with: its group, or DDPO's buffer of each prompt (tracker)"""
+    std: Literal["group", "global"] = "global"
+    """what a group's rewards are divided by (only for baseline=group; combine=gdpo always has the
+    group's)"""
+    combine: Literal["sum", "normalized", "gdpo"] = "sum"
+    """several rewards: sum (advantages of their weighted sum) | normalized (weighted mean of the
     advantages of each) | gdpo (that, divided by its standard deviation over the epoch)"""
-    clip: float = 5.0
+    clip: Limit = 5.0
     """advantages are clipped to [-clip, clip]"""
     buffer_size: int = 16
     """rewards remembered per prompt (tracker)"""
@@ -143,17 +135,17 @@ class OptimConfig(Section):
     """rollouts, each followed by its updates"""
     lr: float = 3e-4
     """learning rate"""
-    lr_schedule: str = "constant"
-    """constant, or linear | cosine from train.lr to 0 over the run"""
-    warmup: int = 0
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """linear and cosine go from train.lr to 0 over the run"""
+    warmup: Natural = 0
     """optimiser steps over which the learning rate rises: the first has 1/warmup of it"""
-    optimizer: str = "adamw"
-    """adamw | adamw8bit (bitsandbytes, CUDA)"""
-    ema: float = 0.0
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit is that of bitsandbytes, for CUDA"""
+    ema: Weight = 0.0
     """decay of an average of the weights that is evaluated and saved in their place; 0 = none"""
-    weight_decay: float = 1e-4
+    weight_decay: Weight = 1e-4
     """decoupled weight decay"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Limit = 1.0
     """gradients with a larger norm are scaled down to it"""
     micro_batch: int = 16
     """(sample, step) pairs per forward/backward (samples for GRADIENT algorithms)"""
@@ -161,16 +153,16 @@ class OptimConfig(Section):
     """optimiser steps per rollout; must divide the groups*group_size samples"""
     inner_epochs: int = 1
     """passes over a rollout; reward gradients draw its samples again, from the same noise"""
-    gradients: str = "sum"
-    """several rewards, reward gradients: sum | normalised (each of equal length) | pcgrad (without
+    gradients: Literal["sum", "normalized", "pcgrad", "min_norm"] = "sum"
+    """several rewards, reward gradients: sum | normalized (each of equal length) | pcgrad (without
     what conflicts) | min_norm (none falls, to first order), picture by picture; rewards.gradients
     says more"""
-    seed: int = 0
+    seed: Natural = 0
     """of prompts, noise and LoRA initialisation"""
-    checkpoint_every: int = 10
+    checkpoint_every: Natural = 10
     """epochs; 0 = only at the end"""
     max_denoiser_calls: int | None = None
-    """end after the epoch in which training has made this many; null = no end but epochs"""
+    """end with the epoch in which training reaches so many; null = end after the epochs"""
 
     @property
     def saved(self) -> str:
@@ -180,7 +172,7 @@ class OptimConfig(Section):
 
 @dataclass
 class EvalConfig(Section):
-    every: int = 20
+    every: Natural = 20
     """epochs; 0 = only before and after"""
     prompts: str | None = "assets/emoji-world/prompts/held_out.txt"
     """held-out prompts, as data.prompts; null = no evaluation"""
@@ -188,17 +180,17 @@ class EvalConfig(Section):
     """images per held-out prompt; one alone has no diversity"""
     steps: int | None = None
     """denoising steps; null = sampler.steps"""
-    guidance: float | None = None
+    guidance: Weight | None = None
     """classifier-free guidance scale; null = sampler.guidance"""
     rewards: dict[str, Any] = field(default_factory=dict)
     """held-out judges, never trained on; written as rewards"""
-    guard: str = "warn"
-    """off | warn | stop when a run is over-optimised, has collapsed or failed"""
+    guard: Literal["off", "warn", "stop"] = "warn"
+    """what to do when a run is over-optimised, has collapsed or failed"""
     guard_drop: float = 2.0
-    """evidence that counts, in standard errors: Φ(-x) of unchanged runs are flagged, 2.3 % for 2"""
-    guard_diversity: float = 0.7
+    """standard errors that count as evidence; Φ(-x) of unchanged runs are flagged, 2.3 % for 2"""
+    guard_diversity: Weight = 0.7
     """diversity that is too low, as a share of the base model's"""
-    grid_prompts: int = 8
+    grid_prompts: Natural = 8
     """rows of the before/after grid"""
 
 
@@ -224,6 +216,9 @@ class TrainConfig(Section):
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
+    of_type: ClassVar[Callable[[str, Mapping[str, Any], str], dict[str, Any]]]
+    """the section `algorithm` for another type; `diffalign.algorithms`, built on this, sets it"""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.algorithm = {"type": "ddpo", **self.algorithm}
@@ -242,8 +237,9 @@ class TrainConfig(Section):
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
         """Reads a YAML file and applies `overrides`: ["--train.lr", "5e-4", "--data.groups=4"].
 
-        An empty `log.dir` becomes runs/<file stem>. Of the file's `algorithm`, another type keeps
-        the options that it has too; a note says which are left out. Raises `ConfigError`.
+        An empty `log.dir` becomes runs/<file stem>. If they name another `algorithm.type`, the
+        options of the file that it has too are kept, and a note says which are not. Raises
+        `ConfigError`.
         """
         config = decode(cls, read_yaml(path), source=f" in {path}")
         if overrides:
@@ -251,12 +247,10 @@ class TrainConfig(Section):
             given = list(pairs(overrides))
             kind = dict(given).get("algorithm.type", config.algorithm["type"])
             if kind and kind != config.algorithm["type"]:
-                from ..algorithms import of_type  # late: it needs this module
-
-                tree["algorithm"] = of_type(kind, config.algorithm, str(path))
+                tree["algorithm"] = cls.of_type(kind, config.algorithm, str(path))
             for key, text in given:
-                decoding.override(cls, tree, key, text)
-            # The file alone was accepted above, so that what is refused now was typed.
+                override(cls, tree, key, text)
+            # The file was accepted above, so whatever is refused now was typed.
             config = decode(cls, tree, source=" on the command line")
         config.log.dir = config.log.dir or f"runs/{Path(path).stem}"
         return config
@@ -268,7 +262,7 @@ class TrainConfig(Section):
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain dicts, lists and scalars; `from_dict` is the inverse."""
-        return copy.deepcopy(draccus.encode(self))
+        return plain(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the complete configuration as YAML, atomically, without secrets."""
@@ -295,17 +289,17 @@ class TrainConfig(Section):
             if not ok:
                 problems.append(f"{name}={get(name)!r} {reason}")
 
-        for name in section_keys(TrainConfig):
-            value = get(name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                may = name in _MAY_BE_ZERO
-                bound = "0 or more" if may else "more than 0"
-                require(name, value > 0 or (may and value == 0), f"must be {bound}")
-                require(name, value != math.inf or name in _MAY_BE_INF, "is not finite")
+        for name, hint in setting_types(TrainConfig).items():
+            value, choices = get(name), choices_of(hint)
+            if choices:
+                require(name, value in choices, f"is not known{suggest(value, choices)}")
+            elif isinstance(value, (int, float)) and not isinstance(value, bool):
+                bounds = bounds_of(hint) or Bounds(0, above=True)
+                words = "0 or more" if 0 in bounds else "more than 0"
+                require(name, value in bounds or value == math.inf, f"must be {words}")
+                require(name, value in bounds or value != math.inf, "is not finite")
                 large = isinstance(value, int) and value >= 2**63
                 require(name, not large, "is too large; use less than 2**63")  # torch's integers
-        for name, valid in CHOICES.items():
-            require(name, get(name) in valid, f"is not known{suggest(get(name), valid)}")
         if not isinstance(self.algorithm["type"], str):
             problems.append(f"algorithm.type={self.algorithm['type']!r} is not the name of one")
 
@@ -372,14 +366,6 @@ class TrainConfig(Section):
             require("advantage.baseline", not branches, "does not know branches; use group")
             plain = self.advantage.combine == "sum"
             require("advantage.combine", plain, "compares groups; use advantage.baseline=group")
-
-
-_MAY_BE_ZERO = (
-    *("model.lora_rank", "sampler.guidance", "sampler.eta", "train.weight_decay", "train.seed"),
-    *("train.checkpoint_every", "train.warmup", "train.ema"),
-    *("eval.every", "eval.guidance", "eval.grid_prompts", "eval.guard_diversity"),
-)
-_MAY_BE_INF = ("advantage.clip", "train.max_grad_norm")
 
 
 def decode(cls: type[T], mapping: Mapping[str, Any], where: str = "", source: str = "") -> T:

@@ -1,24 +1,20 @@
-"""Strict decoding of nested mappings, YAML files and dotted overrides into dataclasses."""
+"""Strict decoding of nested mappings into dataclasses, by the types of their fields."""
 
 from __future__ import annotations
 
 import difflib
-import json
-import math
 import numbers
 import os
 import re
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
+from enum import Enum
 from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-import draccus
-import yaml
-
-from .text import read_text
+from .text import unusable
 
 T = TypeVar("T")
 
@@ -29,24 +25,38 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values an option may have: low <= value < high, or low < value with `above`."""
+    """The values an option may have: low <= value < high. With `above` low itself is not among
+    them, and with high=None infinity is."""
 
     low: float
-    high: float = inf
+    high: float | None = inf
     above: bool = False
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value < self.high and not (self.above and value == self.low)
+        low = value > self.low if self.above else value >= self.low
+        return low and (self.high is None or value < self.high)
 
     def __str__(self) -> str:
         low = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
-        return low + (f" and below {self.high:g}" if self.high < inf else "")
+        return low + (f" and below {self.high:g}" if (self.high or inf) < inf else "")
 
 
 Count = Annotated[int, Bounds(1)]
+Natural = Annotated[int, Bounds(0)]
 Weight = Annotated[float, Bounds(0)]
 Positive = Annotated[float, Bounds(0, above=True)]
+Limit = Annotated[float, Bounds(0, None, above=True)]  # infinity is no limit
 Share = Annotated[float, Bounds(0, 1)]
+
+UNIONS, COLLECTIONS = (Union, types.UnionType), (list, tuple, set)
+
+RENAMED = {
+    "normalised": "normalized",
+    "normalise": "normalize",
+    "regularisation": "regularization",
+    "neighbours": "neighbors",
+}
+"""Former spellings of options and of their choices, and what they are taken for."""
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
@@ -66,66 +76,19 @@ def near_divisors(total: int, value: int) -> str:
     return " or ".join(filter(None, [", ".join(near[:-1]), near[-1]]))
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
-
-    Missing parent folders are made. Raises `OSError` of the kind that it met, with `path` in it.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
-    except OSError as error:
-        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
-
-
-def check_file(path: str | os.PathLike[str], option: str) -> None:
-    """Refuse, before the work, a file that cannot be written. Raises `ConfigError`."""
-    if Path(path).is_dir():
-        raise ConfigError(f"{option} {str(path)!r} is a folder; give the name of a file in it")
-    check_folder(Path(path).parent, option)
-
-
-def check_folder(path: str | os.PathLike[str], option: str) -> None:
-    """Refuse a folder that cannot be made, or not be written to. Raises `ConfigError`."""
-    there = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
-    if not there.is_dir():
-        raise ConfigError(f"{option}: {there} is a file, and no folder to write to; choose another")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{option}: the folder {there} cannot be written to; choose another")
-
-
-def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON, which has no NaN and no infinity: they are null. What it does not know is a string."""
-    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def decode(
     cls: type[T],
     mapping: Mapping[str, Any],
     where: str = "",
     source: str = "",
-    known: Sequence[str] = (),
+    known: Iterable[str] = (),
 ) -> T:
     """Makes a dataclass of a mapping, strictly.
 
-    `where` is the dotted name of the mapping ("algorithm"; empty at the top), `source` the place
-    to name in messages (" in configs/x.yaml"), `known` the dotted names of all settings, for hints
-    at one of another section. Strings become numbers where the field is one
-    (YAML reads 3e-4 as a string); nothing else is converted. Raises `ConfigError` for unknown and
+    where: the dotted name of the mapping ("algorithm"; empty at the top). source: the place that
+    messages name (" in configs/x.yaml"). known: the dotted names of all settings; a message points
+    to one of them if the key belongs to another section. Values become what their fields are where
+    that is certain (`converted`): YAML reads 3e-4 as a text. Raises `ConfigError` for unknown and
     missing keys and for wrong types.
     """
     if not isinstance(mapping, Mapping):
@@ -135,6 +98,9 @@ def decode(
         raise ConfigError(f"{name}{source} {given}, not a mapping; {remedy}")
     prefix = f"{where}." if where else ""
     hints = field_types(cls)
+    if issubclass(cls, Section):  # `TrainConfig.check` tells all choices that are wrong at once
+        hints = {key: unchosen(hint) for key, hint in hints.items()}
+    mapping = _respelt(mapping, hints)
     for key in mapping:
         if key not in hints:
             tip = suggest(key, hints)
@@ -160,34 +126,91 @@ def decode(
         raise ConfigError(f"{where}{source}: {error}".lstrip()) from error
 
 
+def _respelt(mapping: Mapping[str, Any], hints: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping with former spellings of keys replaced, except where it has both spellings."""
+    new = {key: RENAMED.get(key) for key in mapping if key not in hints}
+    taken = {old for old, key in new.items() if key in hints and key not in mapping}
+    return {RENAMED[key] if key in taken else key: value for key, value in mapping.items()}
+
+
 def field_types(cls: Any) -> dict[str, Any]:
     """The annotated type of every field of a dataclass that its constructor takes."""
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in fields(cls) if f.init}
+
+
+def setting_types(cls: Any) -> dict[str, Any]:
+    """The types of all settings of a configuration of sections, by their dotted names."""
+    return {
+        f"{section}.{key}": kind
+        for section, hint in field_types(cls).items()
+        if is_dataclass(hint)
+        for key, kind in field_types(hint).items()
+    }
 
 
 def section_keys(cls: Any) -> list[str]:
     """The dotted names of all settings of a configuration of sections."""
-    return [
-        f"{section}.{key}"
-        for section, hint in field_types(cls).items()
-        if is_dataclass(hint)
-        for key in field_types(hint)
-    ]
+    return list(setting_types(cls))
+
+
+def bounds_of(hint: Any) -> Bounds | None:
+    """The bounds of a number's type, if it has any."""
+    if get_origin(hint) is Annotated:
+        return next((a for a in hint.__metadata__ if isinstance(a, Bounds)), None)
+    arms = get_args(hint) if get_origin(hint) in UNIONS else ()
+    return next(filter(None, map(bounds_of, arms)), None)
+
+
+def choices_of(hint: Any) -> tuple[Any, ...]:
+    """The values of a Literal type; none for other types."""
+    return get_args(hint) if get_origin(hint) is Literal else ()
+
+
+def unchosen(hint: Any) -> Any:
+    """str for a Literal type, so that any text passes; other types as they are."""
+    return str if choices_of(hint) else hint
 
 
 def decode_value(hint: Any, value: Any, name: str, source: str = "") -> Any:
     """A value of the type `hint` for the setting `name`, as `decode` does it."""
-    if get_origin(hint) is dict:
-        value = _numbers(value)
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
-    try:
-        if not fits(hint, value):
-            raise TypeError
-        return draccus.decode(hint, value)
-    except Exception as error:
-        raise wrong_type(hint, value, name, source) from error
+    found = converted(hint, value)
+    if not fits(hint, found):
+        raise wrong_type(hint, value, name, source)
+    return found
+
+
+def converted(hint: Any, value: Any) -> Any:
+    """The value that is meant where a file or a command line gives this one for the type `hint`: a
+    number for its text, a tuple for a list, the new spelling for the former one. Whatever cannot be
+    converted is returned as it is."""
+    origin, args = get_origin(hint) or hint, get_args(hint)
+    make: Any = origin
+    if origin is Annotated:
+        return converted(args[0], value)
+    if origin in UNIONS:
+        found = ((arm, converted(arm, value)) for arm in args)
+        return next((new for arm, new in found if fits(arm, new)), value)
+    if origin is Literal:
+        new = RENAMED.get(value) if isinstance(value, str) else None
+        return new if value not in args and new in args else value
+    if origin is dict and isinstance(value, Mapping):
+        return {k: converted(args[1] if args else Any, v) for k, v in _numbers(value).items()}
+    if origin in COLLECTIONS and isinstance(value, (list, tuple)):
+        kinds = _item_types(hint, len(value))
+        return make(map(converted, kinds, value)) if len(kinds) == len(value) else value
+    if origin is bool and isinstance(value, str):
+        return {"true": True, "false": False}.get(value, value)
+    own = isinstance(origin, type) and issubclass(origin, (Path, Enum))  # of a user's algorithm
+    text = isinstance(value, str) and (own or origin in (int, float))
+    if text or (origin is float and isinstance(value, int) and not isinstance(value, bool)):
+        try:
+            return make(value)
+        except (ValueError, OverflowError):
+            return value
+    return value
 
 
 def wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigError:
@@ -201,8 +224,9 @@ def wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigErro
     elif dict in kinds and single:
         remedy = f"; write {{type: {value}}}"
     elif dict in kinds and isinstance(value, Mapping):
-        odd = next((key for key in value if not isinstance(key, str)), None)
-        remedy = f" of names; put {odd!r} in quotes"
+        odd = [key for key in value if not isinstance(key, str)]
+        kind = get_args(hint)[1:] or (Any,)
+        remedy = f" of names; put {odd[0]!r} in quotes" if odd else f" to {type_name(kind[0])}"
     elif dict in kinds and value is None:
         remedy = "; give it keys or leave it out"
     elif hint is str and value is not None and not isinstance(value, (list, tuple, Mapping)):
@@ -214,28 +238,36 @@ def wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigErro
     return ConfigError(f"{name}={value!r}{source} is not {article}{what}{remedy}")
 
 
-def fits(hint: Any, value: Any, typed: bool = False) -> bool:
-    """Whether a value is of a type; a text may stand for a number unless it should be `typed`."""
-    # draccus takes None and bools for numbers, and anything at all for a string.
+def fits(hint: Any, value: Any) -> bool:
+    """Whether a value is of a type."""
     origin, args = get_origin(hint) or hint, get_args(hint)
     if origin is Any:
         return True
-    if origin in (Union, types.UnionType):
-        return any(fits(a, value, typed) for a in args)
-    if origin is type(None) or value is None:
-        return origin is type(None) and value is None
+    if origin is Annotated:
+        return fits(args[0], value)
+    if origin in UNIONS:
+        return any(fits(arm, value) for arm in args)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in args)
     if origin in (int, float):
         number = numbers.Integral if origin is int else numbers.Real
-        allowed = number if typed else (int, float, str)
-        return isinstance(value, allowed) and not isinstance(value, bool)
-    if origin is str:
-        return isinstance(value, str)
-    if origin in (list, tuple, set):
-        item = args[0] if args else Any
-        return isinstance(value, (list, tuple)) and all(fits(item, v, typed) for v in value)
+        return isinstance(value, number) and not isinstance(value, bool)
+    if origin in COLLECTIONS and isinstance(value, COLLECTIONS):
+        kinds = _item_types(hint, len(value))
+        return len(kinds) == len(value) and all(map(fits, kinds, value))
     if origin is dict:
-        return isinstance(value, Mapping) and all(isinstance(k, str) for k in value)
-    return not is_dataclass(origin) or isinstance(value, origin)  # pyright: ignore
+        kind = args[1] if args else Any
+        return isinstance(value, Mapping) and all(
+            isinstance(k, str) and fits(kind, v) for k, v in value.items()
+        )
+    return not isinstance(origin, type) or isinstance(value, origin)
+
+
+def _item_types(hint: Any, size: int) -> tuple[Any, ...]:
+    """The types of the items of a collection of `size`; a tuple may ask for another number."""
+    args = get_args(hint) or (Any,)
+    fixed = get_origin(hint) is tuple and ... not in args
+    return args if fixed else args[:1] * size
 
 
 def _numbers(value: Any) -> Any:
@@ -258,132 +290,55 @@ def type_name(hint: Any) -> str:
         return "one of " + ", ".join(map(str, args))
     if is_dataclass(origin):
         return getattr(origin, "__name__", "")
-    if origin in (Union, types.UnionType):
+    if origin in UNIONS:
         return " or ".join("null" if a is type(None) else type_name(a) for a in args)
     if origin is dict:
         return "mapping"
-    if origin in (list, tuple, set):
+    if origin in COLLECTIONS:
         return "list" + (f" of {type_name(args[0])}" if args else "")
     return getattr(origin, "__name__", str(origin))
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key given twice: PyYAML would keep the last one in silence. And an alias inside of
-    what it stands for, which would have no end."""
+class Section:
+    """A dataclass of settings that is held to its types also when Python makes it. A text that
+    begins with ~ is a path in the home directory. Raises `ConfigError`."""
 
-    def construct_object(self, node: Any, deep: bool = False) -> Any:
-        return super().construct_object(node, deep=True)  # not deep, PyYAML would make such loops
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                if key.value in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"duplicate key '{key.value}'", key.start_mark
-                    )
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The mapping in a YAML file; empty for an empty file. Raises `ConfigError`."""
-    try:
-        text = read_text(path)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    tree = _parse(text, str(path))
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {tree!r}, not a mapping; write 'section: {{key: value}}'")
-    return tree
+    def __post_init__(self) -> None:
+        for name, hint in field_types(type(self)).items():
+            value = getattr(self, name)
+            if choices_of(hint):
+                value = converted(hint, value)
+            if isinstance(value, os.PathLike):
+                value = os.fspath(value)
+            if isinstance(value, str):
+                value = os.path.expanduser(value)
+            setattr(self, name, value)
+            where = f"{type(self).__name__}.{name}"
+            if not fits(unchosen(hint), value):
+                raise wrong_type(unchosen(hint), value, where)
+            check_text(value, where)
 
 
-def read_sections(path: str | os.PathLike[str]) -> dict[str, Mapping[str, Any]]:
-    """The sections of a run's config.yaml, without empty ones. Raises `ConfigError`."""
-    tree = {name: values for name, values in read_yaml(path).items() if values is not None}
-    for name, values in tree.items():
-        if not isinstance(values, Mapping):
-            raise ConfigError(f"{path}: {name} is {values!r}, no section of settings; mend it")
-    return tree
+def check_text(value: Any, where: str) -> None:
+    """Raises `ConfigError` for a text, at any depth of mappings and lists, that no file can hold in
+    UTF-8, or that holds a NUL."""
+    if isinstance(value, Mapping):
+        value = [*value, *value.values()]
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            check_text(item, where)
+    if isinstance(value, str) and (problem := unusable(value)):
+        raise ConfigError(f"{where}={value!r} {problem}")
 
 
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:  # a character that YAML does not allow: two lines
-        raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
-    except ValueError as error:  # a date such as 2024-99-99, a number of thousands of digits
-        why = str(error).partition(";")[0]  # without Python's own remedy
-        raise ConfigError(f"{where}: {why}; mend that value, or put it in quotes") from error
-    except RecursionError as error:
-        raise ConfigError(f"{where} is nested too deeply; write it with fewer brackets") from error
-
-
-def pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
-    rest = list(arguments)
-    while rest:
-        token = rest.pop(0)
-        key, equals, text = token.removeprefix("--").partition("=")
-        if not token.startswith("--") or not key:
-            raise ConfigError(
-                f"unexpected argument {token!r}; settings look like --train.lr 5e-4, and a list is "
-                "one value, [a,b]"
-            )
-        if not equals:
-            if not rest or rest[0].startswith("--"):
-                raise ConfigError(f"--{key} needs a value: --{key} VALUE, or --{key}=VALUE")
-            text = rest.pop(0)
-        yield key, text
-
-
-def override(cls: Any, tree: dict[str, Any], key: str, text: str) -> None:
-    """Sets one dotted key of a complete tree of `cls`; what it leaves invalid is found by
-    `decode`. null empties a mapping."""
-    node, (name, *rest) = tree, key.split(".")
-    while rest and is_dataclass(field_types(cls).get(name)):
-        cls, node, name, rest = field_types(cls)[name], node[name], rest[0], rest[1:]
-    hint = field_types(cls).get(name)
-    # A string is taken as typed: YAML would read the folder name 2024_01 as the number 202401.
-    plain = hint is str or (hint == (str | None) and text != "null")
-    value = text if plain else _parse(text, f"--{key} {text}")
-    if rest and name == "rewards":
-        _override_reward(node[name], ".".join(rest), value)
-    elif rest:
-        _nest(node, [name, *rest], value, key)
-    elif is_dataclass(hint) and isinstance(value, dict):
-        node[name] = {**node[name], **value}
-    else:
-        node[name] = {} if value is None and get_origin(hint) is dict else value
-
-
-def _override_reward(rewards: dict[str, Any], tail: str, value: Any) -> None:
-    # The name of a user's function may hold dots before its colon: pkg.module:function.
-    dot = tail.find(".", tail.find(":") + 1)
-    name, option = (tail, "") if dot < 0 else (tail[:dot], tail[dot + 1 :])
-    current = rewards.get(name)
-    if option:
-        if not isinstance(current, dict):
-            rewards[name] = {"weight": 1.0 if current is None else current}
-        _nest(rewards[name], option.split("."), value, tail)
-    elif value is None:
-        if name not in rewards:
-            raise ConfigError(f"there is no reward '{name}' to remove{suggest(name, rewards)}")
-        del rewards[name]
-    elif isinstance(current, dict) and not isinstance(value, dict):
-        current["weight"] = value
-    else:
-        rewards[name] = value
-
-
-def _nest(node: dict[str, Any], parts: list[str], value: Any, key: str) -> None:
-    for part in parts[:-1]:
-        node = node.setdefault(part, {})
-        if not isinstance(node, dict):
-            raise ConfigError(f"unknown key '{key}' on the command line; '{part}' is {node!r}")
-    node[parts[-1]] = value
+def plain(value: Any) -> Any:
+    """A copy of nested dicts, lists and scalars, as YAML and JSON have them; other objects stay."""
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(inner) for inner in value]
+    if isinstance(value, numbers.Real) and not isinstance(value, bool):  # also those of NumPy
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    return os.fspath(value) if isinstance(value, os.PathLike) else value

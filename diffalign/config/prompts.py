@@ -45,7 +45,7 @@ Given = Union[str, Prompt, Mapping[str, Any], "os.PathLike[str]"]
 
 def collect(given: Given | Sequence[Given], what: str = "prompts") -> list[Prompt]:
     """Prompts as they are typed or passed: texts, prompt files, `Prompt`s and mappings as a line of
-    a .jsonl file is, in any mixture, or one prompt file; never none.
+    a .jsonl file is, in any mixture, or one prompt file. There is at least one.
 
     A text that ends in .txt or .jsonl is the path of a file, and so is a `Path`. The empty text is
     the unconditional picture's. `what` names the setting in messages. Raises `ValueError`.

@@ -12,12 +12,12 @@ import importlib.util
 import re
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from .decoding import Bounds
+from .decoding import Bounds, bounds_of
 
 REQUIRED = object()
 """The default of an option that has none."""
@@ -46,8 +46,8 @@ class Module:
     imported: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def evaluate(self, node: ast.AST) -> Any:
-        """The value of an expression of constants, types and names; of what would need an import
-        of this package, its text."""
+        """The value of an expression of constants, types and names, or its text where the value
+        would need an import of this package."""
         text = ast.unparse(node)
         try:
             return eval(text, {}, _Names(self))
@@ -236,8 +236,10 @@ class Subject:
             if isinstance(call, ast.Call) and _called(call) == "check_positive"
             for k in call.keywords
         }
-        return [Option(o.name, o.type, o.default, o.doc, ranges.get(o.name, ""))
-                for o in found.values()]  # fmt: skip
+        return [
+            replace(o, range=ranges.get(o.name, str(bounds_of(o.type) or "")))
+            for o in found.values()
+        ]
 
     def _arguments(self, module: Module, node: Any, skip: tuple[str, ...]) -> list[Option]:
         names = node.args.args
@@ -247,8 +249,7 @@ class Subject:
             if argument.arg in (*skip, *self.preset):
                 continue
             hint: Any = module.evaluate(argument.annotation) if argument.annotation else Any
-            bounds = [str(b) for b in get_args(hint) if isinstance(b, Bounds)]
-            limits = "".join(bounds) or refusals.get(argument.arg, "")
+            limits = str(bounds_of(hint) or "") or refusals.get(argument.arg, "")
             default = REQUIRED if value is None else module.evaluate(value)
             found.append(Option(argument.arg, hint, default, "", limits))
         return found

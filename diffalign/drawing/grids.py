@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Union
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from diffalign.config.decoding import to_json, write_atomic
+from diffalign.config.files import to_json, write_atomic
 from diffalign.drawing.fonts import Font, legible
 from rewards.files import flat
 from rewards.redaction import redact

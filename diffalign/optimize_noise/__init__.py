@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, make_dataclass
 from functools import partial
 from inspect import signature
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from rewards.registry import Registry
 
-from ..config.decoding import Bounds, decode, suggest
+from ..config.decoding import bounds_of, decode, suggest
 
 if TYPE_CHECKING:
     from ..dynamics import Levels
@@ -74,12 +74,12 @@ def build(name: str, options: Mapping[str, Any] | None = None) -> Callable[[Task
     fields = [(option, hints[option], default) for option, default in defaults.items()]
     values = asdict(decode(make_dataclass(name, fields), options or {}, name))
     for option, value in values.items():
-        for bounds in get_args(hints[option]):
-            if isinstance(bounds, Bounds) and value not in bounds:
-                raise ValueError(
-                    f"{name}.{option}={value!r} is out of range; use {bounds} "
-                    f"(default {defaults[option]})"
-                )
+        bounds = bounds_of(hints[option])
+        if bounds is not None and value not in bounds:
+            raise ValueError(
+                f"{name}.{option}={value!r} is out of range; use {bounds} "
+                f"(default {defaults[option]})"
+            )
     return partial(method, **values)
 
 

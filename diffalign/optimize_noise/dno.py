@@ -54,7 +54,7 @@ def dno(
     by reward alone. With a deterministic kernel there is nothing but the initial noise.
 
     The gradient is exact, at the memory of one denoiser step (`gradients.adjoint`) and twice the
-    calls of a picture. regularisation: γ, 1 as in the authors' example (their code has it off by
+    calls of a picture. regularization: γ, 1 as in the authors' example (their code has it off by
     default). block: k. permutations: 0 for the given order alone. initial_only: leave the noise of
     the stochastic steps as it is. checkpoint: decoder and rewards have their graphs one after the
     other, for one more decoding.

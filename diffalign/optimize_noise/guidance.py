@@ -68,7 +68,7 @@ def universal_guidance(
 
     strength: s; its scale is that of the reward, so try powers of ten. through: "denoiser" takes ∇
     with respect to x, through network and decoder; "x0" to x̂0, through the decoder alone, which is
-    cheaper. normalise: "unit" divides ∇ of each sample by its norm. first, last: the steps that are
+    cheaper. normalize: "unit" divides ∇ of each sample by its norm. first, last: the steps that are
     guided, counted from 0; -1 is the last one. recurrence: times that a guided step is made; before
     each but the first, x is noised back (`forward_noising`) with fresh noise, as is the step.
 

@@ -8,7 +8,7 @@ from math import inf
 from typing import Any
 
 from ..config import decoding
-from ..config.decoding import pairs
+from ..config.reading import override, pairs
 from . import METHODS
 
 
@@ -86,7 +86,7 @@ def split(arguments: Sequence[str]) -> tuple[str | None, Wanted, list[str]]:
             name = key.partition(".")[2]
             place = section if section in SECTIONS else "options"
             name = name if section == "rewards" else name.replace("-", "_")
-            decoding.override(Wanted, tree, f"{place}.{name}", text)
+            override(Wanted, tree, f"{place}.{name}", text)
     wanted = decoding.decode(Wanted, tree, source=" on the command line")
     if method is not None and not wanted.rewards:
         raise ValueError("a search needs rewards: --rewards.clip.model MODEL, or --rewards.jpeg 1")

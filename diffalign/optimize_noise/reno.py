@@ -44,7 +44,7 @@ def reno(
     The paper's numbers belong to d = 16384 (SD-Turbo), where a step moves ε by at most
     lr clip / (1 - momentum) = 4 % of its norm √d; of smaller latents the same lr moves more.
 
-    regularisation: λ. checkpoint: denoiser, decoder and rewards have their graphs one after
+    regularization: λ. checkpoint: denoiser, decoder and rewards have their graphs one after
     another, for one more pass through the first two.
 
     Left out: Adam and LBFGS, options of the authors' code. It optimises one prompt at a time, and

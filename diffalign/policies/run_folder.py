@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..config.decoding import read_yaml
+from ..config.reading import read_yaml
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 DENOISERS = ("unet", "transformer")

@@ -9,7 +9,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..config.decoding import ConfigError, write_atomic
+from ..config.decoding import ConfigError
+from ..config.files import write_atomic
 
 NAME = "checkpoint.pt"
 

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from diffalign.config.decoding import suggest, write_atomic
+from diffalign.config.decoding import suggest
+from diffalign.config.files import write_atomic
 from diffalign.config.text import read_text
 from diffalign.drawing.grids import save_png
 from rewards.files import open_image

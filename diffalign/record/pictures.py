@@ -16,7 +16,7 @@ from PIL import Image
 
 from rewards.files import open_image
 
-from ..config.decoding import write_atomic
+from ..config.files import write_atomic
 from ..config.text import read_text
 from ..drawing.grids import to_pil
 

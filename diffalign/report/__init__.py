@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from ..config.decoding import check_file, write_atomic
+from ..config.files import check_file, write_atomic
 from . import sections
 from .run import read
 

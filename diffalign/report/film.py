@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..config.decoding import check_folder, write_atomic
+from ..config.files import check_folder, write_atomic
 from ..drawing.fonts import Font
 from ..drawing.grids import GRAY, GUTTER, INK, comparison_grid, fit, image_grid, save_png
 from ..record import pictures

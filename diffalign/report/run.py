@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rewards.redaction import redact
 
 from ..config import TrainConfig
-from ..config.decoding import ConfigError, decode_value, field_types, read_sections
+from ..config.decoding import ConfigError, decode_value, field_types, setting_types
+from ..config.reading import read_sections
 from ..record import pictures
 from ..record.metrics import read_metrics
 from ..record.pictures import Evaluated
@@ -20,13 +21,7 @@ from ..verdict import WARNINGS, warning
 
 Point = tuple[float, float | None]
 
-SECTIONS = field_types(TrainConfig)
-TYPES = SECTIONS | {
-    f"{section}.{key}": kind
-    for section, hint in SECTIONS.items()
-    if is_dataclass(hint)
-    for key, kind in field_types(hint).items()
-}
+TYPES = field_types(TrainConfig) | setting_types(TrainConfig)
 
 MEASURED = {
     "kl": "mean square difference of the network's outputs to the base model's",

@@ -17,7 +17,7 @@ from torch import Tensor
 from rewards.files import IMAGE_SUFFIXES
 from rewards.redaction import redact
 
-from ..config.decoding import check_folder, to_json, write_atomic
+from ..config.files import check_folder, to_json, write_atomic
 from ..config.prompts import Prompt
 from ..drawing import grids
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -15,9 +15,11 @@ from torch import Tensor
 from rewards.device import default_device
 
 from .. import policies
-from ..config import CHOICES
-from ..config.decoding import ConfigError, check_file, decode, field_types, read_sections, suggest
+from ..config import Dtype
+from ..config.decoding import ConfigError, decode, field_types, suggest
+from ..config.files import check_file
 from ..config.prompts import Prompt, collect
+from ..config.reading import read_sections
 from ..drawing import grids
 from ..dynamics import Levels
 from ..policies import lora_files
@@ -87,8 +89,8 @@ def settings(runs: Sequence[str | None], given: Mapping[str, Any]) -> dict[str, 
     brought = ("merge_lora",) if config_of(given.get("model", "")) else ()
     taken = {k: v for k, v in taken.items() if k not in (*given, *brought)}
     found = decode(Settings, {**taken, **given}, source=f" in {path}" if path else "")
-    if found.dtype not in CHOICES["model.dtype"]:
-        tip = suggest(found.dtype, CHOICES["model.dtype"])
+    if found.dtype not in get_args(Dtype):
+        tip = suggest(found.dtype, get_args(Dtype))
         raise ConfigError(f"dtype={found.dtype!r} in {path} is not known{tip}")
     if taken:
         told = [f"{k.replace('_', ' ')} {v}" for k, v in taken.items() if v is not None]

@@ -81,7 +81,7 @@ def combined_advantages(
     """Group advantages of several rewards, (n,) float32.
 
     config.combine: "sum" compares the weighted sum `total`, so that rewards of larger spread count
-    more; "normalised" is the weighted mean of each part's own advantages (MixGRPO, 2507.21802);
+    more; "normalized" is the weighted mean of each part's own advantages (MixGRPO, 2507.21802);
     "gdpo" divides that by its standard deviation over the epoch (GDPO, 2601.05242), and always has
     the group's std in it, which config.std chooses for the other two. The weights of a mean are
     those of the rewards that score the sample: a missing one does not dilute the others. Clipped to

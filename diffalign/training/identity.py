@@ -14,8 +14,9 @@ from rewards.redaction import redact
 
 from .. import algorithms
 from ..config import TrainConfig
-from ..config.decoding import read_yaml
+from ..config.decoding import converted, setting_types
 from ..config.prompts import Prompt
+from ..config.reading import read_yaml
 
 if TYPE_CHECKING:
     from ..algorithms.base import Algorithm
@@ -96,11 +97,12 @@ def changes(run_dir: Path, state: Mapping[str, Any], plan: Plan) -> dict[str, st
     # what an older version did not have was then as the default is now
     options = {f.name: f.default for f in fields(plan.algorithm) if f.default is not MISSING}
     default = _plain(_flat({**TrainConfig().to_dict(), "algorithm": options}))
-    found = {}
+    types, found = setting_types(TrainConfig), {}
     for key in dict.fromkeys([*old, *new]):
         if key not in new and not key.startswith(("rewards.", "eval.rewards.")):
             continue  # this version does not have it
         before, after = old.get(key, default.get(key)), new.get(key)
+        before = converted(types.get(key, Any), before)  # maybe in its former spelling
         if before != after:
             texts = key in PROMPTS and "run" in state
             found[key] = "other texts" if texts else f"{json.dumps(before)} -> {json.dumps(after)}"

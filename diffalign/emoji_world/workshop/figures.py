@@ -28,7 +28,7 @@ from torch import Tensor
 import rewards
 
 from ... import policies
-from ...config.decoding import write_atomic
+from ...config.files import write_atomic
 from .. import evaluate
 from ..claims import parse
 from ..scenes import ASSETS, KINDS, sample_scene
