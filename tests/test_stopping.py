@@ -21,7 +21,7 @@ from diffalign import ConfigError, TrainingStopped
 from diffalign.policies import lora
 from diffalign.record import checkpoint
 from diffalign.record.metrics import read_metrics
-from diffalign.training import stopping
+from diffalign.training import saving, stopping
 from diffalign.training.stopping import Interrupted, NotFinite, Signals
 from rewards.threads import Worker
 
@@ -48,7 +48,7 @@ def poison(trainer, monkeypatch, *when, value=torch.nan):
 
 def everything(trainer):
     """Weights, average, optimizer state and the number of updates."""
-    state = trainer._state()
+    state = saving.state(trainer)
     moments = state["optimisation"]["optimiser"]["state"]
     tensors = [*state["adapter"].values(), *state["copies"]["ema"].values()]
     tensors += [v for each in moments.values() for v in each.values()]

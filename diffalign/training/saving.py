@@ -29,7 +29,7 @@ DEPENDS = {
     "algorithm": ("algorithm.",),
     "optimisation": ("algorithm.type", "train.optimizer"),
 }
-"""The settings that a part's state means nothing without: where one has changed it starts anew."""
+"""The settings that give a part's state its meaning: where one has changed, the part starts anew."""
 
 
 def open_run(
@@ -66,8 +66,11 @@ def open_run(
 
 
 def open_record(trainer: Trainer, resume: bool, overwrite: bool) -> Tracker:
-    """Make the run folder ready for the epochs to come: nothing of an earlier run, of a resumed one
-    nothing after the epochs done. Writes config.yaml; returns what writes the metrics."""
+    """Prepare the run folder for the epochs to come, and return the writer of its metrics.
+
+    `overwrite` removes an earlier run; rows and pictures of epochs that will be run again go too.
+    Writes config.yaml.
+    """
     config = trainer.config
     with folder.writing(trainer.dir):
         if overwrite and trainer.main:
@@ -88,7 +91,7 @@ def open_record(trainer: Trainer, resume: bool, overwrite: bool) -> Tracker:
 
 
 def report_on(trainer: Trainer) -> None:
-    """Write report.html. Whatever goes wrong in it, the run goes on."""
+    """Write report.html. An error in it is printed and does not end the run."""
     try:
         if trainer.main:
             report.write([trainer.dir])
@@ -98,8 +101,8 @@ def report_on(trainer: Trainer) -> None:
 
 @contextmanager
 def kept(trainer: Trainer) -> Iterator[Signals]:
-    """Inside it a signal ends the run as Ctrl-C does, and however the run ends, the epochs done are
-    saved (`end`) and the folder is free for others."""
+    """The context that a run trains in. A signal ends the run as Ctrl-C does. However the run ends,
+    `end` saves the epochs done, and the folder is unlocked."""
     with Signals() as signals:
         try:
             try:
@@ -117,9 +120,9 @@ def kept(trainer: Trainer) -> Iterator[Signals]:
 
 
 def parts(trainer: Trainer) -> dict[str, Any]:
-    """What keeps a state of its own between epochs."""
+    """The objects whose state changes from epoch to epoch, by their names in checkpoints."""
     return {
-        "optimisation": trainer.optimizer,  # the name in checkpoints
+        "optimisation": trainer.optimizer,
         "history": trainer.history,
         "algorithm": trainer.algorithm,
         "guard": trainer.evaluation.guard,
@@ -128,8 +131,8 @@ def parts(trainer: Trainer) -> dict[str, Any]:
 
 
 def state(trainer: Trainer) -> dict[str, Any]:
-    """All that a run needs to go on, and what it is. Raises NotFinite rather than give one whose
-    weights or optimizer state are not finite."""
+    """All that a run needs to go on, and the settings that it was made with. Raises NotFinite where
+    weights or optimizer state are not finite: such a state must not be saved."""
     known = {name: part.state_dict() for name, part in parts(trainer).items()}
     found = copy.deepcopy(known) | {
         "epoch": trainer.epoch,
@@ -153,7 +156,8 @@ def restore(
     changed: Mapping[str, str] | None = None,
     force: bool = False,
 ) -> list[str]:
-    """Take up a `state`; returns what of it could not be, in words, which only `force` allows.
+    """Load a `state` into a trainer. With `force` parts that cannot be loaded start anew, and the
+    returned lines name them.
 
     changed: settings that differ from those of the run (`identity.changes`). Raises ConfigError
     where the weights do not fit, or without `force` anything else.
@@ -190,8 +194,8 @@ def restore(
 
 
 def end(trainer: Trainer, error: BaseException) -> None:
-    """Save the epochs done when a run ends early; raise TrainingStopped for what there are words
-    for, and return for anything else.
+    """Save the epochs done when `error` ends a run early. Raises TrainingStopped for a failed reward,
+    a non-finite number or a disk that refuses; returns for any other error.
 
     A reward may fail on any process, and the launcher ends the others as soon as that one exits.
     The epochs done are the same on all, so it writes them; what all processes know of, the main one
