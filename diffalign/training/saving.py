@@ -29,7 +29,7 @@ DEPENDS = {
     "algorithm": ("algorithm.",),
     "optimisation": ("algorithm.type", "train.optimizer"),
 }
-"""The settings that give a part's state its meaning: where one has changed, the part starts anew."""
+"""The settings that give a part's state its meaning: where one changed, the part starts anew."""
 
 
 def open_run(
@@ -194,8 +194,8 @@ def restore(
 
 
 def end(trainer: Trainer, error: BaseException) -> None:
-    """Save the epochs done when `error` ends a run early. Raises TrainingStopped for a failed reward,
-    a non-finite number or a disk that refuses; returns for any other error.
+    """Save the epochs done when `error` ends a run early. Raises TrainingStopped for a reward that
+    failed, a number that is not finite and a disk that refuses; returns for any other error.
 
     A reward may fail on any process, and the launcher ends the others as soon as that one exits.
     The epochs done are the same on all, so it writes them; what all processes know of, the main one
