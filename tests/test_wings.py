@@ -2,9 +2,14 @@
 
 import ast
 import re
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
+
+from diffalign.algorithms import Batch, Matches, Transitions
+from diffalign.training.learning import Credit, Learner, Rollout, Samples
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -81,6 +86,13 @@ def test_the_world_imports_nothing_of_its_workshop():
     for path in FILES:
         if not module_of(path).startswith(workshop):
             assert not [m for m in imported(path) if m.startswith(workshop)], path
+
+
+@pytest.mark.parametrize("cls", [Batch, Transitions, Matches, Samples, Rollout, Credit, Learner])
+def test_what_the_loop_hands_on_is_typed(cls):
+    hints = get_type_hints(cls)
+    assert {f.name for f in fields(cls)} <= hints.keys()
+    assert [name for name, hint in hints.items() if hint in (Any, Any | None)] == []
 
 
 def test_no_library_file_is_long():
