@@ -357,6 +357,8 @@ def test_kl_target_adapts_the_weight():
         ({"type": "ddpo", "kl_weight": -0.1}, r"kl_weight=-0\.1 must not be negative"),
         ({"type": "ddpo", "kl_target": 0.1}, r"kl_target=0\.1 adapts kl_weight, which is 0"),
         ({"type": "ddpo", "kl_weight": 1, "kl_target": 0.0}, r"kl_target=0 must be positive"),
+        ({"type": "ddpo", "kl_weight": "inf"}, r"kl_weight=inf is not finite"),
+        ({"type": "ddpo", "clip_range": "nan"}, r"clip_range=nan is no number"),
         ({"type": "dpok", "value_weight": -1.0}, r"value_weight=-1 must not be negative"),
         ({"type": "flow_grpo", "log_prob": "sum"}, r"log_prob='sum'.*gaussian.*cps"),
         ({"type": "flow_grpo", "step_weight": "std"}, r"step_weight='std'.*none.*noise"),
@@ -386,6 +388,14 @@ def test_kl_target_adapts_the_weight():
 def test_bad_options_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         algorithms.build(options)
+
+
+def test_options_given_in_python_are_checked_too():
+    with pytest.raises(ValueError, match=r"algorithm\.estimator='x' is unknown; use is or sf"):
+        DDPO(estimator="x")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"algorithm\.clip_range=-1 must be positive"):
+        DDPO(clip_range=-1.0)
+    assert DDPO(clip_range=float("inf")).clip_range == float("inf")  # no clipping
 
 
 @pytest.mark.parametrize(

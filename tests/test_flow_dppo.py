@@ -223,7 +223,7 @@ def test_a_clip_stores_no_means(make):
         ({"trust": "clip"}, r"trust='clip'.*ratio.*kl"),
         ({"trust": "kl", "kl_max": 0.0}, r"kl_max=0 must be positive"),
         ({"trust": "kl", "kl_max": -1e-5}, r"kl_max=-1e-05 must be positive"),
-        ({"trust": "kl", "kl_max": math.nan}, r"kl_max=nan is no number; use e\.g\. 1e-5, or inf"),
+        ({"trust": "kl", "kl_max": math.nan}, r"kl_max=nan is no number"),
         ({"trust": "kl", "kl_max": "many"}, r"kl_max.*many"),
         ({"trust": "kl", "tau": 1e-5}, r"unknown key 'algorithm\.tau'"),
     ],

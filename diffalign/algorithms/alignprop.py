@@ -8,8 +8,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..config.decoding import Natural, Positive
 from ..sampling.adjoint import Surrogate
-from .base import GradientAlgorithm, check_choice, check_positive
+from .base import GradientAlgorithm
 
 Truncation = Literal["uniform", "gaussian", "fixed", "bernoulli"]
 
@@ -36,17 +37,15 @@ class AlignProp(GradientAlgorithm):
 
     truncation: Truncation = "uniform"
     """uniform | gaussian | fixed | bernoulli"""
-    start: int = 0
+    start: Natural = 0
     """τ of truncation=fixed"""
-    mean: float = 0.84
+    mean: Positive = 0.84
     """mean of truncation=gaussian, as a share of the steps"""
     target: float | None = None
     """reward to reach, with loss |R - target|; null = as high as can be"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("truncation", self.truncation, Truncation)
-        check_positive(self, start=True, mean=False)
         if self.mean >= 1:
             raise ValueError(
                 f"algorithm.mean={self.mean:g} is a share of the steps; use less than 1"

@@ -9,9 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..config.decoding import Limit, Natural, Weight
 from ..policies.base import Policy
 from . import surrogate
-from .base import Matches, check_choice, check_positive
+from .base import Matches
 from .matching import ADVANTAGE_MAX, Matching, flow_time, matching_loss
 
 Weighting = Literal["uniform", "t", "t2", "huber", "ghuber"]
@@ -53,16 +54,11 @@ class AWM(Matching):
 
     weighting: Weighting = "ghuber"
     """uniform | t | t2 | huber | ghuber: how the loss stands for a log-probability"""
-    clip_range: float = 1.0
+    clip_range: Limit = 1.0
     """ε of the ratio; 1 hardly ever acts"""
-    slow_weight: float = 1.0
+    slow_weight: Weight = 1.0
     """γ of the distance to a slow average of the policy; > 0 costs one more forward"""
-    first: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("weighting", self.weighting, Weighting)
-        check_positive(self, clip_range=False, slow_weight=True)
+    first: Natural = 1
 
     def copies(self) -> Mapping[str, Callable[[int], float]]:
         slow = {"slow": lambda n: min(0.3, 0.001 * n)} if self.slow_weight else {}

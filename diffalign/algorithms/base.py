@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -10,6 +11,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..config.decoding import Positive, Weight, bounds_of, choices_of, field_types
 from ..dynamics import SDES, Gaussian, Levels, Prediction
 from ..policies.base import Policy
 from ..policies.cond import Cond
@@ -119,17 +121,16 @@ class Algorithm:
     single_update: ClassVar[bool] = False
     """the loss is right only for the first update after a rollout"""
 
-    kl_weight: float = 0.0
+    kl_weight: Weight = 0.0
     """β of the distance to the base model; > 0 costs one more forward with the adapters off"""
     kl: KL = "velocity"
     """how the distance is measured: g_sqrt_dt (Gaussian KL) | g (Flow-GRPO's of the kernel) |
     velocity; the first two only where transitions are trained"""
-    kl_target: float | None = None
+    kl_target: Positive | None = None
     """distance that kl_weight is adapted to keep, epoch by epoch; null = kl_weight stays"""
 
     def __post_init__(self) -> None:
-        check_choice("kl", self.kl, KL)
-        check_positive(self, kl_weight=True, kl_target=False)
+        check_options(self)
         if self.kl != "velocity" and self.needs is not Needs.TRAJECTORY:
             raise ValueError(
                 f"algorithm.kl={self.kl} is of transitions, and none are trained; use velocity"
@@ -219,17 +220,17 @@ class GradientAlgorithm(Algorithm):
         return -rewards
 
 
-def check_choice(name: str, value: str, choices: Any) -> None:
-    """Raises ValueError where an option is none of a Literal's."""
-    valid = choices.__args__
-    if value not in valid:
-        raise ValueError(f"algorithm.{name}={value!r} is unknown; use {' or '.join(valid)}")
-
-
-def check_positive(algorithm: Any, **may_be_zero: bool) -> None:
-    """Raises ValueError for options that are negative, or zero where they may not be."""
-    for name, zero in may_be_zero.items():
-        value = getattr(algorithm, name)
-        if value is not None and (value < 0 or (value == 0 and not zero)):
-            bound = "must not be negative" if zero else "must be positive"
-            raise ValueError(f"algorithm.{name}={value:g} {bound}")
+def check_options(algorithm: Any) -> None:
+    """Raises ValueError for an option that is none of the choices of its type, or out of its
+    bounds."""
+    for name, hint in field_types(type(algorithm)).items():
+        value, choices, bounds = getattr(algorithm, name), choices_of(hint), bounds_of(hint)
+        if choices and value not in choices:
+            raise ValueError(f"algorithm.{name}={value!r} is unknown; use {' or '.join(choices)}")
+        if bounds is not None and value is not None and value not in bounds:
+            why = "must not be negative" if 0 in bounds else "must be positive"
+            if math.isnan(value) or value == math.inf:
+                why = "is no number" if math.isnan(value) else "is not finite"
+            elif bounds.high is not None and value >= bounds.high:
+                why = f"must be below {bounds.high:g}"
+            raise ValueError(f"algorithm.{name}={value:g} {why}")

@@ -7,9 +7,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from ..config.decoding import Limit
 from ..policies.base import Policy
 from . import surrogate
-from .base import KL, Algorithm, Needs, Transitions, check_choice, check_positive
+from .base import KL, Algorithm, Needs, Transitions
 
 Estimator = Literal["is", "sf"]
 
@@ -37,14 +38,9 @@ class DDPO(Algorithm):
 
     estimator: Estimator = "is"
     """is: importance-sampled and clipped; sf: score function, one update per rollout"""
-    clip_range: float = 1e-4
+    clip_range: Limit = 1e-4
     """ε, the trust region of the ratio; belongs to log-probabilities averaged over the latent"""
     kl: KL = "g_sqrt_dt"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("estimator", self.estimator, Estimator)
-        check_positive(self, clip_range=False)
 
     @property
     def single_update(self) -> bool:  # type: ignore[override]

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..config.decoding import Limit, Weight
 from ..policies.base import Policy
 from ..policies.cond import Cond
 from . import surrogate
-from .base import Algorithm, Needs, Transitions, check_positive
+from .base import Algorithm, Needs, Transitions
 
 POOLED = 8  # latents a side that the value network sees
 
@@ -63,15 +64,14 @@ class DPOK(Algorithm):
 
     needs: ClassVar[Needs] = Needs.TRAJECTORY
 
-    clip_range: float = 1e-4
+    clip_range: Limit = 1e-4
     """ε, the trust region of the ratio; belongs to log-probabilities averaged over the latent"""
-    kl_weight: float = 1e-4
-    value_weight: float = 0.0
+    kl_weight: Weight = 1e-4
+    value_weight: Weight = 0.0
     """λ; > 0 replaces the advantage by the reward less a learnt value of the state"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, clip_range=False, value_weight=True)
         self.value: Value | None = None
 
     def setup(self, policy: Policy) -> None:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config.decoding import Count, Weight
 from ..sampling.adjoint import Surrogate
-from .base import GradientAlgorithm, check_positive
+from .base import GradientAlgorithm
 
 
 @dataclass
@@ -25,14 +26,13 @@ class DRTune(GradientAlgorithm):
     reward is of x_K.
     """
 
-    active: int = 3
+    active: Count = 3
     """steps that carry gradient"""
-    stop: float = 0.4
+    stop: Weight = 0.4
     """share of the steps that may be left out at the end"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive(self, active=False, stop=True)
         if self.stop >= 1:
             raise ValueError(
                 f"algorithm.stop={self.stop:g} is a share of the steps; use less than 1"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..policies.base import Policy
 from . import surrogate
-from .base import Transitions, check_choice
+from .base import Transitions
 from .trust import TrustRegion
 
 LogProb = Literal["gaussian", "cps"]
@@ -45,11 +45,6 @@ class FlowGRPO(TrustRegion):
     """gaussian, or cps: without the division by 2s², whose published clip range is 1e-5"""
     step_weight: StepWeight = "none"
     """none, or noise: steps count in proportion to their std"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("log_prob", self.log_prob, LogProb)
-        check_choice("step_weight", self.step_weight, StepWeight)
 
     def loss(self, policy: Policy, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
         seen = batch.predict(policy)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config.decoding import Count, Limit
 from ..policies.base import Policy
 from . import surrogate
-from .base import Matches, check_positive
+from .base import Matches
 from .matching import Matching, matching_loss
 
 
@@ -30,13 +31,9 @@ class FPO(Matching):
     ratios that move by as much; a LoRA's move less, and are hardly clipped.
     """
 
-    times: int = 8
-    clip_range: float = 0.05
+    times: Count = 8
+    clip_range: Limit = 0.05
     """ε, the trust region of the ratio"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, clip_range=False)
 
     def copies(self) -> Mapping[str, Callable[[int], float]]:
         return {"old": lambda n: 0.0}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..config.decoding import Limit
 from ..policies.base import Policy
 from . import surrogate
 from .base import Transitions
@@ -38,7 +39,7 @@ class GRPOGuard(TrustRegion):
     were the harmonic mean of all.
     """
 
-    clip_range: float = 2e-6
+    clip_range: Limit = 2e-6
     """ε; smaller than for plain ratios, which carry a factor 1/s"""
     ratio_norm: bool = True
     """use ρ̂ in place of ρ"""

@@ -8,10 +8,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..config.decoding import Count, Natural
 from ..dynamics import Levels, Prediction
 from ..policies.base import Policy
 from ..sampling.rollout import Sampling
-from .base import Algorithm, Matches, Needs, check_choice, check_positive
+from .base import Algorithm, Matches, Needs
 
 ADVANTAGE_MAX = 5.0
 """Advantage that the references scale to 1; their KL weights belong to that."""
@@ -29,17 +30,12 @@ class Matching(Algorithm):
 
     needs: ClassVar[Needs] = Needs.FINAL
 
-    times: int = 6
+    times: Count = 6
     """noise levels a sample is matched at, all in one micro-batch"""
     time: Time = "schedule"
     """schedule (the sampler's own levels but the last) | uniform | logit_normal"""
-    first: int = 0
+    first: Natural = 0
     """first level of the schedule that is used"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("time", self.time, Time)
-        check_positive(self, times=False, first=True)
 
     def check_levels(self, steps: int) -> range:
         """The levels of a schedule of `steps` that are used. Raises ValueError where none is."""

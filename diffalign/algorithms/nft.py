@@ -9,8 +9,9 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from ..config.decoding import Positive, Weight
 from ..policies.base import Policy
-from .base import Matches, check_choice, check_positive
+from .base import Matches
 from .matching import ADVANTAGE_MAX, Matching
 
 Schedule = Literal["none", "slow", "late"]
@@ -42,16 +43,11 @@ class DiffusionNFT(Matching):
 
     sampled_by: ClassVar[str | None] = "old"
 
-    beta: float = 1.0
+    beta: Positive = 1.0
     """β, how far the two implicit policies are from the old one"""
     old: Schedule = "slow"
     """none | slow | late: how fast the sampling policy follows"""
-    kl_weight: float = 1e-4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("old", self.old, Schedule)
-        check_positive(self, beta=False)
+    kl_weight: Weight = 1e-4
 
     def copies(self) -> Mapping[str, Callable[[int], float]]:
         return {"old": SCHEDULES[self.old]}

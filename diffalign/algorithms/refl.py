@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..config.decoding import Count
 from ..sampling.adjoint import Surrogate
-from .base import GradientAlgorithm, check_positive
+from .base import GradientAlgorithm
 
 
 @dataclass
@@ -25,14 +26,10 @@ class ReFL(GradientAlgorithm):
     code: the pre-training loss of the paper.
     """
 
-    last: int | None = None
+    last: Count | None = None
     """how many of the last steps i is drawn from; null = a quarter, as 10 of 40 in the reference"""
     hinge: float | None = None
     """m, reward that is enough; the reference has 2 for ImageReward"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, last=False)
 
     def surrogate(self, steps: int, generator: torch.Generator) -> Surrogate:
         last = self.last or max(1, steps // 4)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..config.decoding import Limit
 from ..policies.base import Policy
-from .base import Matches, check_positive
+from .base import Matches
 from .matching import Matching, matching_loss
 
 
@@ -23,12 +24,8 @@ class RWR(Matching):
     [-5, 5], compare images of one prompt, and bound the weights by exp(5 / τ).
     """
 
-    temperature: float = 1.0
+    temperature: Limit = 1.0
     """τ; small values imitate the best alone"""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, temperature=False)
 
     def loss(self, policy: Policy, batch: Matches) -> tuple[Tensor, dict[str, Tensor]]:
         seen = batch.predict(policy)

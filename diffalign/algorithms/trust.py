@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from ..config.decoding import Limit
 from ..dynamics import Gaussian
 from . import surrogate
-from .base import KL, Algorithm, Needs, Transitions, check_choice, check_positive
+from .base import KL, Algorithm, Needs, Transitions
 
 Trust = Literal["ratio", "kl"]
 
@@ -38,20 +38,13 @@ class TrustRegion(Algorithm):
 
     needs: ClassVar[Needs] = Needs.TRAJECTORY
 
-    clip_range: float = 1e-4
+    clip_range: Limit = 1e-4
     """ε, the trust region of the ratio; belongs to log-probabilities averaged over the latent"""
     trust: Trust = "ratio"
     """ratio: clip it at clip_range; kl: mask the rows that leave kl_max (Flow-DPPO)"""
-    kl_max: float = 1e-5
+    kl_max: Limit = 1e-5
     """τ of trust=kl: the largest KL of a step from the rollout's, per latent element; inf = none"""
     kl: KL = "g"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice("trust", self.trust, Trust)
-        check_positive(self, clip_range=False, kl_max=False)
-        if math.isnan(self.kl_max):  # which no KL would reach
-            raise ValueError("algorithm.kl_max=nan is no number; use e.g. 1e-5, or inf for none")
 
     @property
     def stores_means(self) -> bool:  # type: ignore[override]

@@ -12,7 +12,7 @@ import importlib.util
 import re
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -228,18 +228,9 @@ class Subject:
                     doc = " ".join(str(after.value.value).split())
                 if not doc and name in found:  # another default of what a base says
                     doc = found[name].doc
-                default = _default(module, part.value)
-                found[name] = Option(name, module.evaluate(part.annotation), default, doc)
-        ranges = {
-            str(k.arg): "0 or more" if ast.unparse(k.value) == "True" else "above 0"
-            for call in self._walk()
-            if isinstance(call, ast.Call) and _called(call) == "check_positive"
-            for k in call.keywords
-        }
-        return [
-            replace(o, range=ranges.get(o.name, str(bounds_of(o.type) or "")))
-            for o in found.values()
-        ]
+                kind, default = module.evaluate(part.annotation), _default(module, part.value)
+                found[name] = Option(name, kind, default, doc, str(bounds_of(kind) or ""))
+        return list(found.values())
 
     def _arguments(self, module: Module, node: Any, skip: tuple[str, ...]) -> list[Option]:
         names = node.args.args
