@@ -50,7 +50,7 @@ ALGORITHMS: Registry[type] = Registry(
 
 
 def __getattr__(name: str) -> Any:
-    # they bring torch along: a second that `--help` and a misspelt name need not wait for
+    # these import torch, which takes a second that `--help` and a misspelt name need not wait for
     if name in __all__:
         return getattr(importlib.import_module(".base", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -87,14 +87,15 @@ TrainConfig.of_type = of_type
 
 
 def name_of(algorithm: Algorithm) -> str:
-    """The `type` that `build` makes an algorithm of this class by."""
+    """The `type` by which `build` finds the class of this algorithm."""
     own = type(algorithm)
     names = [name for name, known in ALGORITHMS.items() if known is own]
     return names[0] if names else f"{own.__module__}:{own.__qualname__}"
 
 
 def check(algorithm: Any) -> None:
-    """Raises ConfigError for what the training loop cannot work with: a class, or an instance."""
+    """Raises ConfigError for an algorithm, a class or an instance, that the training loop cannot
+    use."""
     from .base import Algorithm, GradientAlgorithm, Needs
 
     cls = algorithm if isinstance(algorithm, type) else type(algorithm)
@@ -129,7 +130,7 @@ def _find(name: str) -> type:
         sys.path.insert(0, "")  # the current directory, as `python -m` has it
     try:
         found: Any = functools.reduce(getattr, path.split("."), importlib.import_module(module))
-    except Exception as error:  # whatever a module of the user's raises
+    except Exception as error:  # whatever the user's module raises
         raise ConfigError(
             f"algorithm.type={name} cannot be imported: {type(error).__name__}: {error}; it must "
             "be on PYTHONPATH or in the current directory"

@@ -21,18 +21,18 @@ class AlignProp(GradientAlgorithm):
 
         L = E[ ℓ(R(decode(x_K), c)) ],   gradient through the steps i >= τ
 
-    truncation, of K steps, drawn anew for every update and alike on all processes:
+    truncation of K steps, drawn anew for every update and the same on all processes:
 
         uniform    τ ~ U{0 … K-1}, what the paper describes
-        gaussian   τ ~ N(mean K, (K/10)²), drawn again until in 1 … K-1; the later releases, with
-                   mean 0.84
+        gaussian   τ ~ N(mean K, (K/10)²), drawn again until in 1 … K-1; as in the later releases,
+                   with mean 0.84
         fixed      τ = `start`; 0 is DRaFT, K-1 is DRaFT-1
-        bernoulli  no τ: each step carries gradient by its own draw, with probability (i+1)/(K+1).
-                   What the first release and TRL do in place of `uniform`: the same share of steps,
-                   a nearly full-length chain.
+        bernoulli  no τ: step i carries gradient with probability (i+1)/(K+1), each step by its own
+                   draw. The first release and TRL do this in place of `uniform`: the share of
+                   steps is the same, the chain nearly full-length.
 
     ℓ = -R, or with `target` g the authors' |R - g|. Their loss_coeff and grad_scale are left to the
-    learning rate. One adjoint sweep serves all (`adjoint.adjoint_sweep`).
+    learning rate. One adjoint sweep serves all truncations (`adjoint.adjoint_sweep`).
     """
 
     truncation: Truncation = "uniform"

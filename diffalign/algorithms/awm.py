@@ -19,7 +19,7 @@ Weighting = Literal["uniform", "t", "t2", "huber", "ghuber"]
 
 
 def pseudo_log_prob(loss: Tensor, t: Tensor, weighting: Weighting) -> Tensor:
-    """The likelihood that a matching loss ℓ (m,) at flow times t (m,) stands for.
+    """The pseudo log-probability (m,) of matching losses ℓ (m,) at flow times t (m,).
 
     uniform -ℓ, t -tℓ, t2 -t²ℓ, huber -t (√(ℓ + e) - √e), ghuber -(t/p) ((ℓ + e)^p - e^p), p = 1/4,
     e = 1e-10.
@@ -40,13 +40,14 @@ class AWM(Matching):
         L = E[ max(-A ρ, -A clip(ρ, 1-ε, 1+ε)) ] + β |f_θ - f_ref|² + γ |f_θ - f_slow|²
         ρ = p_θ / p_old
 
-    at `times` levels a sample, A divided by 5. Samples of positive advantage are learnt, the others
-    unlearnt, at one forward a row and without trajectories, so that rollouts may use any sampler,
-    `ode` above all. ρ is 1 before the first update; after it p_old is that of the copy "old", which
-    drew the rollout, at the same noise. f_slow is a slow average of the policy, updated after every
-    epoch with decay min(0.3, 0.001 n), n the optimiser steps so far.
+    at `times` levels per sample, with A divided by 5. Samples of positive advantage are learnt, the
+    others unlearnt, with one forward per row. No trajectories are needed, so rollouts may use any
+    sampler, `ode` above all. ρ is 1 before the first update of a rollout; after it p_old is that of
+    the copy "old", which drew the rollout, at the same noise. f_slow is a slow average of the
+    policy, updated after every epoch with decay min(0.3, 0.001 n), where n counts the optimizer
+    steps so far.
 
-    Differs from the reference: levels are drawn for every sample, not shared by the micro-batch;
+    Differs from the reference: levels are drawn for every sample, not once for the micro-batch;
     noise and v models are matched in their own output, with t = sigma / (alpha + sigma); float32 in
     place of float64. Left out: the ELBO-weighted reference KL, and the ratio of means over times
     (that is `fpo`).

@@ -31,9 +31,9 @@ class Needs(Enum):
 class Batch:
     """A micro-batch of m rows: what `Transitions` and `Matches` have in common.
 
-    x: what the denoiser is shown, (m, *latent), at `level` (m,). cond: of the rows. advantage: (m,)
-    of the sample. reward: (m,) of the sample, less the epoch's mean, over the epoch's standard
-    deviation. on_policy: no optimizer step was made since the rollout.
+    x: the denoiser's input (m, *latent), at `level` (m,). cond: of the rows. advantage: (m,), of
+    each row's sample. reward: (m,), of each row's sample, less the epoch's mean and divided by the
+    epoch's standard deviation. on_policy: whether no optimizer step was made since the rollout.
     """
 
     sampling: Sampling
@@ -45,16 +45,16 @@ class Batch:
     on_policy: bool
 
     def predict(self, policy: Policy) -> Prediction:
-        """What the denoiser says of every row, guidance included."""
+        """The denoiser's prediction for every row, with guidance."""
         return policy.predict(self.x, self.level, self.cond, self.sampling.guidance)
 
 
 @dataclass(frozen=True)
 class Transitions(Batch):
-    """TRAJECTORY: rows are (sample, step) pairs, x being the state before the step.
+    """Rows for TRAJECTORY: (sample, step) pairs, where x is the state before the step.
 
-    step: (m,) long. x_next: (m, *latent), the state after it as it was stored. log_prob_old: (m,)
-    of x_next when it was sampled. mean_old: (m, *latent), the mean that it was sampled from; None
+    step: (m,) long. x_next: (m, *latent), the stored state after the step. log_prob_old: (m,), of
+    x_next when it was sampled. mean_old: (m, *latent), the mean from which x_next was sampled; None
     unless `stores_means`.
     """
 
@@ -70,10 +70,11 @@ class Transitions(Batch):
 
 @dataclass(frozen=True)
 class Matches(Batch):
-    """FINAL: rows are (sample, time) pairs, x = alpha x0 + sigma noise.
+    """Rows for FINAL: (sample, time) pairs, where x = alpha x0 + sigma noise.
 
     x0: (m, *latent), the clean latents of the sample. noise: (m, *latent). The `times` rows of a
-    sample follow each other; whenever it comes up again they have the same noise and levels.
+    sample follow each other. They have the same noise and levels whenever the sample comes up
+    again.
     """
 
     x0: Tensor
@@ -92,7 +93,7 @@ class Matcher(Protocol):
         ...
 
     def levels(self, policy: Policy, sampling: Sampling, offsets: Tensor) -> Levels:
-        """(n * times,) levels of n samples, given one draw u ~ U(0, 1) each, (n,)."""
+        """Levels (n * times,) of n samples. offsets: (n,), one draw u ~ U(0, 1) per sample."""
         ...
 
 
@@ -103,12 +104,12 @@ KL = Literal["g_sqrt_dt", "g", "velocity"]
 class Algorithm:
     """A loss, its options as fields, and what it asks of the loop. Base of all algorithms.
 
-    The anchor is common to them: β times a distance of the policy from the base model (adapters
-    off), with one more forward of the denoiser while β > 0, without gradient to any weight.
+    All algorithms share the anchor: β times the distance of the policy from the base model
+    (adapters off). While β > 0 it costs one more forward of the denoiser, without gradient.
 
         g_sqrt_dt  mean_D (μ_θ - μ_ref)² / 2s²       the Gaussian KL of the step, s its std
-        g          |Δσ| times that, = / 2g²          flow_sde, dance_sde, as in Flow-GRPO's code
-                   the Gaussian KL                   cps, as there, and ddim: they have no g but s
+        g          |Δσ| times that: … / 2g²          of flow_sde, dance_sde, as in Flow-GRPO's code
+                   the Gaussian KL                   of cps, as there, and of ddim, which have no g
         velocity   mean_D (f_θ - f_ref)²             of the network's outputs (DPOK, DRaFT+, AWM)
 
     With `kl_target` β is doubled after an epoch whose mean distance is above 1.5 times the target
@@ -124,10 +125,10 @@ class Algorithm:
     kl_weight: Weight = 0.0
     """β of the distance to the base model; > 0 costs one more forward with the adapters off"""
     kl: KL = "velocity"
-    """how the distance is measured: g_sqrt_dt (Gaussian KL) | g (Flow-GRPO's of the kernel) |
+    """how the distance is measured: g_sqrt_dt (Gaussian KL) | g (as in Flow-GRPO's code) |
     velocity; the first two only where transitions are trained"""
     kl_target: Positive | None = None
-    """distance that kl_weight is adapted to keep, epoch by epoch; null = kl_weight stays"""
+    """distance to keep by adapting kl_weight after every epoch; null = kl_weight stays"""
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -142,26 +143,26 @@ class Algorithm:
             )
 
     def copies(self) -> Mapping[str, Callable[[int], float]]:
-        """Named copies of what is trained: {name: d(n)}, copy <- d copy + (1 - d) θ after an epoch
-        that ends with n optimiser steps."""
+        """Named copies of the trained weights θ, {name: d(n)}. After every epoch copy <- d copy +
+        (1 - d) θ, where n counts the optimizer steps so far."""
         return {}
 
     sampled_by: ClassVar[str | None] = None
-    """the copy that draws the rollouts; None = what is trained"""
+    """the copy that draws the rollouts; None = the trained weights"""
 
     def setup(self, policy: Policy) -> None:
         """Make modules that depend on the policy's shapes."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
-        """Weights of its own that the loop trains beside the policy's."""
+        """The algorithm's own weights, which the loop trains beside the policy's."""
         return ()
 
     def frozen_calls(self, updates: int) -> float:
-        """Gradient-free denoiser calls a row, on average over the `updates` of a rollout."""
+        """Denoiser calls without gradient per row, averaged over the `updates` of a rollout."""
         return float(self.kl_weight > 0)
 
     def loss(self, policy: Policy, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss over the rows, and diagnostics: (m,), one a row, or scalars.
+        """Mean loss over the rows, and diagnostics: one value per row (m,), or scalars.
 
         batch: `Transitions` where the algorithm needs TRAJECTORY, `Matches` where it needs FINAL.
         """
@@ -170,7 +171,7 @@ class Algorithm:
     def anchored(
         self, policy: Policy, batch: Batch, seen: Prediction, metrics: dict[str, Tensor]
     ) -> Tensor | float:
-        """β times the distance of every row (m,) to the base model, noted in `metrics`."""
+        """β times the distance of every row (m,) to the base model, added to `metrics` as "kl"."""
         if not self.kl_weight:
             return 0.0
         with torch.no_grad(), policy.reference():
@@ -187,7 +188,7 @@ class Algorithm:
         return self.kl_weight * distance
 
     def end_epoch(self, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Adapt to the means of an epoch; returns metrics to add."""
+        """Adapt to an epoch's mean `metrics`; returns metrics to add."""
         if self.kl_target is None or not metrics["kl"]:  # a fresh LoRA is the base model
             return {}
         used = self.kl_weight
@@ -201,13 +202,14 @@ class Algorithm:
         return {"kl_weight": self.kl_weight}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if self.kl_target is not None:  # else the config's counts, which may have been changed
+        if self.kl_target is not None:  # else the config's weight counts, which may have changed
             self.kl_weight = state["kl_weight"]
 
 
 @dataclass
 class GradientAlgorithm(Algorithm):
-    """An algorithm that back-propagates the reward: which surrogate, and which loss of it."""
+    """An algorithm that back-propagates the reward: it defines a surrogate and a loss of the
+    reward."""
 
     needs: ClassVar[Needs] = Needs.GRADIENT
 

@@ -24,12 +24,12 @@ class DDPO(Algorithm):
         L_SF = E[ -A log p_θ(x' | x, c) ]             score function; one update a rollout
 
     over pairs (sample, step) with advantage A (m,). log p is the mean over the latent's elements,
-    as in the authors' code and not the sum of the paper; that is why ε is as small as 1e-4. Its
+    as in the authors' code, not the paper's sum, which is why ε is as small as 1e-4. The paper's
     advantages are those of `advantage.baseline=tracker`. Guidance is part of the policy: with
     sampler.guidance != 1 rollout and loss both use it, and gradient flows through both branches.
 
-    Differs from the reference code: before the first update of a rollout ρ is exactly 1 by taking
-    log p itself, detached, as the old one (the stored one is kept as a diagnostic); pairs of all
+    Differs from the reference code: before the first update of a rollout log p_old is log p itself,
+    detached, so that ρ is exactly 1 (the stored log p_old is used as a diagnostic); pairs of all
     steps are shuffled together instead of stepping through time; deterministic transitions, which
     have no density, are not trained. The anchor is not in the paper.
     """

@@ -16,12 +16,12 @@ from ..policies.cond import Cond
 from . import surrogate
 from .base import Algorithm, Needs, Transitions
 
-POOLED = 8  # latents a side that the value network sees
+POOLED = 8  # side of the pooled latents that the value network sees
 
 
 class Value(nn.Module):
-    """V(x, c, t) (m,): the reward that a state promises, from its pooled latents, the noise level
-    and the mean text embedding."""
+    """V(x, c, t) (m,): the expected reward of a state, from its pooled latents, the noise level and
+    the mean text embedding."""
 
     def __init__(self, channels: int, text: int, width: int = 256):
         super().__init__()
@@ -48,18 +48,19 @@ class DPOK(Algorithm):
     """Clipped policy gradient with a penalty on the distance to the base model (arXiv 2305.16381).
 
         L = E[ max(-A ρ, -A clip(ρ, 1-ε, 1+ε)) ] + β KL_i
-        A = r - V_ψ(x_i, c, t_i) with `value_weight`, else as `advantage` has it
+        A = r - V_ψ(x_i, c, t_i) with `value_weight`, else the advantage of the config
 
     over pairs (sample, step). `kl=velocity` is the reference's plain mean square of the guided
-    outputs; `kl=g_sqrt_dt` the Gaussian KL that the paper derives. V is a small network trained
-    along, by λ (V - r)², r less the epoch's mean over its standard deviation.
+    outputs; `kl=g_sqrt_dt` the Gaussian KL that the paper derives. V is a small network that is
+    trained along with the policy, by λ (V - r)², where r is normalized by the epoch's mean and
+    standard deviation.
 
-    The reference weighs the policy gradient by 100 and the distance by 0.01; here the former counts
-    once, and β is 1e-4.
+    The reference weighs the policy gradient by 100 and the distance by 0.01; here these weights are
+    1 and β = 1e-4.
 
-    Differs from the reference code: PPO's maximum, where theirs only clips and so loses the
-    gradient on both sides; V learns from the rows of the update in place of five steps of its own
-    on a replay buffer, and there is no such buffer.
+    Differs from the reference code: the loss is PPO's maximum, where theirs only clips and so loses
+    the gradient on both sides; V learns from the rows of the update, where theirs makes five steps
+    of its own on a replay buffer; here there is no buffer.
     """
 
     needs: ClassVar[Needs] = Needs.TRAJECTORY

@@ -16,17 +16,18 @@ class DRaFT(GradientAlgorithm):
 
         max_θ E[ R(decode(x_K), c) ],   ∂L/∂θ through the last k of K steps
 
-    k = K (`last: null`) is DRaFT, less DRaFT-K, whose earlier steps are sampled without gradient.
-    `renoised` n > 0 is DRaFT-LV, for k = 1: the final latent is noised to the last level n times
-    more, each copy denoised in one step, and the gradient averaged over the 1 + n rewards; the
-    paper's n = 2 leaves out the original. `kl_weight` is DRaFT+ (NeMo-Aligner): the mean square
-    between the outputs of policy and base model, over the steps that carry gradient. Both outputs
-    are differentiated by the latent, which earlier steps have moved; the reference takes the base's
-    for a constant, which differs for k > 1.
+    k = K (`last: null`) is DRaFT; a smaller k is DRaFT-K, whose earlier steps are sampled without
+    gradient. `renoised` n > 0 is DRaFT-LV, for k = 1: the final latent is noised to the last level
+    n more times, each copy is denoised in one step, and the gradient is averaged over the 1 + n
+    rewards; the paper has n = 2 and leaves out the original. `kl_weight` > 0 is DRaFT+
+    (NeMo-Aligner): the mean squared difference between the outputs of policy and base model, over
+    the steps that carry gradient. Both outputs are differentiated with respect to the latent, which
+    depends on earlier steps; the reference takes the base's output as a constant, which makes a
+    difference for k > 1.
 
-    The loop runs the adjoint sweep (`adjoint.adjoint_sweep`), equal to autograd through the chain,
-    with the memory of one denoiser step, or two with `kl_weight` and k > 1. Guidance, sampler and
-    its noise are those of `sampler`.
+    The loop runs the adjoint sweep (`adjoint.adjoint_sweep`). It equals autograd through the chain,
+    with the memory of one denoiser step, or of two with `kl_weight` and k > 1. Guidance, kernel and
+    noise are those of the config's `sampler`.
     """
 
     last: int | None = 1

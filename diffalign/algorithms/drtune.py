@@ -17,13 +17,14 @@ class DRTune(GradientAlgorithm):
 
         x_{i+1} = a_i x_i + b_i f_θ(sg[x_i]) + noise,   L = E[ -R(decode(x̂0(x_e)), c) ]
 
-    Every denoiser call sees a latent without gradient, so that none of its Jacobians appears, and
-    gradient reaches step i as b_i a_{i+1} … a_{e-1}. `active` equally spaced steps up to e, the
-    first at random, carry gradient, the other calls are constants. e stops early, at
-    K - U{1 … stop K}. All is drawn anew for every update and alike on all processes.
+    Every denoiser call sees a latent without gradient, so that its Jacobian does not appear, and
+    gradient reaches step i with the factor b_i a_{i+1} … a_{e-1}. `active` equally spaced steps up
+    to e carry gradient, the first of them at random; the other calls are constants. The reward is
+    that of an early step, e = K - U{1 … stop K}. All of this is drawn anew for every update and is
+    the same on all processes.
 
-    Differs from the reference code (FlowBP's, for flows): any kernel and family; with stop = 0, the
-    reward is of x_K.
+    Differs from the reference code (FlowBP's, for flows): any kernel and model family is served;
+    with stop = 0 the reward is that of x_K.
     """
 
     active: Count = 3

@@ -22,13 +22,13 @@ class FPO(Matching):
         ρ = exp( mean_k ℓ_old(x0; noise_k, t_k) - mean_k ℓ_θ(x0; noise_k, t_k) )
         L = E[ max(-A ρ, -A clip(ρ, 1-ε, 1+ε)) ]
 
-    with one ratio a sample: the mean of its matching losses ℓ over the same `times` pairs of noise
-    and level before and after. ρ is 1 before the first update; after it ℓ_old is that of the copy
+    with one ratio per sample, whose two mean matching losses ℓ are over the same `times` pairs of
+    noise and level. ρ is 1 before the first update of a rollout; after it ℓ_old is that of the copy
     "old", which drew the rollout.
 
     Differs from the reference, which controls robots: advantages are group-relative, there is no
-    value network and no GAE; ℓ_old is computed again rather than stored. Their ε of 0.05 belongs to
-    ratios that move by as much; a LoRA's move less, and are hardly clipped.
+    value network and no GAE; ℓ_old is computed again rather than stored. Their ε of 0.05 suits
+    ratios that move by as much; the ratios of a LoRA move less and are hardly clipped.
     """
 
     times: Count = 8

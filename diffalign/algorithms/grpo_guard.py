@@ -20,23 +20,24 @@ class GRPOGuard(TrustRegion):
         log ρ̂ = s (log ρ + mean_D δ² / 2s²) = mean_D(z δ),   δ = μ_θ - μ_old,  x' = μ_old + s z
         L = E[ max(-A ρ̂, -A clip(ρ̂, 1-ε, 1+ε)) / |b_i| ]
 
-    Plain ratios fall below 1 as the policy moves, the more the smaller s, so that the upper clip
-    hardly ever acts: log ρ̂ has mean 0 at every step, under the old policy. b_i is how much the mean
-    of step i moves with the network's output f_i, δ = b_i (f_i - f_old); so the gradient of log ρ̂
-    is b_i mean_D(z ∂f_i/∂θ), and dividing by |b_i| removes the sampler's factor. What is left is
-    the network's own Jacobian, which differs from step to step; without `ratio_norm` a factor 1/s
-    is left too.
+    As the policy moves, plain ratios fall below 1, further for smaller s, so that the upper clip
+    hardly ever acts. log ρ̂ has mean 0 at every step under the old policy. b_i says how much the
+    mean of step i moves with the network's output f_i: δ = b_i (f_i - f_old). So the gradient of
+    log ρ̂ is b_i mean_D(z ∂f_i/∂θ), and dividing by |b_i| removes the sampler's factor. The
+    network's own Jacobian remains, which differs from step to step; without `ratio_norm` a factor
+    1/s remains too.
 
-    With `trust=kl` the sign of A log ρ̂ tells which rows go on, and exactly so: the descent of -A ρ̂
-    moves μ_θ along A z, which raises D where A mean_D(z δ) > 0. For log ρ that is nearly true.
+    With `trust=kl` the sign of A log ρ̂ tells exactly which rows move on away from the rollout's
+    policy: descent on -A ρ̂ moves μ_θ along A z, which raises D where A mean_D(z δ) > 0. For log ρ
+    this is only nearly true.
 
     Differs from the reference: the bias is a mean over the latent of each sample, where theirs also
     runs over the batch; |b_i| comes from the kernel itself, so that UNets are served too (for a
-    flow SDE it is 1 + a²/2 times their |Δt|, at σ = 1 just that); and 1/|b_i| is scaled to mean 1
-    over all stochastic steps. Theirs is not, which for K steps makes the policy gradient K times as
-    large or more: their β and gradient norm belong to that. The KL is not re-weighted; beside it,
-    and when gradients are clipped, the policy gradient of every step is as large as if its |b_i|
-    were the harmonic mean of all.
+    flow SDE it is 1 + a²/2 times their |Δt|, and just |Δt| at σ = 1); and 1/|b_i| is scaled to mean
+    1 over all stochastic steps. Theirs is not, which for K steps makes the policy gradient K times
+    as large or more; their β and gradient norm suit that size. The KL is not re-weighted. Compared
+    with it, and when gradients are clipped, the policy gradient of every step is as large as if its
+    |b_i| were the harmonic mean of all.
     """
 
     clip_range: Limit = 2e-6

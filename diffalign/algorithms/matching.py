@@ -1,4 +1,4 @@
-"""What forward-matching algorithms share: the loss of a clean latent noised again, and times."""
+"""What forward-matching algorithms share: the loss of a clean latent noised again, its levels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..sampling.rollout import Sampling
 from .base import Algorithm, Matches, Needs
 
 ADVANTAGE_MAX = 5.0
-"""Advantage that the references scale to 1; their KL weights belong to that."""
+"""The advantage that the references scale to 1; their KL weights suit that scale."""
 
 Time = Literal["schedule", "uniform", "logit_normal"]
 
@@ -59,7 +59,8 @@ class Matching(Algorithm):
 
 
 def matching_loss(policy: Policy, batch: Matches, seen: Prediction) -> Tensor:
-    """ℓ = mean_D (f_θ(x, c) - f*)², f* the output that x0 and the noise ask for, (m,)."""
+    """ℓ = mean_D (f_θ(x, c) - f*)² (m,), where f* is a perfect network's output for x0 and
+    noise."""
     target = policy.target(batch.x0, batch.noise, batch.level)
     return (seen.native - target).square().flatten(1).mean(1)
 

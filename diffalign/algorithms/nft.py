@@ -31,14 +31,14 @@ class DiffusionNFT(Matching):
         L  = (5/β) E[ r |x⁺ - x0|² / w⁺ + (1-r) |x⁻ - x0|² / w⁻ ] + kl_weight |f_θ - f_ref|²
         w± = sg[ mean_D |x± - x0| ],   |.|² a mean over D
 
-    where x̂0 is what the denoiser predicts of a sample noised at `times` levels. "old" is a named
-    copy that draws the rollouts and follows the policy after every epoch, old <- d old + (1-d) θ,
-    with n the optimiser steps so far: d = 0 (`none`), min(n/1000, 1/2) (`slow`), or 0 until n = 75
-    and then min(0.0075 (n - 75), 0.999) (`late`). The gradient vanishes at θ = old and r = 1/2.
+    where the denoiser predicts x̂0 from a sample noised at `times` levels. "old" is a named copy
+    that draws the rollouts and follows the policy after every epoch, old <- d old + (1-d) θ. After
+    n optimizer steps d is 0 (`none`), min(n/1000, 1/2) (`slow`), or 0 until n = 75 and then
+    min(0.0075 (n - 75), 0.999) (`late`). The gradient vanishes at θ = old and r = 1/2.
 
-    Differs from the reference: noise and v models are served, in x̂0; float32 in place of float64;
-    guidance is that of `sampler` in rollout and loss (theirs trains without). At high noise a noise
-    model knows little of x0, which w levels out.
+    Differs from the reference: noise and v models are served too, as the loss is in x̂0; float32 in
+    place of float64; guidance is that of `sampler` in rollout and loss (theirs trains without). At
+    high noise a noise model predicts x0 poorly, which w evens out.
     """
 
     sampled_by: ClassVar[str | None] = "old"

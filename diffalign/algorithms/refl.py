@@ -18,8 +18,9 @@ class ReFL(GradientAlgorithm):
 
         i ~ U{K - last … K-1},   L = E[ max(0, m - R(decode(x̂0(x_i)), c)) ],   x_i without gradient
 
-    One denoiser call carries gradient. i is drawn anew for every update and alike on all processes
-    (the reference's differ, and wait for each other). Without `hinge` m, L = -R.
+    One denoiser call carries gradient. i is drawn anew for every update and is the same on all
+    processes (the reference's processes draw different steps and wait for each other). m is
+    `hinge`; without it L = -R.
 
     Differs from the reference: sampling goes on to the end, so that rewards of final pictures are
     known, and guidance is that of `sampler` (theirs trains without). Left out, as in the released

@@ -19,9 +19,9 @@ class RWR(Matching):
         L = E[ exp(A / τ) ℓ_θ(x0) ],   ℓ_θ = mean_D (f_θ(alpha x0 + sigma noise) - f*)²
 
     (Peters and Schaal 2007; on text-to-image models arXiv 2302.12192, and the RWR of DDPO's paper.)
-    It only ever imitates: bad samples are learnt less, not unlearnt. Differs from DDPO's RWR, whose
-    weights are a softmax of raw rewards over the batch: advantages, which the config clips to
-    [-5, 5], compare images of one prompt, and bound the weights by exp(5 / τ).
+    It only imitates: bad samples are learnt less, not unlearnt. Differs from DDPO's RWR, whose
+    weights are a softmax of raw rewards over the batch: advantages compare images of one prompt,
+    and since the config clips them to [-5, 5], no weight exceeds exp(5 / τ).
     """
 
     temperature: Limit = 1.0

@@ -11,8 +11,8 @@ from .base import Transitions
 def log_ratio(log_prob: Tensor, batch: Transitions) -> tuple[Tensor, dict[str, Tensor]]:
     """log ρ = log p_θ - log p_old of TRAJECTORY rows, and the rollout's mismatch.
 
-    Before the first update p_old is p_θ itself, detached, so that ρ is exactly 1; how far the
-    log-probability stored by the rollout is from it is the mismatch of rollout and training.
+    Before the first update p_old is p_θ itself, detached, so that ρ is exactly 1. The mismatch of
+    rollout and training is then |p_θ / p - 1|, where p is the probability that the rollout stored.
     """
     if not batch.on_policy:
         return log_prob - batch.log_prob_old, {}
@@ -30,21 +30,23 @@ def clipped(log_ratio: Tensor, advantage: Tensor, clip_range: float) -> Tensor:
 def masked(
     log_ratio: Tensor, advantage: Tensor, divergence: Tensor, kl_max: float
 ) -> tuple[Tensor, Tensor]:
-    """-A ρ, and 0 where D ≥ τ and A log ρ > 0; and where that is, bool. All (m,) (2606.11025).
+    """The loss -A ρ, but 0 where D ≥ τ and A log ρ > 0, and the mask of these rows: (m,)
+    (2606.11025).
 
     divergence: D >= 0 of every row, without gradient. kl_max: τ >= 0; infinite = nothing is masked.
-    A log ρ > 0 says that the row has already gone where its advantage sends it.
+    A log ρ > 0 says that the policy has already moved where the row's advantage sends it.
     """
     mask = (divergence >= kl_max) & (advantage * log_ratio > 0)
     return (-advantage * _ratio(log_ratio)).masked_fill(mask, 0.0), mask
 
 
 def _ratio(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp_max(60).exp()  # 0 times infinity would be no number
+    return log_ratio.clamp_max(60).exp()  # an advantage of 0 times infinity would be NaN
 
 
 def old(step: Gaussian, batch: Transitions) -> Gaussian:
-    """The transitions as the rollout drew them; before the first update those of now, detached."""
+    """The transitions of the rollout; before the first update these are the present ones,
+    detached."""
     mean = step.mean.detach() if batch.on_policy else batch.mean_old
     assert mean is not None  # an algorithm that asks for it has `stores_means`
     return Gaussian(mean, step.std)
@@ -70,7 +72,7 @@ def ratio_norm(step: Gaussian, mean_old: Tensor, log_ratio: Tensor) -> Tensor:
 
         log ρ̂ = s (log ρ + mean_D δ² / 2s²) = mean_D(z δ),   δ = μ_θ - μ_old,  x' = μ_old + s z
 
-    Zero in the mean under the old policy, where log ρ is biased below it, and without its scale
+    Its mean under the old policy is 0, where that of log ρ is below 0, and it lacks log ρ's scale
     1/s.
     """
     s = stds(step, log_ratio)

@@ -24,16 +24,17 @@ class TrustRegion(Algorithm):
 
         D = mean_D (μ_θ - μ_old)² / 2s²,   the Gaussian KL of the step per element of the latent
 
-    The ratio is a noisy sign of how far the policy has moved: over the noise that drew x', log ρ is
-    -D ± √(2D/n) for n elements, and the second term is as large as the first for D = 2/n. D itself
-    has no noise in it. A row that would move on beyond τ teaches nothing, one that comes back
-    always does, and nothing else bounds ρ. Neither region acts in the first update of a rollout,
-    where ρ = 1 and D = 0. D needs the means of the rollout, as large as its states again.
+    The ratio is a noisy measure of how far the policy has moved: over the noise that drew x', log ρ
+    is -D ± √(2D/n) for n elements, and the two terms are equally large at D = 2/n. D itself has no
+    noise. A row that would move on beyond τ gives no gradient, a row that moves back always does,
+    and nothing else bounds ρ. Neither region acts in the first update of a rollout, where ρ = 1 and
+    D = 0. D needs the means of the rollout, which take as much memory as its states.
 
-    τ belongs to a learning rate and a number of updates. 1e-5 is that of the authors' code; their
-    paper has 1e-7 for flow_sde and 1e-6 for cps. It sums D over the latent in its equations, and
-    names A (log ρ - D) as the exact sign of a move away from μ_old; as in its experiments, the mask
-    has A log ρ here, which differs where D is not small beside √(2D/n).
+    A good τ depends on the learning rate and the number of updates. 1e-5 is that of the authors'
+    code; their paper has 1e-7 for flow_sde and 1e-6 for cps. The paper's equations sum D over the
+    latent, and by them A (log ρ - D) > 0 is the exact sign of a move away from μ_old. The mask here
+    uses A log ρ, as the paper's experiments do, which differs where D is not small compared with
+    √(2D/n).
     """
 
     needs: ClassVar[Needs] = Needs.TRAJECTORY
@@ -53,7 +54,7 @@ class TrustRegion(Algorithm):
     def objective(
         self, log_ratio: Tensor, step: Gaussian, batch: Transitions
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses of rows (m,) by their log-ratios (m,) and transitions, and the diagnostics."""
+        """Losses (m,) of rows, from their log-ratios (m,) and transitions, and diagnostics."""
         if self.trust == "ratio":
             loss = surrogate.clipped(log_ratio, batch.advantage, self.clip_range)
             return loss, surrogate.figures(log_ratio, self.clip_range)

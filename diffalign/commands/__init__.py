@@ -1,1 +1,1 @@
-"""What one types: the command line and what its commands do."""
+"""The command line, and what its commands do."""

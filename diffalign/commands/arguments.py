@@ -1,4 +1,4 @@
-"""The arguments of commands that import torch to work, for which `--help` need not wait."""
+"""Argument parsers of commands that import torch, kept apart so that `--help` need not wait."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..emoji_world import SPLITS
 
 
 def device_of(parser: argparse.ArgumentParser) -> None:
-    """The option that all commands share which load a model, see `rewards.device`."""
+    """The option --device of all commands that load a model, see `rewards.device`."""
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu; default: the first there is")
 
 

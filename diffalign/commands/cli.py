@@ -41,11 +41,12 @@ Command = Callable[[Sequence[str]], int]
 
 
 def guarded(command: Command) -> Callable[..., int]:
-    """A command with one way to fail: what a user can cause is a message and an exit status, not a
-    traceback. 1 for bad input, a failed reward and files; 130 for Ctrl-C, as shells have it.
+    """A command with one way to fail: errors that a user can cause end in a message and an exit
+    status, not a traceback. The status is 1 for bad input, a failed reward or a file that cannot be
+    read or written, and 130 for Ctrl-C, as in shells.
 
-    With DIFFALIGN_DEBUG set the traceback is shown, as it is of whatever else is raised, which is
-    a bug.
+    With DIFFALIGN_DEBUG set the traceback is shown. Any other exception is a bug, and always shows
+    its traceback.
     """
 
     @functools.wraps(command)
@@ -55,7 +56,7 @@ def guarded(command: Command) -> Callable[..., int]:
             sys.stdout.flush()
         except BrokenPipeError:  # whoever read the output, such as `head`, has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 141  # of SIGPIPE, as shells have it
+            return 141  # that of SIGPIPE, as in shells
         except KeyboardInterrupt as error:
             return exit_status(error)
         except Exception as error:
@@ -83,8 +84,8 @@ _REMEDIES = {
 
 
 def message(error: Exception) -> str | None:
-    """What to tell a user of an exception; None of one that no user can cause."""
-    rewards = sys.modules.get("rewards.base")  # not imported, not raised
+    """The message for a user about an exception; None for an exception that no user can cause."""
+    rewards = sys.modules.get("rewards.base")  # if it is not imported, it raised nothing
     own = TrainingStopped, getattr(rewards, "RewardError", ())
     if isinstance(error, OSError) and error.strerror and error.filename:
         remedy = _REMEDIES.get(error.errno or 0)
@@ -99,7 +100,7 @@ def message(error: Exception) -> str | None:
 
 @guarded
 def train(arguments: Sequence[str]) -> int:
-    """`train.py`: returns the exit status, as `TRAIN_USAGE` has it."""
+    """`train.py`: returns the exit status, as `TRAIN_USAGE` describes it."""
     flags = {f: f in arguments for f in ("--dry-run", "--resume", "--force", "--overwrite")}
     settings = [a for a in arguments if a not in flags]
     if "--version" in arguments:
@@ -124,7 +125,7 @@ def train(arguments: Sequence[str]) -> int:
         print(plan.describe(), flush=True)
         try:
             folder.check(*place)
-        except (ConfigError, FileNotFoundError) as error:  # what it costs is worth knowing yet
+        except (ConfigError, FileNotFoundError) as error:  # the cost is worth knowing anyway
             print(f"note       {error}")
         if os.path.isdir(os.path.expanduser(config.model.name)):  # others would be downloaded
             print(measured(settings))
@@ -259,7 +260,7 @@ def serve_rewards(arguments: Sequence[str]) -> int:
 def _run(
     module: str, arguments: Sequence[str], parser: argparse.ArgumentParser | None = None
 ) -> int:
-    """The `main` of a module of this package, which is imported once `parser` takes the
+    """Run the `main` of a module of this package, which is imported once `parser` has accepted the
     arguments."""
     if parser is not None:
         parser.parse_args(arguments)

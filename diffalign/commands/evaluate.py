@@ -18,7 +18,7 @@ from . import arguments as arguments_of
 
 
 def formatted(columns: dict[str, dict[str, float]]) -> str:
-    """A Markdown table: a row a score, a column a model."""
+    """A Markdown table with a row per score and a column per model."""
     names = list(dict.fromkeys(k for scores in columns.values() for k in scores))
     lines = [f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     for name in names:

@@ -1,4 +1,4 @@
-"""Comparison grids, `diffalign grid`: a row a prompt, a column a model, one noise a row."""
+"""Comparison grids, `diffalign grid`: a row per prompt with one noise, a column per model."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def compare(
     pictures: Mapping[str, Sequence[Image.Image]] | None = None,
     cell: int | None = None,
 ) -> Image.Image:
-    """Draw the base model and `columns` (see `scales` and `interpolation`), each prompt and seed a
-    row; without columns the seeds are the columns.
+    """Draw a grid with a row per prompt and seed; its columns are the base model and `columns` (see
+    `scales` and `interpolation`). Without `columns` the seeds are the columns.
 
-    rewards: a spec of the `rewards` package; its parts are written under the pictures. reno: a
-    column for each of these numbers of iterations of ReNO on the base model, for their sum, the
-    plain picture being the first. pictures: columns that were drawn elsewhere: one a row, with the
-    seeds of a prompt in turn. cell: px of a picture. Raises ValueError for bad input, before any
-    model is loaded, and RewardError.
+    rewards: a spec of the `rewards` package; a picture's rewards are written under it. reno:
+    numbers of iterations; for each a column with the best pictures of ReNO on the base model, for
+    the sum of the rewards. The first iteration is the plain picture. pictures: columns that were
+    drawn elsewhere, one picture per row, by prompt and then by seed. cell: side of a picture in px.
+    Raises ValueError for bad input, before any model is loaded, and RewardError.
     """
     texts = collect(prompts)
     rows = [(p, s) for p in texts for s in seeds]
@@ -96,7 +96,7 @@ def compare(
     judge = reward_library.build(rewards) if rewards is not None else None
     if reno and judge is not None:
         judge.require_differentiable()
-    # a factor of 0 is the base model again
+    # a column with all factors 0 is the base model again
     variants = {k: v for k, v in (columns or {}).items() if any(v.values())}
     sampler, drawn = Sampler(model, merge_lora, dtype), {}
     for header, weights in {BASE: {}, **variants}.items():
@@ -131,7 +131,7 @@ def _reno(
     sampling: Sampling,
     iterations: Sequence[int],
 ) -> dict[str, list[Image.Image]]:
-    """The best pictures after each of the rising numbers of iterations."""
+    """The best pictures after each of `iterations`, which are in rising order."""
     drawn: dict[str, list[Image.Image]] = {f"ReNO {n}": [] for n in iterations}
     method = optimize_noise.build("reno", {"iterations": iterations[-1]})
     for i in range(0, len(rows), BATCH):
@@ -150,7 +150,7 @@ def _reno(
 
 
 def _by_seed(table: Mapping[str, Sequence], seeds: Sequence[int]) -> dict[str, Sequence]:
-    """The one column of `table`, of every prompt and seed, as a column a seed."""
+    """The only column of `table`, with all prompts and seeds, split into a column per seed."""
     n = len(seeds)
     return {f"seed {s}": v[j::n] for v in table.values() for j, s in enumerate(seeds)}
 
@@ -162,7 +162,7 @@ def _scores(
     prompts: Sequence[Prompt],
     device: str,
 ) -> list[dict[str, float]]:
-    """The parts of every picture's reward; one that does not score a prompt is left out."""
+    """The parts of every picture's reward, without those that do not score its prompt."""
     found = []
     for i in range(0, len(images), BATCH):
         batch = torch.stack([to_tensor(image.convert("RGB")) for image in images[i : i + BATCH]])

@@ -1,4 +1,4 @@
-"""The text of `--help`, and of the commands that list what there is, made from the code itself."""
+"""Texts of `train --help` and of the commands that list or describe, made from the code itself."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def help_text(places: Mapping[str, str] = algorithms.ALGORITHMS.places) -> str:
 
 
 def listing(kind: str, name: str | None = None) -> str:
-    """A line for each of `KINDS[kind]`, or all about the one `name`. Nothing is imported.
+    """A line for each entry of `KINDS[kind]`, or all about the entry `name`. No entry is imported.
 
-    Raises ConfigError for a name that there is not.
+    Raises ConfigError for an unknown name.
     """
     of, places = KINDS[kind], KINDS[kind].places()
     if name is not None:
@@ -64,7 +64,7 @@ def listing(kind: str, name: str | None = None) -> str:
     for known, place in places.items():
         try:
             subject = Subject(place)
-        except (KeyError, OSError, ImportError):  # installed, and without source
+        except (KeyError, OSError, ImportError):  # installed without source
             rows.append((known, "", "", place))
             continue
         title = re.sub(r" \(arXiv [\d.]+\)", "", subject.title).rstrip(".")
@@ -133,8 +133,9 @@ def _installed() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class _Kind:
-    """What `listing` lists: {name: "module:attribute"}, what each needs or gives (in a word, and in
-    a few), the prefix of its options, and a command that uses it."""
+    """What `listing` lists. one: its singular. places: {name: "module:attribute"}. column, gives:
+    what an entry needs or gives, as a header, and in one word and in a few. prefix: of an entry's
+    options. example: a command that uses an entry."""
 
     one: str
     places: Callable[[], Mapping[str, str]]

@@ -1,4 +1,4 @@
-"""`sample.py --noise`: pictures drawn again from the noise that they were drawn of."""
+"""`sample.py --noise`: pictures drawn again from their stored noise."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from .search import loaded
 
 @dataclass
 class How(Settings):
-    """What a picture was drawn with, as `drawn.Drawn` has it; the last three are the noise's."""
+    """Settings of a picture, as in `Drawn.how`; the last three belong to its noise."""
 
     lora: str | None = None
     lora_scale: float = 1.0
@@ -55,16 +55,16 @@ def redraw(
 ) -> Path:
     """Write a grid of the pictures of a noise.safetensors; returns its path.
 
-    With its model and settings they are the same pixels, as far as a network gives the same for
-    another batch. given: those of `How` that are not None replace the file's; prompts: one for all,
-    or one each. out: as for `pipeline.draw`. Raises ValueError for noise that does not fit, before
-    a model is loaded.
+    With the file's model and settings the pixels are the same, as far as the network's output does
+    not depend on the batch. given: fields of `How`; those that are not None replace the file's.
+    prompts: one for all pictures, or one each. out: as for `pipeline.draw`. Raises ValueError for
+    noise that does not fit, before a model is loaded.
     """
     stored = _fitting(noise, prompts, {k: v for k, v in given.items() if v is not None}, grid)
     if out is not None:
         drawn.check_out(out, grid, [one.name for one in stored])
     found: list[Drawn] = []
-    load = lru_cache(1)(Sampler)  # pictures in turn are of one model, as a rule
+    load = lru_cache(1)(Sampler)  # successive pictures mostly share a model
     for _, several in groupby(stored, key=_drawn_alike):
         group = list(several)
         found += _plain(group, load) if group[0].how["kernel"] is None else _searched(group)
@@ -75,7 +75,7 @@ def redraw(
 
 
 def _drawn_alike(one: Stored) -> tuple[str, str]:
-    """What pictures have in common that one call may draw."""
+    """A key that pictures share if one call may draw them."""
     plain = one.how["kernel"] is None
     return repr(one.how), repr((one.prompt, one.text)) if plain else ""
 
@@ -83,7 +83,7 @@ def _drawn_alike(one: Stored) -> tuple[str, str]:
 def _fitting(
     path: str, prompts: Sequence[str] | None, given: Mapping[str, Any], grid: str
 ) -> list[Stored]:
-    """The pictures of the file as they are to be drawn, each checked."""
+    """The pictures of the file with the settings to draw them with, each checked."""
     found = drawn.read(path)
     texts = collect(prompts, "--prompts") if prompts else []
     if len(texts) not in (0, 1, len(found)):
@@ -134,7 +134,7 @@ def _check_noise(path: str, one: Stored) -> None:
 
 
 def _plain(group: Sequence[Stored], load: Callable[..., Sampler]) -> list[Drawn]:
-    """By diffusers' own pipeline."""
+    """Pictures drawn by diffusers' own pipeline."""
     one, how = group[0], group[0].how
     sampler = load(how["model"], how["merge_lora"], how["dtype"])
     sampler.use({} if how["lora"] is None else {how["lora"]: how["lora_scale"]})
@@ -144,7 +144,7 @@ def _plain(group: Sequence[Stored], load: Callable[..., Sampler]) -> list[Drawn]
 
 @torch.no_grad()
 def _searched(group: Sequence[Stored]) -> list[Drawn]:
-    """By the sampler that a search had."""
+    """Pictures drawn by the sampler that the search used."""
     how = group[0].how
     policy, found = loaded(how), []
     levels = policy.levels(how["steps"])

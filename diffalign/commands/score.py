@@ -26,9 +26,10 @@ from . import arguments as arguments_of
 def pair(folder: Path, file: str | None) -> list[tuple[Path, Prompt]]:
     """The pictures of a folder, at any depth, in the order of their names, with their prompts.
 
-    Those of the prompt file belong to the pictures that their "image" names (a path inside the
-    folder), or if none does, to the pictures in order. Without a file every prompt is "". Raises
-    ValueError for a folder without pictures and for prompts that do not fit them.
+    A prompt of the file belongs to the picture that its "image" names (a path inside the folder).
+    If no prompt has an "image", prompts belong to the pictures in order. Without a file every
+    prompt is "". Raises ValueError for a folder without pictures and for prompts that do not fit
+    them.
     """
     if not folder.is_dir():
         what = "is a file, give its folder" if folder.is_file() else "does not exist"
@@ -78,9 +79,9 @@ def score(
     out: str,
     batch: int = 16,
 ) -> dict[str, float]:
-    """Write `out`, a CSV of image, prompt and a column for each reward of `spec`, and return their
-    means over the pictures that each scores. Rows that are there already are kept, so that an
-    interrupted call goes on where it was; a file of other rewards or prompts is refused. Raises
+    """Write `out`, a CSV with columns for image, prompt and each reward of `spec`; returns the mean
+    of each reward over the pictures that it scores. Rows that are there already are kept, so that
+    an interrupted call goes on where it was; a file of other rewards or prompts is refused. Raises
     ValueError for bad input, before any model is read, OSError and RewardError."""
     if batch < 1:
         raise ValueError(f"--batch {batch} scores nothing; use 1 or more")
@@ -101,7 +102,7 @@ def score(
                 image = load_image(picture)
                 whole = (len(images) + 1) * image[0, 0].numel() > MOST_PIXELS
                 if images and (whole or image.shape != images[0].shape):
-                    break  # pictures of another size are another batch
+                    break  # pictures of another size go into another batch
                 images.append(image)
             end = start + len(images)
             texts = for_rewards([prompt for _, prompt in pictures[start:end]])
@@ -122,13 +123,14 @@ def _csv(rows: Iterable[Sequence[str]]) -> str:
 
 def _line(row: Sequence[str]) -> str:
     text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\r\n").writerow(row)  # quotes what holds a part of this
+    csv.writer(text, lineterminator="\r\n").writerow(row)  # makes it quote line breaks
     return text.getvalue().removesuffix("\r\n") + "\n"
 
 
 def _done(path: Path, header: list[str], rows: list[list[str]]) -> list[list[str]]:
-    """The scores that the file `path` has for the first of `rows`; the line of a crash is dropped.
-    Raises ValueError if it is about other rewards or pictures, or is no such file."""
+    """The scores that the file `path` has for the first of `rows`; a line that a crash cut short is
+    dropped. Raises ValueError if the file is about other rewards or pictures, or is no table of
+    scores."""
     if not path.exists():
         return []
     try:

@@ -26,10 +26,10 @@ from ..sampling.pipeline import Drawing, parse_seeds
 def run(method: str, wanted: Wanted, drawing: Drawing) -> Path:
     """Write a grid of the plain and the best picture of every prompt and seed; returns its path.
 
-    As many are searched for at once as `sampler.batch` has pictures, each with a budget of its own.
-    With `drawing.out` the best pictures are written as `pipeline.draw` does, and trace.json, what
-    each search had taken and found after every step. Ctrl-C keeps what was found, and so does a
-    reward that fails, which is raised then.
+    `sampler.batch` pictures are searched for at once, each with its own budget. With `drawing.out`
+    the best pictures are written as `pipeline.draw` writes them, and trace.json holds what each
+    search had used and found after every step. After Ctrl-C what was found is kept. The same holds
+    if a reward fails, but its error is then raised.
     """
     numbers, texts = parse_seeds(drawing.seeds), collect(drawing.prompts, "--prompts")
     jobs = [(prompt, seed) for prompt in texts for seed in numbers]
@@ -52,7 +52,7 @@ def run(method: str, wanted: Wanted, drawing: Drawing) -> Path:
     reward = reward_library.build(wanted.rewards).to(device)
     prompt, seed = jobs[0]
     peeked: Any = SimpleNamespace(latent_shape=shape)
-    make(Task(peeked, reward, [prompt], sampling, [seed], batch))  # refuses what cannot work
+    make(Task(peeked, reward, [prompt], sampling, [seed], batch))  # refuses bad settings
     how = drawing.how(sampling.kernel, sampling.eta)
     policy = loaded(how)
     if ahead is not None:
@@ -91,7 +91,7 @@ def run(method: str, wanted: Wanted, drawing: Drawing) -> Path:
 
 
 def loaded(how: Mapping[str, Any]) -> policies.Policy:
-    """The policy of a model, LoRA and settings as `drawn.Drawn` has them."""
+    """The policy with the model, LoRA and settings of `how`, see `drawn.Drawn`."""
     options = default_device(), how["dtype"], how["resolution"]
     policy = policies.load(how["model"], *options, merge_lora=how["merge_lora"])
     if how["lora"] is not None:
@@ -100,7 +100,8 @@ def loaded(how: Mapping[str, Any]) -> policies.Policy:
 
 
 def _scores(result: Result) -> dict[str, float]:
-    """What is written under a picture: the reward, and its parts unless it has just one."""
+    """What is written under a picture: the reward and its parts, or its only part if that equals
+    it."""
     parts = {k: v for k, v in result.parts.items() if v == v}
     return parts if list(parts.values()) == [result.reward] else {"reward": result.reward} | parts
 

@@ -1,8 +1,8 @@
-"""How long a run takes on this machine, from one denoiser call: `--dry-run` asks for it.
+"""How long a run takes on this machine, estimated from one denoiser call for `--dry-run`.
 
     python -m diffalign.commands.timing CONFIG.yaml [--section.key VALUE ...]
 
-It is a process of its own, so that the plan is there at once and stands if this fails.
+It runs in its own process, so that the plan is shown at once, and stays if this fails.
 """
 
 from __future__ import annotations
@@ -25,16 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds of one denoiser call, of one with its backward pass, and of a picture decoded."""
+    """Seconds of one sample through the denoiser, of one with its backward pass, and of decoding a
+    picture."""
 
     forward: float
     backward: float
     decoded: float
-    batch: int  # pictures a call of the denoiser, when sampling
+    batch: int  # pictures per call of the denoiser, when sampling
     device: str
 
     def describe(self, cost: Cost, gradient: bool) -> str:
-        """Two lines of `--dry-run`. gradient: pictures of training are decoded with gradient."""
+        """Two lines of `--dry-run`. gradient: whether training decodes its pictures with
+        gradient."""
         free = cost.sampled + cost.learned - cost.carried
         pictures = cost.samples * (1 + BACKWARD * gradient)
         epoch = free * self.forward + cost.carried * self.backward + pictures * self.decoded
@@ -60,7 +62,8 @@ def words(seconds: float) -> str:
 
 
 def measure(plan: Plan) -> Measured:
-    """Load the model as the run does, and time one call of each kind after another to warm up."""
+    """Load the model as the run does, and time one call of each kind, after a first one to warm
+    up."""
     import torch
 
     from rewards.device import default_device
@@ -100,9 +103,9 @@ def measure(plan: Plan) -> Measured:
 
 
 def measured(settings: Sequence[str]) -> str:
-    """The lines about time, by a process of its own. settings: CONFIG.yaml and what replaces its
-    settings."""
-    root = str(Path(__file__).parents[2])  # where a child finds this package too
+    """The lines about time, from a separate process. settings: CONFIG.yaml and the options that
+    replace its settings."""
+    root = str(Path(__file__).parents[2])  # so that a child process finds this package too
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", "diffalign.commands.timing", *settings], stdout=subprocess.PIPE,

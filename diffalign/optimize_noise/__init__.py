@@ -1,4 +1,4 @@
-"""One better picture a prompt, with the model as it is. To add a method: a file, a line here."""
+"""Searches for a better picture of a prompt, without training. To add one: a file, a line here."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ METHODS: Registry[Callable[..., Steps]] = Registry(
 
 
 def __getattr__(name: str) -> Any:
-    # they bring torch along: a second that a usage error need not wait for
+    # these import torch, which takes a second that a usage error need not wait for
     if name in __all__:
         return getattr(importlib.import_module(".base", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -58,9 +58,9 @@ def __getattr__(name: str) -> Any:
 def build(name: str, options: Mapping[str, Any] | None = None) -> Callable[[Task], Steps]:
     """The method `name` with its options set, for `search(task, method(task), budget)`.
 
-    Options are those of the method's function; strings become numbers where they should be. What it
-    takes by keyword alone is for Python: give that to the result. Raises ValueError for an unknown
-    method or option, or a value that cannot work.
+    Options are the arguments of the method's function; strings become numbers where numbers are
+    expected. Keyword-only arguments are for Python: pass them to the result. Raises ValueError for
+    an unknown method or option, or a value of the wrong type or out of range.
     """
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}{suggest(name, METHODS)}")
@@ -90,9 +90,10 @@ def sampling_for(
     kernel: str | None = None,
     eta: float | None = None,
 ) -> Sampling:
-    """How a method draws along `levels`: by the ODE, or, for those that live on chance (`smc`,
-    `flow_map`, `dno`), by DDIM with eta 1, on a flow by Flow-GRPO's SDE with 0.7. kernel and eta:
-    others. Raises ValueError for a kernel that is unknown or does not suit the levels."""
+    """How a method draws along `levels`: by the ODE; but methods that need stochastic steps (`smc`,
+    `flow_map`, `dno`) by DDIM with eta 1, or on a flow by Flow-GRPO's SDE with eta 0.7. kernel and
+    eta replace these defaults. Raises ValueError for a kernel that is unknown or does not suit the
+    levels."""
     from ..dynamics import step_std
     from ..sampling.rollout import Sampling
 

@@ -23,7 +23,7 @@ from .options import Budget
 
 
 class Account:
-    """What each of n prompts has taken of a budget of its own: `taken`, by `Budget`'s names."""
+    """How much each of n prompts has used of its own budget: `taken`, under `Budget`'s names."""
 
     def __init__(self, n: int):
         self.n = n
@@ -34,7 +34,8 @@ class Account:
         self.taken = [dict.fromkeys(self.limits, 0.0) for _ in range(self.n)]
 
     def pay(self, rows: Sequence[int], spent: Mapping[str, float]) -> None:
-        """Divide `spent` among the pictures of the prompts `rows`, which cost the same each."""
+        """Charge `spent` to the prompts `rows`, one entry per picture; every picture costs the
+        same."""
         for row, pictures in Counter(rows).items():
             for name, value in spent.items():
                 self.taken[row][name] += value * pictures / len(rows)
@@ -49,14 +50,14 @@ class Account:
 
 @dataclass(frozen=True)
 class Task:
-    """Pictures to find for n prompts: the model, what is wanted of them, and how they are drawn.
+    """A search for pictures of n prompts: the model, the reward, and how pictures are drawn.
 
-    A picture is a function of its noise z (1 + S, *latent): the initial one, then one for each of
-    the S stochastic steps of `sampling`. seeds: one a prompt. The plain sample of a prompt is drawn
-    from the noise of its seed alone, so it is the picture that `sampling` gives without any search.
-    batch: pictures per call of denoiser and reward. account: what a search has taken so far.
+    A picture is a function of its noise z (1 + S, *latent): the initial noise, then that of each of
+    the S stochastic steps of `sampling`. seeds: one per prompt. The plain sample of a prompt is
+    drawn from the noise of its seed alone, so it is the picture that `sampling` gives without any
+    search. batch: pictures per call of denoiser and reward. account: what a search has used so far.
 
-    Raises ValueError for what no method can work with.
+    Raises ValueError for a task that no method can work on.
     """
 
     policy: Policy
@@ -92,7 +93,8 @@ class Task:
         return len(self.prompts)
 
     def affordable(self, rows: Sequence[int], most: int) -> int:
-        """How many plain samples of each of the prompts `rows` their budgets allow: 1 to `most`."""
+        """The number of plain samples per prompt, 1 to `most`, that the budgets of all `rows`
+        allow."""
         guided = self.policy.uses_cfg and self.sampling.guidance > 1
         each = self.sampling.steps * (2 if guided else 1)
         left = [self.account.left(row) for row in rows]
@@ -104,8 +106,8 @@ class Task:
         return self.policy.encode([self.prompts[i].text for i in rows])
 
     def noise(self, rows: Sequence[int], draws: int | Sequence[int] = 0) -> Tensor:
-        """Noise (m, 1 + S, *latent) of the prompts `rows`: that of the plain sample for draw 0, and
-        fresh for every other number. draws: one for all, or one a row."""
+        """Noise (m, 1 + S, *latent) of the prompts `rows`. draws: a number for all rows, or one per
+        row; 0 is the plain sample's noise, and every other number gives fresh noise."""
         draws = [draws] * len(rows) if isinstance(draws, int) else draws
         seeds = [
             sample_seed(self.seeds[i], "draw", k) if k else self.seeds[i]
@@ -125,7 +127,7 @@ class Task:
         return self.reward.gradient(images, *for_rewards([self.prompts[i] for i in rows]))
 
     def batches(self, m: int) -> list[slice]:
-        """The rows of each call, for m pictures."""
+        """Slices of m pictures, one per call of denoiser and reward."""
         return [slice(i, i + self.batch) for i in range(0, m, self.batch)]
 
 
@@ -133,9 +135,9 @@ class Task:
 class Step:
     """m finished pictures (m, 3, H, W) in [0, 1] of the prompts `rows`, with their rewards (m,).
 
-    noise: (m, 1 + S, *latent), what `draw` makes them of; redraws is False, and noise what it
-    started from, for a method that leaves the sampler on the way. texts: what they were drawn of,
-    where it is not their prompts.
+    noise: (m, 1 + S, *latent), from which `draw` makes them. redraws: False for a method that
+    leaves the sampler on the way, and `noise` is then what it started from. texts: the texts that
+    were drawn, if they are not the prompts.
     """
 
     rows: Sequence[int]
@@ -149,18 +151,18 @@ class Step:
 
 Steps = Iterator[Step | None]
 """What a method yields: first the plain samples, `draw(task, rows, task.noise(rows))` of all rows;
-then whatever it finds. None is for work that has finished no picture, so that a long way to the
-next one can be interrupted."""
+then whatever it finds. None marks work that has finished no picture yet, so that the search can
+stop on a long way to the next one."""
 
 
 @dataclass
 class Result:
     """The best picture of a prompt (3, H, W), its noise (1 + S, *latent), its rewards; on the CPU.
 
-    text: what it was drawn of; `critique` rewrites the prompt. redraws: whether `draw` makes it of
-    its noise. trace: after every step with pictures of it what the prompt had taken (`Budget`'s
-    names), the reward of that step's best picture as "reward" and of the best so far as "best".
-    stopped: by Ctrl-C.
+    text: the text that was drawn; `critique` rewrites the prompt. redraws: whether `draw` makes the
+    picture from its noise. trace: an entry after every step with pictures of the prompt: what it
+    had used (`Budget`'s names), the reward of that step's best picture as "reward" and of the best
+    so far as "best". stopped: whether Ctrl-C ended the search.
     """
 
     prompt: str
@@ -181,16 +183,16 @@ def search(
     progress: str = "",
     each: Callable[[Sequence[Result]], None] | None = None,
 ) -> list[Result]:
-    """The best pictures of `steps`, a method's generator, one result a prompt.
+    """The best picture of each prompt that `steps`, a method's generator, finds.
 
-    Each prompt has a budget of its own, so what is found for it is what it would find alone. Every
-    method's first step is the plain sample, and it is always taken: a budget of 0 returns it
-    exactly. One that ends on the way to the next pictures loses them, with a warning. each: called
+    Each prompt has its own budget, so it gets the picture that it would get alone. Every method's
+    first step is the plain sample, which is always drawn: a budget of 0 returns exactly that. If
+    the budget ends on the way to the next pictures, they are lost, with a warning. each: called
     with the results so far after every step with pictures. Ctrl-C ends the search and keeps the
     best so far. Raises what the reward raises, and ValueError for a method whose steps leave a
     prompt without a picture.
     """
-    n, account = len(task), task.account  # where the method looks at what is left
+    n, account = len(task), task.account  # methods read from it what is left
     account.start(budget)
     best: list[Result | None] = [None] * n
     stopped, before = False, _meters(task)
@@ -235,7 +237,7 @@ def _meters(task: Task) -> dict[str, float]:
 
 
 def _keep(task: Task, step: Step, best: list[Result | None], going: Sequence[int]) -> None:
-    """The best of the pictures of prompts that had some budget left, or have none yet."""
+    """Update `best` for the prompts of a step that had some budget left, or have no picture yet."""
     totals = step.total.detach().cpu()
     for row in dict.fromkeys(step.rows):
         old = best[row]
@@ -263,8 +265,8 @@ def _keep(task: Task, step: Step, best: list[Result | None], going: Sequence[int
 
 
 def chain(policy: Policy, cond: Cond, sampling: Sampling, noise: Tensor) -> Iterator[Tensor]:
-    """The sampler's states x_0 … x_K, (m, *latent) each, of noise (m, 1 + S, *latent); with
-    gradient where it is enabled. They are those of `rollout` bit for bit."""
+    """The sampler's states x_0 … x_K, each (m, *latent), from noise (m, 1 + S, *latent); with
+    gradient where it is enabled. They equal those of `rollout` bit for bit."""
     x, *drawn = noise.unbind(1)
     yield x
     for i, stochastic in enumerate(sampling.stochastic):
@@ -274,19 +276,19 @@ def chain(policy: Policy, cond: Cond, sampling: Sampling, noise: Tensor) -> Iter
 
 
 def last(states: Iterator[Tensor]) -> Tensor:
-    """The last of `chain`'s states, clean latents, none of the others kept."""
+    """The last of `chain`'s states, the clean latents; the others are not kept."""
     return deque(states, maxlen=1)[0]
 
 
 @torch.no_grad()
 def draw(task: Task, rows: Sequence[int], noise: Tensor) -> Step:
-    """The pictures that the sampler makes of `noise` (m, 1 + S, *latent), scored."""
+    """The pictures that the sampler makes from `noise` (m, 1 + S, *latent), scored."""
     return finish(task, rows, noise, finals(task, rows, noise))
 
 
 @torch.no_grad()
 def finals(task: Task, rows: Sequence[int], noise: Tensor) -> Tensor:
-    """The clean latents (m, *latent) that the sampler makes of `noise` (m, 1 + S, *latent)."""
+    """The clean latents (m, *latent) that the sampler makes from `noise` (m, 1 + S, *latent)."""
     found = []
     for part in task.batches(len(rows)):
         cond = task.cond(rows[part])

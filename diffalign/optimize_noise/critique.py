@@ -1,4 +1,4 @@
-"""Critique and refine: a judge rewrites the prompt, and the picture stays if it is better."""
+"""Critique and refine: a judge rewrites the prompt, and the new picture is kept if better."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .base import Count, Step, Steps, Task, draw, finals, finish
 
 @runtime_checkable
 class Judge(Protocol):
-    """Who looks at a picture (3, H, W) and at a prompt, as `rewards.vlm.VLM` does."""
+    """Criticizes a picture (3, H, W) and rewrites its prompt, as `rewards.vlm.VLM` does."""
 
     def critique(self, image: Tensor, prompt: str) -> str: ...
 
@@ -29,20 +29,20 @@ def critique(
     *,
     judge: Judge | None = None,
 ) -> Steps:
-    """After the plain sample, `rounds` pictures of each prompt drawn of prompts that a judge wrote.
+    """After the plain sample, `rounds` pictures of each prompt from texts that a judge wrote.
 
         p_0 = p,   q = judge.refine(u, p_r, judge.critique(u, p)),   u the picture of p_r
         p_{r+1} = q if R(picture of q, p) > R(u, p), else p_r
 
-    All of the same noise, and all scored under the original prompt p. Test-time critique and
-    refinement after RationalRewards (arXiv 2604.11626), whose code runs one round and has no check
-    that it helped; its threshold below which a picture is refined at all is left out. What was
-    drawn before is not drawn again: a prompt's first round that finds nothing new is its last, as
-    is one whose answer cannot be read, with a warning. Not reproduced: no judge that can see was at
-    hand.
+    All pictures start from the same noise and are scored under the original prompt p. This is the
+    test-time critique and refinement of RationalRewards (arXiv 2604.11626), whose code runs one
+    round and does not check whether it helped. Left out: their threshold, below which a picture is
+    refined at all. No text is drawn twice: a prompt's search ends with the first round that gives
+    no new text, or, with a warning, an answer that cannot be read. Not reproduced: no judge that
+    can see was at hand.
 
-    judge: None is the first of the task's rewards that is one (a `vlm`). A result's `text` is the
-    prompt that its picture was drawn of. Raises ValueError where there is no judge.
+    judge: None = the first of the task's rewards that is a judge (a `vlm`). A result's `text` is
+    the text that was drawn. Raises ValueError if there is no judge.
     """
     if judge is None:
         judges = [part for part in task.reward.parts.values() if isinstance(part, Judge)]

@@ -21,8 +21,8 @@ def implausibility(noise: Tensor, block: int = 4) -> Tensor:
         -min(-m ‖μ‖² / 2k, -log 2) - min(-m max(√(1 + ‖C - I‖₂) - 1 - √(k/m), 0)² / 2, -log 2)
 
     The two terms are the logarithms of tail bounds on ‖μ‖ and ‖C - I‖₂ (arXiv 2405.18881), cut off
-    where the bounds say nothing: there the gradient is 0. For normal noise the second is always
-    there, the first in three of four draws (k = 4). What is left over of d is not looked at.
+    where the bounds say nothing; the gradient is 0 there. For normal noise the second term is
+    always cut off, the first in three of four draws (k = 4). The last d - m k numbers are ignored.
     """
     m = noise.shape[1] // block
     z = noise[:, : m * block].unflatten(1, (m, block))
@@ -48,20 +48,20 @@ def dno(
 
         min_z  -Σ_k w_k R_k(decode(x_K(z)), c) + γ (P(z) + mean over permutations π of P(π z))
 
-    P is `implausibility` of z in the order in which it is used, then in random orders: it hardly
-    acts until z has left what N(0, I) looks like. By Adam, after clipping the norm of the
-    gradient; `iterations` pictures of each prompt, the first the plain sample. The best is the best
-    by reward alone. With a deterministic kernel there is nothing but the initial noise.
+    P is `implausibility` of z, in the order in which z is used and in random orders. It hardly acts
+    as long as z looks like a draw of N(0, I). The optimizer is Adam, after clipping the norm of the
+    gradient. Each prompt gets `iterations` pictures, the first of them the plain sample; the best
+    is chosen by reward alone. With a deterministic kernel z is the initial noise alone.
 
-    The gradient is exact, at the memory of one denoiser step (`gradients.adjoint`) and twice the
-    calls of a picture. regularization: γ, 1 as in the authors' example (their code has it off by
-    default). block: k. permutations: 0 for the given order alone. initial_only: leave the noise of
-    the stochastic steps as it is. checkpoint: decoder and rewards have their graphs one after the
-    other, for one more decoding.
+    The gradient is exact; it takes the memory of one denoiser step (`gradients.adjoint`) and twice
+    the calls of a picture. regularization: γ, 1 as in the authors' example (their code has it off
+    by default). block: k. permutations: number of random orders; 0 = only the order of use.
+    initial_only: leave the noise of the stochastic steps as it is. checkpoint: keep the graphs of
+    decoder and rewards one after the other, not together, at the cost of one more decoding.
 
     Left out: the authors' gradient-free variant, and optimising only the last steps. Their AdamW
-    decays the noise by 1 % of lr a step; here it does not. Raises ValueError for a reward without
-    gradient, and for a block larger than the noise.
+    decays the noise by 1 % of lr per step; Adam here does not. Raises ValueError for a reward
+    without gradient, and for a block larger than the noise.
     """
     task.reward.require_differentiable()
     noises = 1 if initial_only else 1 + sum(task.sampling.stochastic)
@@ -71,7 +71,7 @@ def dno(
             f"dno.block={block} exceeds the {d} numbers of the noise; use a small part of them, "
             "such as 4"
         )
-    generator = torch.Generator().manual_seed(0)  # alike for any number of prompts
+    generator = torch.Generator().manual_seed(0)  # the same orders for any number of prompts
 
     def penalty(z: Tensor) -> Tensor:
         if not regularization:

@@ -1,6 +1,6 @@
-"""Trajectory tilting with a look-ahead: particles steered by t times the reward of where they go.
+"""Trajectory tilting with a look-ahead: particles steered by t times the reward they lead to.
 
-After Flow Map Trajectory Tilting (FMTT, arXiv 2511.22688). Not reproduced: there is no code of the
+After Flow Map Trajectory Tilting (FMTT, arXiv 2511.22688). Not reproduced: there is no code by the
 authors, and their hyper-parameters were not known here.
 """
 
@@ -29,25 +29,28 @@ def flow_map(
     *,
     look_ahead: Policy | Literal["denoiser"] = "denoiser",
 ) -> Steps:
-    """After the plain sample k = `particles` others, tilted on the way by r_t(x) = t R(X_t(x)).
+    """After the plain sample, k = `particles` others, tilted on the way by r_t(x) = t R(X_t(x)).
 
         dx = b dt + ε (score + g λ ∇r_t) dt + √(2ε) dW,   weights exp(λ r_t) at each time
 
-    X_t(x): where the flow map takes x at time t = α/(α + σ), from noise 0 to data 1. Weights, their
-    resampling and the gradient's importance weights are those of `smc.steer`, with the difference
-    of r_t as potential, and the end weighted by R itself: they lead to the same tilted law as the
-    integral of R(X_t) dt along a path, for any look-ahead, by weights with other noise.
+    X_t(x): the clean latents to which the flow map takes x at time t = α/(α + σ), 0 at noise and 1
+    at data. Weights, resampling and the gradient's importance weights are those of `smc.steer`,
+    with the difference of r_t as potential; finished pictures are weighted by R itself. For any
+    look-ahead they lead to the same tilted law as weights by the integral of R(X_t) dt along a
+    path; only the noise of the weights differs.
 
-    look_ahead: "denoiser" is the policy's own x̂0, which is no flow map but the mean of where x may
-    go; or, from Python, another policy of the same latents and levels, such as a distilled one,
-    whose one step is the map (CFG as the task has it, and its calls counted with the policy's).
-    top: n above 0 keeps the n particles of highest r_t instead, a search without
-    weights. gradient: g, 1 the equation above, 0 none; one backward pass through the look-ahead at
-    every stochastic step. interval, start, end: parts of the K steps at which weights are updated.
-    threshold: the part of k below which the effective sample size leads to resampling.
+    look_ahead: "denoiser" is the policy's own x̂0, which is not a flow map but the mean of where x
+    may go. From Python it may be another policy of the same latents and levels, such as a distilled
+    one, whose one step is the map; it uses the task's guidance, and its calls count with the
+    policy's. top: n above 0 keeps the n particles of highest r_t in place of resampling, a search
+    without weights. gradient: g; 1 is the equation above, 0 uses no gradient. Above 0 each
+    stochastic step costs one backward pass through the look-ahead. interval, start, end: shares of
+    the K steps; weights are updated every interval from start to end. threshold: resample if the
+    effective sample size is below this share of k.
 
-    Approximate, and not the authors' method: both look-aheads are one step, ε is what the kernel of
-    the task has (s² = 2 ε dt), and ∇r_t is held during a step. Maps of 2 or 4 steps are left out.
+    An approximation, not the authors' method: both look-aheads take one step, ε is that of the
+    task's kernel (s² = 2 ε dt), and ∇r_t is constant during a step. Maps of 2 or 4 steps are left
+    out.
     """
     if top > particles:
         raise ValueError(
@@ -62,7 +65,7 @@ def flow_map(
 
 
 def looking(task: Task, other: Policy | None, gradient: bool) -> Look:
-    """r_t and its gradient by the policy's x̂0, or by that of another."""
+    """Looks ahead for r_t and its gradient, with the policy's x̂0 or with that of `other`."""
     policy, sampling = task.policy, task.sampling
     time = (sampling.levels.alpha / (sampling.levels.alpha + sampling.levels.sigma)).tolist()
 

@@ -18,17 +18,17 @@ Cosine = Annotated[float, Bounds(-1, 1)]
 def best_of_n(task: Task, n: Count = 16) -> Iterator[Step]:
     """n independent pictures of each prompt, the plain sample among them.
 
-    A step draws as many of each prompt as fit in a batch, and no more than its budget allows.
+    A step draws as many pictures of each prompt as fit in a batch and as the budget allows.
     """
     yield _fresh(task, [0])
     yield from _independent(task, range(1, n))
 
 
 def random_search(task: Task, rounds: Count = 4) -> Iterator[Step]:
-    """After the plain sample 2^r fresh ones of each prompt in round r = 1 … `rounds`.
+    """After the plain sample, 2^r fresh pictures of each prompt in round r = 1 … `rounds`.
 
-    The schedule of tt-scale-flux for the random search of arXiv 2501.09732; it is best-of-N for
-    N = 2^(rounds + 1) - 1.
+    This is tt-scale-flux's schedule for the random search of arXiv 2501.09732. It equals best-of-N
+    for N = 2^(rounds + 1) - 1.
     """
     yield _fresh(task, [0])
     for r in range(1, rounds + 1):
@@ -49,7 +49,7 @@ def _fresh(task: Task, draws: Sequence[int]) -> Step:
 
 
 def neighbor(noise: Tensor, fresh: Tensor, cosine: float) -> Tensor:
-    """Noise (n, ...) turned towards `fresh` (n, ...) until its cosine with where it was is τ.
+    """Noise (n, ...) turned towards `fresh` (n, ...) until its cosine with the given noise is τ.
 
     ε' = ‖ε‖ (τ u + √(1 - τ²) w),   u = ε/‖ε‖,   w the part of `fresh` normal to u, of norm 1
     """
@@ -68,13 +68,13 @@ def zero_order(
     cosine: Cosine = 0.95,
     restart: bool = True,
 ) -> Iterator[Step]:
-    """Hill climbing in noise: the best of some neighbours of a base takes its place if it is better
-    (arXiv 2501.09732), and else another base is drawn, as tt-scale-flux does.
+    """Hill climbing in noise (arXiv 2501.09732): the best neighbor of a base replaces it if it is
+    better; otherwise a new base is drawn, as in tt-scale-flux.
 
-    The first base is the noise of the plain sample. A neighbour has the base's norm and the given
-    cosine with it. The reward of a base is remembered; a new one is drawn along with its first
-    neighbours. Each prompt has its own base. restart: False keeps a base that no neighbour beats.
-    All noises of a sampler are turned as one vector; tt-scale-flux has the initial one alone.
+    The first base is the noise of the plain sample. A neighbor has the base's norm and the given
+    cosine with it. A base is drawn once, a new one along with its first neighbors, and its reward
+    is remembered. Each prompt has its own base. restart: False keeps a base that no neighbor beats.
+    All noises of a sampler are turned as one vector; tt-scale-flux turns the initial noise alone.
     """
     step = _fresh(task, [0])
     base, reward = list(step.noise), step.total.tolist()
@@ -83,7 +83,7 @@ def zero_order(
     for r in range(rounds):
         draws = range(1 + r * (neighbors + 1), 1 + (r + 1) * (neighbors + 1))
         groups = {}
-        for i in task.account.open():  # a restart costs a prompt one picture more than others
+        for i in task.account.open():  # after a restart a prompt draws its new base as well
             fresh = task.noise([i] * (neighbors + 1), draws)
             if not known[i]:
                 base[i] = fresh[-1]
@@ -107,7 +107,7 @@ def forward_noising(x: Tensor, noise: Tensor, level: Levels, noisier: Levels) ->
 
         x_j = (α_j/α_i) x_i + √(σ_j² - (α_j/α_i)² σ_i²) z
 
-    Needs α_i > 0. x_j has the marginal of its level where x_i has that of its own.
+    Needs α_i > 0. x_j has the marginal distribution of level j if x_i has that of level i.
     """
     ratio = noisier.alpha / level.alpha
     variance = noisier.sigma.square() - (ratio * level.sigma).square()
@@ -117,13 +117,13 @@ def forward_noising(x: Tensor, noise: Tensor, level: Levels, noisier: Levels) ->
 def itinerary(
     levels: Levels, start: float, forward: float, backward: float
 ) -> list[tuple[int, int, int]]:
-    """The (i, j, k) of each round of a search over paths: from level i noised to j < i, denoised to
-    k > i, the next round's i, and in the end the last level.
+    """The (i, j, k) of each round of a search over paths: x is noised from level i to j < i and
+    denoised to k > i. This k is the next round's i; the last k is the last level.
 
-    Lengths are in time u = σ/(α + σ), a flow's σ and, on a VP schedule, the one of the same SNR.
-    i starts at the first level of u <= start; j is the first of u <= u_i + forward; k the first of
-    u <= u_j - backward. Where the schedule is too coarse for that, one level. Raises ValueError for
-    a schedule of a single step.
+    Lengths are in time u = σ/(α + σ): on a flow its σ, and on a VP schedule the σ of a flow with
+    the same SNR. The first i is the first level with u <= start; j is the first with u <= u_i +
+    forward; k is the first with u <= u_j - backward. Where the schedule is too coarse for that, j
+    or k is the level next to i. Raises ValueError for a schedule of a single step.
     """
     time = (levels.sigma / (levels.alpha + levels.sigma)).tolist()
     last = len(time) - 1
@@ -153,17 +153,17 @@ def paths(
     forward: Weight = 0.78,
     backward: Positive = 0.81,
 ) -> Steps:
-    """Search over paths (arXiv 2501.09732): N = `keep` paths a prompt, each branching into M =
-    `children` by noise in every round.
+    """Search over paths (arXiv 2501.09732): N = `keep` paths per prompt, each of which branches by
+    noise into M = `children` in every round.
 
-        x_i of N noises;  then, until x is clean:
+        x_i from N noises;  then, until x is clean:
         x_j given x_i, M times (`forward_noising`);  the ODE from j to k;  keep the N best x̂0(x_k)
 
     The rounds (i, j, k) are those of `itinerary`. Steps after the plain samples are ODE steps,
-    whatever the kernel of the task. Finished pictures come with the last round only, N M of each
-    prompt; a budget that ends before gives the plain sample.
+    whatever the kernel of the task. Only the last round finishes pictures, N M of each prompt; if
+    the budget ends before it, the result is the plain sample.
 
-    start, forward and backward default to those of the implementation in KAIST's RBF code.
+    The defaults of start, forward and backward are those of the implementation in KAIST's RBF code.
     """
     rounds = itinerary(task.sampling.levels, start, forward, backward)
     return _walk(task, keep, children, rounds)
@@ -195,7 +195,7 @@ def _walk(
 
 @torch.no_grad()
 def _integrate(task: Task, rows: Sequence[int], x: Tensor, first: int, last: int) -> Tensor:
-    """x (m, *latent) at level `first`, along the ODE to level `last`."""
+    """x (m, *latent), taken along the ODE from level `first` to level `last`."""
     policy, sampling, parts = task.policy, task.sampling, []
     for part in task.batches(len(rows)):
         now, cond = x[part], task.cond(rows[part])
@@ -209,7 +209,7 @@ def _integrate(task: Task, rows: Sequence[int], x: Tensor, first: int, last: int
 
 @torch.no_grad()
 def _clean(task: Task, rows: Sequence[int], x: Tensor, i: int) -> Tensor:
-    """The clean latents predicted of x (m, *latent) at level i."""
+    """The clean latents predicted from x (m, *latent) at level i."""
     policy, sampling = task.policy, task.sampling
     return torch.cat(
         [

@@ -15,9 +15,9 @@ def reward_gradient(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor], Tensor]:
     """Pictures of clean latents x0 (m, *latent), total reward R (m,), its parts, and ∂R/∂x0.
 
-    The graphs of the rewards come one after another and are freed before the decoder is
-    differentiated. checkpoint: the decoder's graph is only made then, so that it never shares the
-    memory with one of theirs; it decodes once more.
+    The graphs of the rewards exist one after another and are freed before the decoder is
+    differentiated. checkpoint: build the decoder's graph only then, by decoding once more, so that
+    it is never in memory together with a reward's.
     """
     x0 = x0.detach().requires_grad_()
     images = task.policy.decode(x0, differentiable=not checkpoint)
@@ -28,8 +28,9 @@ def reward_gradient(
 
 
 def pulled_back(y: Tensor, x: Tensor, grad: Tensor) -> Tensor:
-    """(∂y/∂x)ᵀ grad (n, ...) of samples (n, ...) that do not mix. On the way each sample's gradient
-    is of the size of 1, as small ones would vanish in float16."""
+    """(∂y/∂x)ᵀ grad (n, ...), where each sample of y (n, ...) depends on its own x alone. Each
+    sample's gradient is scaled to a maximum of 1 on the way, as small ones would vanish in
+    float16."""
     size = grad.flatten(1).abs().amax(1).clamp(min=torch.finfo(grad.dtype).tiny)
     size = size.view(-1, *[1] * (grad.ndim - 1))
     (found,) = torch.autograd.grad(y, x, grad / size)
@@ -37,13 +38,14 @@ def pulled_back(y: Tensor, x: Tensor, grad: Tensor) -> Tensor:
 
 
 def adjoint(task: Task, rows: Sequence[int], states: Sequence[Tensor], grad: Tensor) -> Tensor:
-    """∂R/∂z (m, 1 + S, *latent) of the noises behind the states x_0 … x_K, given g_K = ∂R/∂x_K.
+    """∂R/∂z (m, 1 + S, *latent) for the noises that led to the states x_0 … x_K, given g_K =
+    ∂R/∂x_K.
 
         x_{i+1} = μ_i(x_i) + s_i z_i:   ∂R/∂z_i = s_i g_{i+1},   g_i = (∂μ_i/∂x_i)ᵀ g_{i+1}
 
-    and g_0 is the gradient of the initial noise, which is x_0 itself. s_i depends on the schedule
-    alone in every kernel of `dynamics`. The graph of one denoiser step at a time; equal to autograd
-    through the chain.
+    and g_0 is the gradient for the initial noise, which is x_0 itself. s_i depends on the schedule
+    alone in every kernel of `dynamics`. Only one denoiser step has its graph at a time; the result
+    equals autograd through the chain.
     """
     cond, sampling, grads = task.cond(rows), task.sampling, []
     for i in reversed(range(sampling.steps)):
@@ -61,11 +63,11 @@ def noise_gradient(
 ) -> tuple[Step, Tensor]:
     """The pictures of `draw(task, rows, noise)` and ∂R/∂noise (m, 1 + S, *latent).
 
-    Bit for bit the same, as long as a backend's kernels do not depend on whether a gradient is
-    wanted; on the CPU they do not. Sampling keeps no graph, and the adjoint sweep calls the
-    denoiser a second time. A single step has its graph kept instead, for one call an evaluation,
-    unless `checkpoint`: then denoiser, decoder and rewards have their graphs one after another.
-    The weights gather no gradient.
+    The pictures are bit for bit the same, as long as a backend's kernels do not depend on whether a
+    gradient is wanted; on the CPU they do not. Sampling keeps no graph, so the adjoint sweep calls
+    the denoiser a second time. If there is a single step, its graph is kept and one call is enough.
+    With `checkpoint` it is not: the graphs of denoiser, decoder and rewards then exist one after
+    another. The weights get no gradient.
     """
     keep = task.sampling.steps == 1 and not checkpoint
     steps, grads = [], []
@@ -89,12 +91,12 @@ def descend(
     initial_only: bool,
     checkpoint: bool,
 ) -> Iterator[Step]:
-    """Minimise -R + penalty over the noise of all prompts at once, from that of the plain sample.
+    """Minimize -R + penalty over the noise of all prompts at once, starting from the plain samples.
 
-    Each prompt has its own objective, and its gradient is clipped to the norm `clip` on its own, so
-    with an elementwise optimiser it goes the way that it would go alone. penalty: z (n, k, *latent)
-    to its gradient. initial_only: the noise of the stochastic steps stays as it is (k = 1, else
-    1 + S).
+    Each prompt has its own objective, and its gradient is clipped to the norm `clip` separately, so
+    with an elementwise optimizer it takes the path that it would take alone. penalty: a function
+    from z (n, k, *latent) to the penalty's gradient. initial_only: the noise of the stochastic
+    steps stays as it is (k = 1, else 1 + S).
     """
     rows = range(len(task))
     plain = task.noise(rows)

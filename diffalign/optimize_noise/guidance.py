@@ -22,8 +22,9 @@ MOST = 0.9**2 / 0.1  # σ²/α of a flow at σ = 0.9
 def slope(
     task: Task, model: Policy, rows: Sequence[int], x: Tensor, i: int, through: Through
 ) -> tuple[Prediction, Tensor, Tensor]:
-    """What `model` says of x (m, *latent) at level i, the reward (m,) of its x0, and the gradient
-    of that with respect to x through the denoiser, or to x0 alone. No weight gathers any."""
+    """The prediction of `model` for x (m, *latent) at level i, the reward (m,) of its x0, and the
+    gradient of the reward with respect to x, through the denoiser, or to x0. Weights get no
+    gradient."""
     whole, sampling = through == "denoiser", task.sampling
     x = x.detach().requires_grad_(whole)
     cond = model.encode([task.prompts[j].text for j in rows])
@@ -36,7 +37,7 @@ def slope(
 
 
 def corrected(seen: Prediction, alpha: Tensor, sigma: Tensor, change: Tensor) -> Prediction:
-    """The prediction with x0 + `change` (m, *latent) as its clean latents, of the same x.
+    """The prediction for the same x with x0 + `change` (m, *latent) as its clean latents.
 
     x̂0' = x̂0 + Δ,   ε̂' = ε̂ - (α/σ) Δ,   so that α x̂0' + σ ε̂' = x;  alpha, sigma: ()
     """
@@ -44,8 +45,8 @@ def corrected(seen: Prediction, alpha: Tensor, sigma: Tensor, change: Tensor) ->
 
 
 def rate(alpha: Tensor, sigma: Tensor, strength: float) -> Tensor:
-    """η = s min(σ²/α, 8.1): what a change of ε̂ by -s σ ∇R does to x̂0; cut off at a flow's σ = 0.9,
-    above which it diverges."""
+    """η = s min(σ²/α, 8.1): x̂0 changes by η ∇R when ε̂ changes by -s σ ∇R. It is cut off at its
+    value for a flow's σ = 0.9, as it diverges towards σ = 1."""
     return strength * (sigma.square() / alpha.clamp(min=1e-8)).clamp(max=MOST)
 
 
@@ -58,23 +59,24 @@ def universal_guidance(
     last: Annotated[int, Bounds(-1)] = -1,
     recurrence: Count = 1,
 ) -> Steps:
-    """After the plain sample one more of each prompt, of the same noise, with a corrected sampler.
+    """After the plain sample, one more of each prompt from the same noise by a corrected sampler.
 
         x̂0' = x̂0 + η(σ) ∇R(decode(x̂0(x))),   η = s min(σ²/α, 8.1)
 
-    which is the forward guidance of arXiv 2302.07121, ε̂' = ε̂ - s σ ∇R, where σ²/α <= 8.1 (on Stable
-    Diffusion's schedule t < 896); before, where on a flow it would end in a singularity at σ = 1,
-    it is cut off.
+    This is the forward guidance of arXiv 2302.07121, ε̂' = ε̂ - s σ ∇R, as long as σ²/α <= 8.1 (on
+    Stable Diffusion's schedule t < 896). At higher noise η is cut off, as on a flow σ²/α has a
+    singularity at σ = 1.
 
-    strength: s; its scale is that of the reward, so try powers of ten. through: "denoiser" takes ∇
-    with respect to x, through network and decoder; "x0" to x̂0, through the decoder alone, which is
-    cheaper. normalize: "unit" divides ∇ of each sample by its norm. first, last: the steps that are
-    guided, counted from 0; -1 is the last one. recurrence: times that a guided step is made; before
-    each but the first, x is noised back (`forward_noising`) with fresh noise, as is the step.
+    strength: s; it depends on the scale of the reward, so try powers of ten. through: "denoiser"
+    takes ∇ with respect to x, through network and decoder; "x0" takes it with respect to x̂0,
+    through the decoder alone, which is cheaper. normalize: "unit" divides ∇ of each sample by its
+    norm. first, last: the first and the last guided step, counted from 0; last = -1 is the
+    sampler's last. recurrence: how many times each guided step is made. Before every repeat x is
+    noised back (`forward_noising`); that noise and the noise of the repeated step are fresh.
 
-    Left out: backward guidance, and a reference norm taken from classifier-free guidance. The
-    picture's noise is what it started from; `draw` makes the plain sample of it. Raises ValueError
-    for a reward without gradient or a window that holds no step.
+    Left out: backward guidance, and a reference norm taken from classifier-free guidance. The noise
+    of a picture is the one it started from; `draw` makes the plain sample from it. Raises
+    ValueError for a reward without gradient or a window that holds no step.
     """
     task.reward.require_differentiable()
     steps = task.sampling.steps

@@ -1,4 +1,4 @@
-"""What the command line says of a search; nothing here imports torch."""
+"""The settings of a search on the command line; nothing here imports torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from . import METHODS
 
 @dataclass(frozen=True)
 class Budget:
-    """What a search may take of each prompt; that of a prompt ends with the step that uses any of
-    them up.
+    """Limits of a search, for each prompt; the search for a prompt ends with the step that reaches
+    any of them.
 
     denoiser_calls: samples through the denoiser, with or without gradient, both branches of CFG
-    counted. reward_calls: pictures scored. A backward pass is no call; it takes about as long as
-    one. Raises ValueError for what is not 0 or more.
+    counted. reward_calls: pictures scored. A backward pass is no call, but takes about as long as
+    one. Raises ValueError for a limit that is not 0 or more.
     """
 
     denoiser_calls: float = inf
@@ -34,7 +34,7 @@ class Budget:
 
 @dataclass
 class Kernel:
-    """How pictures are drawn, `batch` at a time; None = as suits the method (`sampling_for`)."""
+    """How pictures are drawn, `batch` at a time; None = what suits the method (`sampling_for`)."""
 
     kernel: str | None = None
     eta: float | None = None
@@ -43,7 +43,7 @@ class Kernel:
 
 @dataclass
 class Wanted:
-    """What the command line says of a search. Decoded strictly, as a training config is."""
+    """The settings of a search on the command line, decoded as strictly as a training config."""
 
     rewards: dict[str, Any] = field(default_factory=dict)
     budget: Budget = field(default_factory=Budget)
@@ -58,8 +58,8 @@ def split(arguments: Sequence[str]) -> tuple[str | None, Wanted, list[str]]:
     """The method asked for (--reno, --best-of-n ...), its settings, and all other arguments.
 
     Settings are --METHOD.option, --rewards.NAME (a weight, or .option), --budget.LIMIT and
-    --sampler.kernel, .eta or .batch. Raises ValueError for two methods, and for settings without
-    one.
+    --sampler.kernel, .eta or .batch. Raises ValueError for two methods, and for settings without a
+    method.
     """
     flags = {f"--{name.replace('_', '-')}": name for name in METHODS}
     asked = [flags[a] for a in arguments if a in flags]

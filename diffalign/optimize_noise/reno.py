@@ -15,8 +15,8 @@ from .gradients import descend
 def chi_regularizer(noise: Tensor) -> Tensor:
     """½‖ε‖² - (d - 1) log‖ε‖ of each sample of noise (n, ...), d its number of elements: (n,).
 
-    Up to a constant it is -log of the density of the norm of d standard normals (χ_d), least at
-    ‖ε‖² = d - 1.
+    Up to a constant this is the negative log-density of the norm of d standard normals (χ_d); its
+    minimum is at ‖ε‖² = d - 1.
     """
     norm = noise.flatten(1).norm(dim=1)
     return 0.5 * norm.square() - (noise[0].numel() - 1) * norm.log()
@@ -35,20 +35,20 @@ def reno(
 
         min_ε  -Σ_k w_k R_k(decode(x_K(ε)), c) + λ (½‖ε‖² - (d - 1) log‖ε‖)
 
-    by SGD with Nesterov momentum, after clipping the gradient's norm; `iterations` pictures of each
-    prompt, the first the plain sample. The best is the best by reward alone. ε is float32 whatever
-    the model runs in, and noise that a stochastic kernel adds later stays the same. Meant for
-    one-step models; more steps are differentiated by an adjoint sweep, at twice the calls. The
-    rewards are differentiated one after another.
+    by SGD with Nesterov momentum, after clipping the gradient's norm. Each prompt gets `iterations`
+    pictures, the first of them the plain sample; the best is chosen by reward alone. ε is float32
+    whatever the model's dtype, and noise that a stochastic kernel adds later stays the same. The
+    method is meant for one-step models; several steps are differentiated by an adjoint sweep, with
+    twice the calls. The rewards are differentiated one after another.
 
-    The paper's numbers belong to d = 16384 (SD-Turbo), where a step moves ε by at most
-    lr clip / (1 - momentum) = 4 % of its norm √d; of smaller latents the same lr moves more.
+    The paper's settings are for d = 16384 (SD-Turbo), where a step moves ε by lr clip / (1 -
+    momentum) at most, 4 % of its norm √d; with smaller latents the same lr moves a larger share.
 
-    regularization: λ. checkpoint: denoiser, decoder and rewards have their graphs one after
-    another, for one more pass through the first two.
+    regularization: λ. checkpoint: keep the graphs of denoiser, decoder and rewards one after
+    another, not together, at the cost of one more pass through the first two.
 
-    Left out: Adam and LBFGS, options of the authors' code. It optimises one prompt at a time, and
-    in half precision. Raises ValueError for a reward without gradient.
+    Left out: Adam and LBFGS, options of the authors' code. That code optimizes one prompt at a
+    time, in half precision. Raises ValueError for a reward without gradient.
     """
     task.reward.require_differentiable()
 

@@ -16,8 +16,8 @@ from .base import Count, Share, Step, Steps, Task, Weight, draw, finish
 
 Kind = Literal["diff", "max", "add", "rt"]
 Look = Callable[[Sequence[int], Tensor, int, bool], tuple[Prediction, Tensor | None, Tensor | None]]
-"""(prompts of m particles, x (m, *latent), step i, whether rewards are wanted) to what the policy
-says of x, the reward (m,) of where x leads, and for a shifted proposal its gradient ∂/∂x."""
+"""From (prompts of m particles, x (m, *latent), step i, whether rewards are wanted) to the policy's
+prediction for x, the reward (m,) that x leads to, and its gradient ∂/∂x for a shifted proposal."""
 
 
 def ess(log_w: Tensor) -> Tensor:
@@ -28,8 +28,9 @@ def ess(log_w: Tensor) -> Tensor:
 def resample(log_w: Tensor, u: Tensor | float) -> Tensor:
     """Systematic resampling of k particles with log-weights (k,): k indices, in rising order.
 
-    Index j is the particle at whose share of [0, 1) the point (j + u) / k lies; with u uniform in
-    [0, 1) particle i is expected k w_i / Σ w times, and gets the integer below or above that.
+    The particles share [0, 1) in proportion to their weights; index j is the particle whose part
+    holds the point (j + u) / k. With u uniform in [0, 1) particle i is drawn k w_i / Σ w times on
+    average, and every time that number rounded down or up.
     """
     k = len(log_w)
     edges = log_w.double().softmax(0).cumsum(0)
@@ -38,7 +39,7 @@ def resample(log_w: Tensor, u: Tensor | float) -> Tensor:
 
 
 def potential(kind: Kind, r: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
-    """log G / λ of particles with rewards r (m,), and what to remember of them as `previous`.
+    """log G / λ of particles with rewards r (m,), and what to pass as `previous` the next time.
 
     diff: r - previous reward (0 at first)     max: highest reward so far
     add:  sum of the rewards so far            rt:  r
@@ -53,12 +54,12 @@ def potential(kind: Kind, r: Tensor, previous: Tensor | None) -> tuple[Tensor, T
 
 @dataclass(frozen=True)
 class Particles:
-    """m = n k particles, those of a prompt side by side, and all that belongs to each.
+    """m = n k particles, those of a prompt side by side.
 
-    x: (m, *latent). noise: (m, 1 + S, *latent), what `draw` makes them of. log_w: (m,) since the
-    last resampling; spent: (m,) the log-potentials of the whole ancestry; previous: (m,) what
-    `potential` remembers; these are float64 on the CPU. x0, eps, native: what the policy says of x.
-    slope: ∂/∂x.
+    x: (m, *latent). noise: (m, 1 + S, *latent), from which `draw` makes them. log_w: (m,)
+    log-weights since the last resampling. spent: (m,) sum of the log-potentials of the whole
+    ancestry. previous: (m,) what `potential` remembers. These three are float64 on the CPU. x0,
+    eps, native: the policy's prediction for x. slope: gradient ∂/∂x of the look-ahead's reward.
     """
 
     x: Tensor
@@ -72,17 +73,18 @@ class Particles:
     slope: Tensor | None = None
 
     def take(self, index: Tensor, drawn: int) -> Particles:
-        """The particles `index` (m,). Of their noise the first `drawn`, which made them; what is
-        yet to come is the place's, or copies would stay equal."""
+        """The particles `index` (m,), each with the first `drawn` of its noises, which made it. The
+        noises to come stay with the place, or copies would stay equal."""
         own = {k: v[index] for k, v in vars(self).items() if v is not None}
         own["noise"] = torch.cat([self.noise[index, :drawn], self.noise[:, drawn:]], 1)
         return replace(self, **own)
 
 
 def measured(task: Task, start: float, end: float, interval: float) -> list[int]:
-    """The steps whose predictions are scored: from start K, rounded up, to end K, every interval K,
-    where x is more than noise, and as long as chance is left to part copies. Raises ValueError for
-    a sampler without chance, and where there is no such step."""
+    """The steps whose predictions are scored: every interval K of the K steps, from start K,
+    rounded up, to end K. Left out are steps where x is pure noise, and those after the last
+    stochastic step, where copies would stay equal. Raises ValueError for a deterministic sampler,
+    and if no step is left."""
     sampling, steps = task.sampling, task.sampling.steps
     if not any(sampling.stochastic):
         raise ValueError(
@@ -115,17 +117,18 @@ def steer(
     gradient: float = 0.0,
     top: int = 0,
 ) -> Generator[None, None, tuple[Step, Tensor]]:
-    """k particles a prompt to the end: the finished pictures, and their log-weights (m,).
+    """Take k particles per prompt to the end; returns the finished pictures and their log-weights
+    (m,).
 
-        log w += λ value                       at each step of `at`, `potential`'s of the look-ahead
+        log w += λ value                       at each step of `at`, with `potential`'s value
         resample where ESS < threshold k, and set log w = 0; else log w is carried on
         x' = μ(x) + s z + δ,   δ = gradient s²/2 λ ∂/∂x,   log w += -δ·z/s - ‖δ‖²/2s²
         log w += λ R - spent                   of the clean picture
 
-    so that the weighted particles are p(x) exp(λ R(x)) up to a constant, whatever the potentials,
-    as k grows. top: instead of resampling, the `top` particles of highest reward stay and share the
-    k places, which is a search without that property. λ: strength. The noise of a particle's
-    picture has δ in it. It yields None before every step.
+    As k grows, the weighted particles are distributed as p(x) exp(λ R(x)) up to a constant,
+    whatever the potentials. top: instead of resampling, the `top` particles of highest reward share
+    the k places, a search without that property. λ: strength. The noise of a finished picture
+    includes δ. Yields None before every step.
     """
     sampling, n = task.sampling, len(task)
     rows = [i for i in range(n) for _ in range(k)]
@@ -178,7 +181,7 @@ def _looked(
         native=torch.cat([s.native for s in seen]),
         slope=torch.cat(slopes) if slopes else None,
     )
-    # NaN: no reward speaks of the prompt, and all its particles are alike
+    # NaN: no reward scores the prompt, so that all its particles are equal
     return p, torch.cat(rewards).cpu().double().nan_to_num(nan=0) if rewards else None
 
 
@@ -216,29 +219,30 @@ def smc(
     end: Share = 0.3,
     threshold: Weight = 0.5,
 ) -> Steps:
-    """Feynman-Kac steering (arXiv 2501.06848): after the plain sample k = `particles` others.
+    """Feynman-Kac steering (arXiv 2501.06848): after the plain sample, k = `particles` others.
 
-    At some steps the pictures of the predicted clean latents are scored, and particles resampled by
-    their weights; see `steer` for the equations, `potential` for the kinds. All k finished pictures
-    of each prompt are one step, drawn with noise of their own, none of them the plain sample's.
+    At some steps the pictures of the predicted clean latents are scored, and particles are
+    resampled by their weights; see `steer` for the equations, `potential` for the kinds. The k
+    finished pictures of each prompt come in one step. Each has its own noise, none that of the
+    plain sample.
 
-    strength: λ, meant for ImageReward. interval, start, end: parts of the K steps of the sampler;
-    the defaults are steps 5, 10, …, 30 of 100, as published. threshold: resample where the
-    effective sample size is below this part of k; the authors' own multinomial variant resamples
-    every time (use 1.1 for that). Needs a kernel with chance.
+    strength: λ; the default is meant for ImageReward. interval, start, end: shares of the K steps
+    of the sampler; the defaults are steps 5, 10, …, 30 of 100, as published. threshold: resample if
+    the effective sample size is below this share of k; the authors' own multinomial variant
+    resamples every time (use 1.1 for that). Needs a stochastic kernel.
 
-    Different from the authors' code: a weight whose resampling is skipped is carried on and not
-    dropped; weights are not cut off at 1e10; systematic instead of multinomial resampling; the last
-    potential of max and add makes the total exp(λ R), not that of the highest or the sum; the state
-    before the step is resampled, so that copies part at once; "max" starts from the first reward
-    instead of 0.
+    Different from the authors' code: weights are kept, not dropped, when resampling is skipped;
+    they are not cut off at 1e10; resampling is systematic, not multinomial; the last potential of
+    max and add makes the total exp(λ R), not that of the highest reward or of the sum; resampling
+    comes before the step, so that copies part at once; "max" starts from the first reward instead
+    of 0.
     """
     at = measured(task, start, end, interval)
     return steered(task, particles, strength, potential, at, threshold, denoised(task))
 
 
 def steered(task: Task, *how: Any) -> Iterator[Step | None]:
-    """The plain sample, then what `steer` finishes with."""
+    """The plain samples, then the pictures that `steer` finishes."""
     yield draw(task, range(len(task)), task.noise(range(len(task))))
     step, _ = yield from steer(task, *how)
     yield step

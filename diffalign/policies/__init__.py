@@ -37,8 +37,8 @@ __all__ = [
     "text_options",
 ]
 
-# diffusers says it of the text encoders of every LoRA of a denoiser alone, such as ours; that there
-# is nothing for the denoiser either is said by another logger
+# diffusers logs this about the text encoders for every LoRA that is for the denoiser alone, as ours
+# are; a LoRA with nothing for the denoiser is reported by another logger
 logging.getLogger("diffusers.loaders.lora_base").addFilter(
     lambda record: "No LoRA keys associated" not in record.getMessage()
 )
@@ -60,7 +60,8 @@ def check(name: str) -> None:
 def family(name: str) -> type[Policy]:
     """The family of a pipeline, by the class its model_index.json names.
 
-    Raises ValueError for a class of no known family, or when neither a folder nor a hub id fits.
+    Raises ValueError for a class that no family handles, and for a name that is neither a folder
+    nor a hub id.
     """
     pipeline = read_config(resolve(name).base, "model_index.json").get("_class_name")
     if pipeline not in FAMILIES:
@@ -83,22 +84,22 @@ def knows_guidance(name: str) -> bool:
 
 
 def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
-    """The diffusers pipeline itself, of a local folder, hub id or run folder; merge_lora is added
-    to its weights. `options` are those of `from_pretrained`.
+    """The diffusers pipeline of a local folder, hub id or run folder, with merge_lora added to its
+    weights. `options` go to `from_pretrained`.
 
-    It has no safety checker and no watermark, whatever its config says, and says so: they would
-    change finished pictures, which training does not see.
+    The safety checker and the watermark are left out whatever the config says, and a note says so:
+    they would change finished pictures in a way that training does not see.
     """
-    from . import loading  # diffusers: seconds, which a refusal need not wait for
+    from . import loading  # imports diffusers: seconds that a refusal need not wait for
 
     return loading.pipeline(name, merge_lora, **options)
 
 
 def merge(pipe: Any, lora: str, scale: float = 1.0) -> None:
-    """Add scale ΔW of a LoRA, a file, folder or hub id, to a pipeline's weights, or put the whole
-    denoiser that a run trained in place of its own (scale 1). Raises ValueError for one that has
-    nothing for it or does not fit."""
-    from . import loading  # diffusers: seconds, which a refusal need not wait for
+    """Add scale ΔW of a LoRA (a file, folder or hub id) to a pipeline's weights, or replace its
+    denoiser by the whole one that a run trained (scale 1 only). Raises ValueError for weights that
+    do not fit the pipeline or have nothing for it."""
+    from . import loading  # imports diffusers: seconds that a refusal need not wait for
 
     loading.merge(pipe, lora, scale)
 
@@ -113,15 +114,14 @@ def load(
 ) -> Policy:
     """The policy of a local pipeline folder or a hub id such as "org/model".
 
-    dtype is that of the frozen network and the text encoders: float32, bfloat16 or float16. With
-    train_all every weight of the denoiser trains: it is then kept in float32 and runs in dtype.
-    merge_lora: a LoRA that becomes part of the model before anything else.
-    Raises as `family` does.
+    dtype: of the frozen network and the text encoders; float32, bfloat16 or float16. train_all:
+    every weight of the denoiser trains; these weights are then float32 and run in dtype.
+    merge_lora: a LoRA that is merged into the model first. Raises what `family` raises.
     """
-    from . import loading  # diffusers: seconds, which a refusal need not wait for
+    from . import loading  # imports diffusers: seconds that a refusal need not wait for
 
     kind = family(name)
-    peek(name, 1, resolution)  # refuses what cannot be drawn before the weights are read
+    peek(name, 1, resolution)  # refuses a bad model or size before any weights are read
     half, size = getattr(torch, dtype), resolution or resolve(name).resolution
     # in half precision some VAEs overflow
     dtypes = {"default": half, "vae": torch.float32}
@@ -156,8 +156,8 @@ def check_tiny_vae(tiny: str, name: str) -> None:
 
 
 def prepared(model: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Policy:
-    """The policy of a config's section `model`, ready to be trained: with its LoRA, whose
-    initialisation depends on the seed, or with all weights of the denoiser."""
+    """The policy of a config's section `model`, ready to train either a LoRA, which the seed
+    initializes, or all weights of the denoiser."""
     m = model
     policy = load(m.name, device, m.dtype, m.resolution, not m.lora_rank, m.merge_lora)
     if m.lora_rank:
@@ -174,8 +174,8 @@ def prepared(model: ModelConfig, seed: int, device: torch.device | str = "cpu") 
 
 
 def read_text_encoders(policy: Policy, model: ModelConfig) -> None:
-    """Give a policy of `prepared` the text encoders again that it has freed."""
-    # a LoRA may be part of them, and is merged into a pipeline that is whole
+    """Load the text encoders again into a policy of `prepared` that has freed them."""
+    # a LoRA may change the text encoders too, and can only be merged into a whole pipeline
     left = {} if model.merge_lora else dict.fromkeys((policy.denoiser, "vae"))
     dtype = {"torch_dtype": getattr(torch, model.dtype)}
     read = pipeline(model.name, model.merge_lora, **left, **dtype).components

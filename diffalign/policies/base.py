@@ -25,8 +25,8 @@ from .configs import read_config
 class Policy(ABC):
     """A text-to-image pipeline as a policy: what algorithms may ask of a model.
 
-    Latents are float32 (n, *latent_shape); pictures are (n, 3, H, W) in [0, 1].
-    Frozen weights run in `dtype` under autocast; what is trained stays float32.
+    Latents are float32 (n, *latent_shape); pictures are (n, 3, H, W) in [0, 1]. Frozen weights run
+    in `dtype` under autocast; trained weights stay float32.
 
     resolution: side of the pictures in pixels, None = the model's own.
     """
@@ -34,7 +34,7 @@ class Policy(ABC):
     denoiser: ClassVar[str] = "transformer"  # its name in the pipeline: unet | transformer
     lora_targets: ClassVar[tuple[str, ...]]  # layers that get a LoRA where the config names none
     uses_cfg: ClassVar[bool] = True  # False: guidance is an input of the network, or there is none
-    max_sequence_length: int | None = None  # T5 tokens a prompt; None = as the pipeline has it
+    max_sequence_length: int | None = None  # T5 tokens per prompt; None = the pipeline's default
     zero_negative = False  # an empty negative prompt is zeros instead of the embedding of ""
     predicts: str  # what the network outputs: epsilon | v_prediction | flow
 
@@ -67,14 +67,14 @@ class Policy(ABC):
         self.setup()
 
     def setup(self) -> None:  # noqa: B027  (most need nothing)
-        """What a family makes of the pipeline besides, once."""
+        """Set what else a family needs; called once, at the end of `__init__`."""
 
     @classmethod
     def check(
         cls, index: Mapping[str, Any], network: Mapping[str, Any], vae: Mapping[str, Any]
     ) -> None:
-        """Refuse, by the configs of pipeline, denoiser and VAE, a model that asks for something
-        else than this family does. No weights are read."""
+        """Refuse a model that this family cannot run, by the configs of its pipeline, denoiser and
+        VAE. No weights are read."""
         kind = index["vae"][1]
         if kind not in ("AutoencoderKL", "AutoencoderTiny"):
             raise ValueError(f"the VAE is a {kind}; use a pipeline with a plain AutoencoderKL")
@@ -92,7 +92,8 @@ class Policy(ABC):
     def shape(
         cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
     ) -> tuple[int, ...]:
-        """Shape of a latent, from the configs of denoiser and VAE; refuses what cannot be run."""
+        """Shape of a latent, from the configs of denoiser and VAE. Raises ValueError if the model
+        or the resolution cannot be run."""
 
     @classmethod
     def knows_guidance(cls, network: Mapping[str, Any]) -> bool:
@@ -101,17 +102,17 @@ class Policy(ABC):
 
     @classmethod
     def scheduler_config(cls, pipeline: str, config: dict[str, Any]) -> dict[str, Any]:
-        """The scheduler's config as `schedule` wants it, of a pipeline of the class `pipeline`.
+        """The scheduler's config in the form that `schedule` takes.
 
-        `config["_class_name"]` is the scheduler's class.
+        pipeline: class of the pipeline. `config["_class_name"]` is the scheduler's class.
         """
         return config
 
     @classmethod
     @abstractmethod
     def schedule(cls, config: dict[str, Any], steps: int, shape: tuple[int, ...]) -> Levels:
-        """The (steps + 1,) levels of a run, noise to data, from `scheduler_config` and the shape
-        of a latent."""
+        """The (steps + 1,) levels of a run, from noise to data. config: from `scheduler_config`.
+        shape: of a latent."""
 
     @abstractmethod
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -150,9 +151,10 @@ class Policy(ABC):
 
     @abstractmethod
     def at(self, time: Tensor) -> Levels:
-        """Levels (n,) at `time` (n,) in (0, 1), from data to noise, anywhere in the schedule.
+        """Levels (n,) at any `time` (n,) in (0, 1), where 0 is data and 1 is noise.
 
-        A flow's time is sigma; for a DDPM schedule it is the share of the training timesteps.
+        A flow's time is sigma; that of a DDPM schedule is the timestep over the number of training
+        timesteps.
         """
 
     def encode(self, prompts: Sequence[str], negative: str = "") -> Cond:
@@ -189,7 +191,7 @@ class Policy(ABC):
         return Cond(positive, rows([negative] * len(prompts)))
 
     def knows(self, prompts: Sequence[str]) -> bool:
-        """Whether `encode` needs no text encoder for these."""
+        """Whether `encode` can do without text encoders for these prompts."""
         return all(p in self._prompts for p in prompts)
 
     @property
@@ -204,11 +206,12 @@ class Policy(ABC):
             torch.cuda.empty_cache()
 
     def predict(self, x: Tensor, level: Levels, cond: Cond, guidance: float = 1.0) -> Prediction:
-        """The network's view of `x` (n, *latent) at `level` (one level, or one a sample).
+        """The network's prediction for `x` (n, *latent) at `level` (one level, or one per sample).
 
         guidance w > 1 is classifier-free guidance `u + w (c - u)` (arXiv 2207.12598) on the raw
-        output, both branches in one call; w <= 1 is off, as in diffusers. Where `uses_cfg` is
-        False the network gets w instead. float32; carries gradient where grad is enabled.
+        output, both branches in one call; w <= 1 turns it off, as in diffusers. If `uses_cfg` is
+        False the network gets w instead. The result is float32 and carries gradient where grad is
+        enabled.
         """
         t = level.t.to(self.device).expand(len(x)) if level.t.ndim == 0 else level.t.to(self.device)
         guided = self.uses_cfg and guidance > 1
@@ -227,8 +230,8 @@ class Policy(ABC):
         return self.parametrize(x, output, level)
 
     def parametrize(self, x: Tensor, native: Tensor, level: Levels) -> Prediction:
-        """What the network's output `native` at x (n, *latent) says of x0 and noise; linear in
-        both."""
+        """The x0 and noise that the network's output `native` at x (n, *latent) implies; linear in
+        x and `native`."""
         return PREDICTIONS[self.predicts](x, native, level)
 
     def target(self, x0: Tensor, noise: Tensor, level: Levels) -> Tensor:
@@ -243,8 +246,8 @@ class Policy(ABC):
     def decode(self, x0: Tensor, differentiable: bool = False, tiny: bool = False) -> Tensor:
         """Pictures (n, 3, H, W) in [0, 1] of clean latents (n, *latent).
 
-        Slices of `decode_batch` bound the memory; with `differentiable` the graph to `x0` is kept.
-        tiny: by the tiny VAE, where one was given.
+        Decodes `decode_batch` at a time to bound the memory. differentiable: keep the graph to
+        `x0`. tiny: use the tiny VAE, if one was added.
         """
         vae = self.tiny_vae if tiny and self.tiny_vae is not None else self.vae
         with torch.set_grad_enabled(differentiable):
@@ -255,9 +258,9 @@ class Policy(ABC):
         return (image / 2 + 0.5).clamp(0, 1)
 
     def unscaled(self, x0: Tensor, vae: Mapping[str, Any]) -> Tensor:
-        """What the VAE with this config decodes for the denoiser's latents (n, *latent).
+        """The denoiser's latents (n, *latent), scaled as the VAE with this config takes them.
 
-        A tiny VAE takes latents as the denoiser has them, and says so by a scale of 1.
+        A tiny VAE takes the denoiser's latents unchanged: the scale in its config is 1.
         """
         return x0 / vae["scaling_factor"] + (vae.get("shift_factor") or 0.0)
 
@@ -276,7 +279,7 @@ class Policy(ABC):
         seed: int = 0,
         name: str = "default",
     ) -> None:
-        """Train a LoRA, see `lora.add`; targets None are those of the family."""
+        """Add a LoRA to be trained, see `lora.add`; targets None = the family's `lora_targets`."""
         lora.add(self.network, rank, alpha, targets or self.lora_targets, seed, name)
 
     @property
@@ -288,7 +291,8 @@ class Policy(ABC):
         return [p for p in self.network.parameters() if p.requires_grad]
 
     def state_dict(self, name: str = "default") -> dict[str, Tensor]:
-        """What was trained, or its copy `name`, on the CPU: A and B of a LoRA, or all weights."""
+        """The trained weights, or their copy `name`, on the CPU: A and B of a LoRA, or the whole
+        denoiser."""
         if self.is_lora:
             return lora.state_dict(self.network, name)
         network = self.network if name == "default" else self._copies[name]
@@ -302,9 +306,9 @@ class Policy(ABC):
             network.load_state_dict(state)
 
     def add_copy(self, name: str) -> None:
-        """Keep a frozen copy of what is trained, as it is now, for `adapter(name)`.
+        """Keep a frozen copy of the trained weights, as they are now, for `adapter(name)`.
 
-        Of a LoRA this is small; of a wholly trained network it is as large as the network.
+        The copy of a LoRA is small; that of a wholly trained network is as large as the network.
         """
         if self.is_lora:
             config = self.network.peft_config["default"]
@@ -315,18 +319,17 @@ class Policy(ABC):
             self._copies[name] = copy.deepcopy(self.network).requires_grad_(False)
 
     def weights(self, name: str = "default") -> list[nn.Parameter]:
-        """The weights of what is trained, or of its copy, in the order of
-        `trainable_parameters`."""
+        """The trained weights, or their copy `name`, in the order of `trainable_parameters`."""
         if self.is_lora:
             return [p for n, p in self.network.named_parameters() if f".{name}." in n]
         return list((self.network if name == "default" else self._copies[name]).parameters())
 
     @contextmanager
     def reference(self) -> Iterator[None]:
-        """The base model: a LoRA is off; of a wholly trained network the base is read again.
+        """Run the base model: the LoRA is off, or the base of a wholly trained network is read
+        again.
 
-        The latter costs the memory of a second denoiser from the first use on, until
-        `forget("base")`.
+        A base that was read is a second denoiser in memory until `forget("base")`.
         """
         if self.is_lora:
             with lora.disabled(self.network):
@@ -345,7 +348,7 @@ class Policy(ABC):
 
     @contextmanager
     def adapter(self, name: str) -> Iterator[None]:
-        """The copy `name` in place of what is trained, e.g. "old" or "ema"."""
+        """Run the copy `name`, e.g. "old" or "ema", in place of the trained weights."""
         if self.is_lora:
             with lora.active(self.network, name):
                 yield
@@ -355,7 +358,7 @@ class Policy(ABC):
 
     @contextmanager
     def _instead(self, network: Any) -> Iterator[None]:
-        # another module rather than other weights in this one: graphs made inside stay right
+        # swaps the module, not the weights in it, so that graphs made inside stay valid
         trained, self.network = self.network, network
         try:
             yield
@@ -367,12 +370,12 @@ class Policy(ABC):
         self._copies.pop(name, None)
 
     def save(self, folder: Path, name: str = "default") -> Path:
-        """Write what was trained, or its copy `name`, as diffusers reads it; returns the path of
-        the file or folder.
+        """Write the trained weights, or their copy `name`, for diffusers; returns the path of the
+        file or folder.
 
-        A LoRA is the file that `pipe.load_lora_weights(folder)` reads, and of a UNet a second one
-        in kohya's format for other programs (`export.kohya`); a wholly trained denoiser is a folder
-        for `from_pretrained(folder, subfolder=self.denoiser)`.
+        A LoRA becomes the file that `pipe.load_lora_weights(folder)` reads; for a UNet there is a
+        second file in kohya's format (`export.kohya`) for other programs. A wholly trained denoiser
+        becomes a folder for `from_pretrained(folder, subfolder=self.denoiser)`.
         """
         from . import export
 

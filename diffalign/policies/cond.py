@@ -1,4 +1,4 @@
-"""What a denoiser is told beside the picture and its noise level."""
+"""What a denoiser gets beside the noisy latents and their noise level."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 class Cond:
     """Text conditioning of n samples: tensors (n, ...) by name, of prompt and negative prompt.
 
-    There is no negative where guidance makes no second branch.
+    `negative` is empty if guidance has no second branch.
     """
 
     positive: dict[str, Tensor]

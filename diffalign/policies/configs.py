@@ -12,7 +12,7 @@ from rewards.loading import reading
 
 
 def read_config(name: str, file: str, option: str = "model.name") -> dict[str, Any]:
-    """A JSON file of a local folder or hub id; nothing else of it is read. Raises ValueError."""
+    """A JSON file of a local folder or hub id; no other file is read. Raises ValueError."""
     with reading(f"{option}={name!r}", name):
         path = Path(name).expanduser() / file
         if not Path(name).expanduser().is_dir():
@@ -29,8 +29,8 @@ def read_config(name: str, file: str, option: str = "model.name") -> dict[str, A
 def latent_side(resolution: int, factor: int, patch: int = 1) -> int:
     """Side of the latents of a picture of `resolution` pixels.
 
-    factor: pixels per latent. patch: latents per token of a transformer. Raises ValueError where
-    the resolution is no multiple of both.
+    factor: pixels per latent. patch: latents per token of a transformer. Raises ValueError if the
+    resolution is no multiple of factor * patch.
     """
     step = factor * patch
     if resolution % step:
@@ -48,9 +48,9 @@ def pixels_per_latent(vae: Mapping[str, Any]) -> int:
 
 
 def text_options(pipe: Any) -> dict[str, int]:
-    """What `pipe(...)` must be told to encode prompts as a policy does: its number of T5 tokens.
+    """Arguments that make `pipe(...)` encode prompts as a policy does: its number of T5 tokens.
 
-    It is the pipeline's default, or less where its T5 tokenizer has a smaller maximum.
+    That is the pipeline's default, or the maximum of its T5 tokenizer if that is smaller.
     """
     default = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
     if default is None:

@@ -1,4 +1,4 @@
-"""What was trained, as files: diffusers' own, and for UNets kohya's LoRA format as well."""
+"""Writes trained weights: in diffusers' format, and LoRAs of UNets in kohya's as well."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from .run_folder import WEIGHTS
 
 
 def save_lora(pipe: Any, part: str, network: Any, name: str, folder: Path) -> Path:
-    """Write the adapter `name` of a pipeline's denoiser `part` as `pipe.load_lora_weights(folder)`
-    reads it, and of a UNet as other programs do; returns the path of the former.
+    """Write the adapter `name` of a pipeline's denoiser `part` for
+    `pipe.load_lora_weights(folder)`, and that of a UNet for other programs too; returns the path of
+    the first file.
 
-    Each file replaces the one before as a whole.
+    Each file is written whole and then replaces the previous one.
     """
     layers = lora.exported(network, name)
     with TemporaryDirectory(dir=folder) as temporary:
@@ -32,7 +33,7 @@ def save_lora(pipe: Any, part: str, network: Any, name: str, folder: Path) -> Pa
             rank = network.peft_config[name].r
             save_file(kohya(layers), files[KOHYA], kohya_metadata(pipe, rank))
         for target, written in files.items():
-            written.chmod(0o644)  # safetensors writes for the owner alone
+            written.chmod(0o644)  # safetensors makes files that only the owner can read
             written.replace(folder / target)
     return folder / WEIGHTS
 
@@ -51,11 +52,11 @@ def save_network(network: Any, part: str, folder: Path) -> Path:
 
 
 def kohya(layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The LoRA of a UNet, `lora.exported`, under the names of kohya's sd-scripts, which ComfyUI and
-    the web interfaces read: lora_unet_<layer with _>.lora_down.weight (A, (rank, in)), .lora_up
-    (B, (out, rank)) and .alpha, a number; float32.
+    """The LoRA of a UNet, from `lora.exported`, under the names of kohya's sd-scripts, which
+    ComfyUI and the web interfaces read: lora_unet_<layer with _>.lora_down.weight (A, (rank, in)),
+    .lora_up (B, (out, rank)) and .alpha, a number; float32.
 
-    The alpha is the rank, a scale of 1, since the scale is in B.
+    alpha equals the rank, a scale of 1, since `lora.exported` puts the scale into B.
     """
     found = {}
     for key, value in layers.items():
@@ -69,7 +70,8 @@ def kohya(layers: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def kohya_metadata(pipe: Any, rank: int) -> dict[str, str]:
-    """What programs show of a file in kohya's format: the kind of its base model, and its rank."""
+    """Metadata that programs show for a file in kohya's format: the kind of base model, and the
+    rank."""
     width = pipe.unet.config.cross_attention_dim
     base = {"768": "sd_v1", "1024": "sd_v2"}.get(str(width), "")
     if type(pipe).__name__ == "StableDiffusionXLPipeline":

@@ -15,14 +15,14 @@ ODD = (
     "invert_sigmas", "stochastic_sampling",
     "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
 )  # fmt: skip
-"""Settings of the Euler scheduler that change more than where the levels are shifted to."""
+"""Settings of the Euler scheduler that do more than shift the levels; they are refused."""
 
-PATCH = 2  # latents a side of a token, in every released SD3 and FLUX
+PATCH = 2  # side of a token in latents, in every released SD3 and FLUX
 
 
 class FlowPolicy(Policy):
-    """A rectified flow, x = (1 - sigma) x0 + sigma noise, told t = 1000 sigma (1000 being the
-    scheduler's number of training timesteps)."""
+    """A rectified flow, x = (1 - sigma) x0 + sigma noise, whose network gets t = 1000 sigma; 1000
+    is the scheduler's number of training timesteps."""
 
     predicts = "flow"
 
@@ -34,14 +34,14 @@ class FlowPolicy(Policy):
 def flow_levels(
     config: dict[str, Any], steps: int, shape: tuple[int, ...], linspace: bool
 ) -> Levels:
-    """alpha = 1 - sigma, t = 1000 sigma, (steps + 1,), the last at sigma 0.
+    """Levels (steps + 1,) with alpha = 1 - sigma and t = 1000 sigma; the last has sigma = 0.
 
-    The sigmas are shifted, sigma -> s sigma / (1 + (s - 1) sigma), by the constant `shift`, or with
-    `use_dynamic_shifting` by s = e^mu or
-    mu (`time_shift_type`), mu linear in the number of image tokens, and then stretched to end at
-    `shift_terminal`. linspace: start
-    from 1 ... 1 / steps as FluxPipeline does, else from the scheduler's own range as SD3's.
-    Raises ValueError for other schedulers than the plain Euler one.
+    The sigmas are shifted, sigma -> s sigma / (1 + (s - 1) sigma), where s is the constant `shift`.
+    With `use_dynamic_shifting` s is e^mu or mu (`time_shift_type`), and mu is linear in the number
+    of image tokens. The sigmas are then stretched to end at `shift_terminal`, if that is set.
+    linspace: before the shift they run from 1 to 1 / steps, as in FluxPipeline; else over the
+    scheduler's own range, as in SD3's pipeline. Raises ValueError for any scheduler but the plain
+    Euler one.
     """
     name = config["_class_name"]
     odd = [f" with {k}" for k in ODD if config.get(k)]

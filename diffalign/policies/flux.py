@@ -20,10 +20,10 @@ class FluxPolicy(FlowPolicy):
     takes its scale as an embedding; schnell ignores the scale, as in diffusers. True CFG with a
     negative prompt, ControlNets and IP-adapters are not supported.
 
-    Above the policy latents are (n, C, H, W); packing 2×2 of them into tokens happens in `call`.
-    The LoRA targets are Flow-GRPO's: attention and MLPs of the double-stream blocks; of the
-    single-stream blocks the references train attention's q, k, v alone, and leave out their
-    `proj_mlp` and `proj_out`, and all modulation.
+    Latents are (n, C, H, W) outside the policy; `call` packs 2×2 of them into a token. The LoRA
+    targets are Flow-GRPO's: attention and MLPs of the double-stream blocks, and attention's q, k, v
+    of the single-stream blocks. Like the references, they leave out `proj_mlp` and `proj_out` of
+    the single-stream blocks and all modulation.
     """
 
     uses_cfg = False
@@ -41,7 +41,7 @@ class FluxPolicy(FlowPolicy):
     def shape(
         cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
     ) -> tuple[int, ...]:
-        # the transformer has no size of its own; the VAE's sample_size is 1024 for FLUX.1
+        # the transformer's config names no size; the VAE's sample_size is 1024 for FLUX.1
         side = latent_side(resolution or vae["sample_size"], pixels_per_latent(vae), PATCH)
         return network["in_channels"] // PATCH**2, side, side
 
@@ -61,7 +61,7 @@ class FluxPolicy(FlowPolicy):
     def call(self, x: Tensor, t: Tensor, text: dict[str, Tensor], guidance: float) -> Tensor:
         n, channels, height, width = x.shape
         rows, columns = height // PATCH, width // PATCH
-        # (row, column) of every token in the last two places; text tokens are all at the origin
+        # the last two coordinates are a token's row and column; text tokens are all at the origin
         places = torch.zeros(rows, columns, 3, device=x.device)
         places[..., 1] += torch.arange(rows, device=x.device)[:, None]
         places[..., 2] += torch.arange(columns, device=x.device)

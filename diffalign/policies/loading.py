@@ -1,4 +1,4 @@
-"""Pipelines and their weights, read: from folders, the hub, or run folders."""
+"""Reads pipelines and their weights from folders, the hub or run folders."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ XL = "StableDiffusionXLPipeline"
 
 @cache
 def note(text: str) -> None:
-    """Say something once, on the first process."""
+    """Print a text to stderr once, on the first process alone."""
     if os.environ.get("RANK", "0") == "0":
         print(text, file=sys.stderr)
 
@@ -35,7 +35,7 @@ def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
     """See `policies.pipeline`."""
     model = resolve(name)
     index = read_config(model.base, "model_index.json")
-    # diffusers asks for parts that were saved as none (SD3 without its T5) to be passed as None
+    # diffusers wants None for every part that was saved as missing, such as the T5 of an SD3
     parts: dict[str, Any] = {key: None for key, value in index.items() if value == [None, None]}
     if index["_class_name"] == "StableDiffusionPipeline":
         parts |= {"safety_checker": None, "requires_safety_checker": False}
@@ -55,7 +55,7 @@ def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
 
 
 def denoiser(name: str, merge_lora: str | None, part: str) -> Any:
-    """The denoiser of a model in float32, and nothing else of it; `part` is its name."""
+    """Only the denoiser of a model, in float32; `part` is its name in the pipeline."""
     model = resolve(name)
     index = read_config(model.base, "model_index.json")
     options = {"torch_dtype": torch.float32}
@@ -73,18 +73,18 @@ def _read(name: str, base: str, options: dict[str, Any]) -> Any:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     option = f"model.name={name!r}"
-    # transformers takes the defaults of a class where there is no config of it
+    # without a config.json transformers takes the defaults of the class
     for folder in sorted(Path(base).glob("text_encoder*/")):
         if not (folder / "config.json").exists():
             raise LoadingError(
                 f"{option} has no {folder / 'config.json'}; give a complete pipeline"
             )
     with warnings.catch_warnings():
-        # torch_dtype is to become dtype, which our oldest diffusers does not know
+        # torch_dtype will be renamed to dtype, which our oldest diffusers does not know
         warnings.simplefilter("ignore", FutureWarning)
         pipe: Any = pretrained(DiffusionPipeline.from_pretrained, option, base, **options)
     for key, value in pipe.components.items():
-        # transformers makes up an empty tokenizer where there are no files of one
+        # without its files transformers makes up an empty tokenizer
         if isinstance(value, transformers.PreTrainedTokenizerBase) and (
             len(value) <= len(value.all_special_tokens)
         ):
@@ -95,7 +95,8 @@ def _read(name: str, base: str, options: dict[str, Any]) -> Any:
 
 
 def _whole(run: str, part: str, index: Any, options: dict[str, Any]) -> Any:
-    """The denoiser that a run has trained all weights of, of the class that its base names."""
+    """The denoiser of a run that trained all its weights; its class is the one that the base
+    names."""
     kind = getattr(diffusers, index[part][1])
     dtypes = options.get("torch_dtype", torch.float32)
     dtype = dtypes.get(part, dtypes["default"]) if isinstance(dtypes, dict) else dtypes
@@ -109,7 +110,7 @@ def tiny_vae(name: str) -> Any:
 
 
 def trained(run: str, network: Any) -> Any:
-    """The denoiser of a run folder that trained all its weights, of the class of `network`."""
+    """The denoiser of a run that trained all its weights; its class is that of `network`."""
     part = trained_denoiser(run)
     if part is None:
         raise ValueError(f"{run!r} holds no denoiser; give a run folder with one")

@@ -1,6 +1,7 @@
 """LoRA as named adapters on a diffusers model (arXiv 2106.09685), through peft.
 
-"default" trains; "old" and "ema" are copies on the same frozen weights; all off is the reference.
+"default" trains; "old" and "ema" are copies on the same frozen weights; with all adapters off the
+model is the reference.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def add(
     targets are suffixes of module names. Raises ValueError when one matches no layer of the
     network.
     """
-    from peft import LoraConfig  # seconds, which a refusal need not wait for
+    from peft import LoraConfig  # takes seconds that a refusal need not wait for
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = (nn.Linear, nn.Conv2d, BaseTunerLayer)
@@ -51,18 +52,18 @@ def add(
     before = network.active_adapters() if getattr(network, "peft_config", None) else [name]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        with warnings.catch_warnings():  # that there is an adapter already is meant so
+        with warnings.catch_warnings():  # a second adapter is intended
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             network.add_adapter(config, adapter_name=name)
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-    # add_adapter turns the new one on; a second adapter waits until it is asked for
+    # add_adapter turns the new adapter on; a second one must stay off until it is asked for
     network.set_adapter(before)
 
 
 def state_dict(network: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """The raw A and B of the adapter `name`, keyed as peft does."""
+    """The raw A and B of the adapter `name`, under peft's keys."""
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(network, adapter_name=name)
@@ -82,8 +83,8 @@ def load_state_dict(network: nn.Module, state: dict[str, Tensor], name: str = "d
 def exported(network: Any, name: str = "default") -> dict[str, Tensor]:
     """The adapter with alpha / rank multiplied into B.
 
-    Loaders that know nothing of alpha take it to be the rank; folded in, the product is right
-    everywhere.
+    Loaders that know nothing of alpha take it to be the rank; with the scale in B the product B A
+    is right for all of them.
     """
     config = network.peft_config[name]
     scale = config.lora_alpha / config.r
@@ -112,7 +113,8 @@ def active(network: Any, name: str) -> Iterator[None]:
 
 
 def set_scale(network: nn.Module, scale: float) -> None:
-    """Weaken or strengthen the adapter: W + scale ΔW. It is the product BA that is scaled."""
+    """Weaken or strengthen the adapter: W + scale ΔW. The product B A is scaled, not each
+    factor."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in network.modules():

@@ -1,7 +1,7 @@
-"""LoRA files, ours and those of other programs: found, compared with a model by their headers, and
-read into a pipeline.
+"""Finds LoRA files, ours and other programs', compares their headers with a model, and loads them
+into a pipeline.
 
-No diffusers is imported here: what cannot be used is refused before that takes its seconds.
+Nothing here imports diffusers, which takes seconds: files that cannot be used are refused at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Shape = tuple[int, ...]
 SIDES = r"(lora_A|lora_B|lora_down|lora_up|(?:lora\d?|lora_linear_layer)\.(?:down|up))"
 LAYER = re.compile(rf"(.+)[._]{SIDES}(?:\.default)?\.weight")
 UNKNOWN = {"hada_": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "dora_scale": "DoRA"}
-ELSEWHERE = {  # how other programs call blocks: what they are part of
+ELSEWHERE = {  # names of blocks in other programs: the network they are part of
     r"(input|output)_blocks|middle_block": "UNet2DConditionModel",
     r"double_blocks|single_blocks": "FluxTransformer2DModel",
     r"joint_blocks": "SD3Transformer2DModel",
@@ -57,8 +57,8 @@ def find(lora: str, option: str) -> Path | None:
 
 
 def check(lora: str, option: str, model: str | None = None) -> None:
-    """Refuse what are no trained weights, or not of `model`, as far as files on this machine tell:
-    a hub id passes. Only headers are read. Raises ValueError."""
+    """Raises ValueError for a path without trained weights, or with weights that do not fit
+    `model`, as far as files on this machine tell: a hub id passes. Only headers are read."""
     base = resolve(model) if model is not None else None
     there = denoiser_shapes(base) if base is not None else None
     part = trained_denoiser(lora)
@@ -91,8 +91,11 @@ def compare(
     option: str,
     name: str,
 ) -> None:
-    """Refuse a LoRA, by the shapes of its tensors, that is of an unknown format or that the
-    denoiser with these weights, of a pipeline of the class `pipeline`, does not fit."""
+    """Raises ValueError for a LoRA of an unknown format, or one that does not fit the denoiser.
+
+    lora, network: shapes of the tensors of LoRA and denoiser; None = the denoiser is not known.
+    pipeline: class of the pipeline. option, name: what messages call the LoRA.
+    """
     for mark, kind in UNKNOWN.items():
         if any(mark in key for key in lora):
             raise ValueError(
@@ -138,7 +141,7 @@ def _is(pipeline: str, network: str) -> bool:
 
 
 def layers(shapes: Mapping[str, Shape]) -> dict[str, list[Shape | None]]:
-    """The layers that a LoRA file changes, under its own names: shapes of A and B."""
+    """Shapes of A and B for every layer that a LoRA file changes, under the file's own names."""
     found: dict[str, list[Shape | None]] = {}
     for key, shape in shapes.items():
         match = LAYER.fullmatch(key)
@@ -149,7 +152,7 @@ def layers(shapes: Mapping[str, Shape]) -> dict[str, list[Shape | None]]:
 
 
 def stripped(layer: str) -> str:
-    """The name of a layer in the denoiser, with dots or with underscores (kohya)."""
+    """The name in the denoiser of a LoRA file's layer, with dots or with underscores (kohya)."""
     name = re.sub(r"^(base_model\.model\.)?(unet\.|transformer\.|diffusion_model\.)?", "", layer)
     name = re.sub(r"^lora_(unet|transformer)_", "", name)
     return name.replace(".processor.", ".")
@@ -172,19 +175,20 @@ def denoiser_shapes(model: Model) -> dict[str, Shape] | None:
             try:
                 return {k: v for file in files for k, v in tensor_shapes(file).items()}
             except ValueError:
-                return None  # damaged: said when it is read
+                return None  # damaged, which is reported when the weights are read
     return None
 
 
 def load(pipe: Any, lora: str, name: str | None = None, option: str = "the LoRA") -> None:
-    """Put a LoRA on a pipeline as the adapter `name`: what `pipe.load_lora_weights` reads, or what
-    peft's save_pretrained wrote. Raises ValueError for one that has nothing for it."""
+    """Load a LoRA into a pipeline as the adapter `name`: a file that `pipe.load_lora_weights`
+    reads, or one that peft's save_pretrained wrote. Raises ValueError for a LoRA with nothing for
+    the pipeline."""
     said = f"{option} {lora!r}"
     path = find(lora, option) or _downloaded(lora, said)
     before = {k: list(v) for k, v in pipe.get_list_adapters().items()}
-    with warnings.catch_warnings():  # that there is an adapter already is meant so
+    with warnings.catch_warnings():  # a second adapter is intended
         warnings.filterwarnings("ignore", "Already found a `peft_config`")
-        if path is None:  # a hub id, with a file that only diffusers' guess finds
+        if path is None:  # a hub id, whose file only diffusers' own search finds
             with reading(said, lora):
                 pipe.load_lora_weights(lora, adapter_name=name)
         else:
@@ -205,8 +209,8 @@ def load(pipe: Any, lora: str, name: str | None = None, option: str = "the LoRA"
 
 
 def _check_loaded(path: Path, pipe: Any, option: str, lora: str) -> None:
-    """Refuse a LoRA that fits a pipeline's denoiser in part; one of which nothing does is left to
-    diffusers, which knows the names of more programs."""
+    """Refuse a LoRA that fits a pipeline's denoiser only in part. If no layer fits, diffusers
+    decides, as it knows the layer names of more programs."""
     with reading(f"{option} {lora!r}", str(path)):
         shapes = tensor_shapes(path)
     network = next(filter(None, (getattr(pipe, name, None) for name in DENOISERS)))
@@ -218,7 +222,7 @@ def _check_loaded(path: Path, pipe: Any, option: str, lora: str) -> None:
 
 
 def _downloaded(lora: str, said: str) -> Path | None:
-    """The LoRA file of a hub id, where it has one of the usual names."""
+    """The LoRA file of a hub id; None if it has none of the usual names."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -232,7 +236,7 @@ def _downloaded(lora: str, said: str) -> Path | None:
                 return path
             except EntryNotFoundError as error:
                 absent = error
-        if isinstance(absent, LocalEntryNotFoundError):  # there may be one, out of reach
+        if isinstance(absent, LocalEntryNotFoundError):  # offline, so there may be one after all
             raise absent
     return None
 
@@ -242,7 +246,8 @@ def is_peft(shapes: Mapping[str, Shape]) -> bool:
 
 
 def peft_settings(path: Path, option: str) -> dict[str, Any]:
-    """The adapter_config.json beside peft's weights. Raises ValueError for other than LoRA."""
+    """The settings of the adapter_config.json beside peft's weights. Raises ValueError unless they
+    are those of a plain LoRA."""
     file = path.parent / PEFT_CONFIG
     if not file.exists():
         raise ValueError(
@@ -273,8 +278,8 @@ def peft_settings(path: Path, option: str) -> dict[str, Any]:
 
 
 def _state(path: Path, pipe: Any, option: str) -> dict[str, Any] | None:
-    """The LoRA as diffusers takes it, with its alphas multiplied in; None where diffusers reads the
-    file as it is."""
+    """The tensors of a LoRA under diffusers' names, with alpha multiplied in; None if diffusers can
+    read the file itself."""
     shapes = tensor_shapes(path)
     alphas = any(k.endswith(".alpha") for k in shapes)
     kohya = any(k.startswith("lora_") for k in shapes)
@@ -304,8 +309,9 @@ def _state(path: Path, pipe: Any, option: str) -> dict[str, Any] | None:
 
 
 def peft_scale(settings: Mapping[str, Any], module: str, rank: int) -> float:
-    """What peft multiplies B A of a layer by: alpha / r, or alpha / sqrt(r) with use_rslora; the
-    alpha may be one of its own, by a pattern at the end of the layer's name. 1 without settings."""
+    """The factor by which peft multiplies a layer's B A: alpha / rank, or alpha / sqrt(rank) with
+    use_rslora. An alpha_pattern that matches the end of the layer's name sets its alpha. 1 without
+    settings."""
     patterns = settings.get("alpha_pattern") or {}
     found = [float(v) for k, v in patterns.items() if re.fullmatch(rf"(.*\.)?({k})", module)]
     alpha = found[0] if found else float(settings.get("lora_alpha", rank))

@@ -1,4 +1,4 @@
-"""A run folder as a model: which pipeline it goes back to, and which weights come on top."""
+"""A run folder as a model: the pipeline that it was trained from, and the weights on top."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Model:
 
     base: str  # a pipeline's folder or hub id
     denoiser: str | None = None  # the run whose whole denoiser takes the place of the base's
-    loras: tuple[str, ...] = ()  # merged into it, in this order
+    loras: tuple[str, ...] = ()  # merged into the base, in this order
     resolution: int | None = None  # of the run, in pixels
 
 
 def trained_denoiser(run: str) -> str | None:
-    """The name of the denoiser in a run folder that trained all its weights."""
+    """The name of the denoiser in the folder of a run that trained all its weights, else None."""
     return next((n for n in DENOISERS if (Path(run) / n / "config.json").exists()), None)
 
 
@@ -39,10 +39,11 @@ def config_of(run: str) -> Path | None:
 
 
 def resolve(name: str, above: tuple[Path, ...] = ()) -> Model:
-    """The model of a pipeline folder, a hub id, or a run folder (or its best/): the base of its
-    config.yaml, which may be a run itself, with what it trained.
+    """The model of a pipeline folder, a hub id, or a run folder (or its best/). A run is the model
+    that its config.yaml names, which may be a run itself, with the weights that it trained.
 
-    No weights are read, and no hub is asked. Raises ValueError for a local path that is neither.
+    No weights are read, and the hub is not asked. above: the runs that led here. Raises ValueError
+    for a local path that is neither a pipeline nor a run.
     """
     path = Path(name).expanduser()
     if not path.is_dir():

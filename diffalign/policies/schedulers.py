@@ -1,6 +1,6 @@
 """The DDPM noise schedule that the scheduler of a UNet pipeline stands for, from its config alone.
 
-What diffusers' classes know and take by default is written down here, so that no class is imported.
+The settings and defaults of diffusers' classes are written down here, so that none is imported.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
     | ENDS
     | {"sigma_min": None, "sigma_max": None},
 }
-"""What each class adds to BETAS: the settings that it knows, at its defaults. Others in a config
+"""The settings that each class knows beside BETAS, with their defaults. Other settings in a config
 are left over from another class, and diffusers ignores them."""
 
 CHANGES_THE_PICTURE = (
@@ -71,12 +71,12 @@ SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 
 def as_ddim(pipeline: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a DDIMScheduler with the noise levels and timesteps of `config`, complete.
+    """The complete config of a DDIMScheduler with the noise levels and timesteps of `config`.
 
-    config: of the scheduler, whose class is `config["_class_name"]`; what it does not say is that
-    class's default. pipeline: the class of the pipeline; StableDiffusionPipeline takes
-    steps_offset to be 1 and clip_sample to be false whatever it says. Raises ValueError for what a
-    plain DDIM sampler would not draw as the pipeline does.
+    config: of the scheduler, whose class is `config["_class_name"]`; missing settings take that
+    class's defaults. pipeline: the class of the pipeline; StableDiffusionPipeline always sets
+    steps_offset to 1 and clip_sample to false. Raises ValueError for settings with which a plain
+    DDIM sampler would not draw what the pipeline draws.
     """
     name = config["_class_name"]
     if name not in SCHEDULERS:
@@ -123,7 +123,7 @@ def as_ddim(pipeline: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
     """abar (T,), float32, of a config that `as_ddim` made: the product of 1 - beta up to each of
-    the T training timesteps, bit for bit as DDIMScheduler has it."""
+    the T training timesteps, bit for bit that of DDIMScheduler."""
     first, last, n = config["beta_start"], config["beta_end"], config["num_train_timesteps"]
     if config["trained_betas"] is not None:
         beta = torch.tensor(config["trained_betas"], dtype=torch.float32)
@@ -135,7 +135,7 @@ def alphas_cumprod(config: Mapping[str, Any]) -> Tensor:
         bar = [math.cos((i / n + 0.008) / 1.008 * math.pi / 2) ** 2 for i in range(n + 1)]
         beta = torch.tensor([min(1 - bar[i + 1] / bar[i], 0.999) for i in range(n)])
     abar = torch.cumprod(1 - beta, 0)
-    if config["rescale_betas_zero_snr"]:  # to end at 0, arXiv 2305.08891
+    if config["rescale_betas_zero_snr"]:  # makes abar end at 0, arXiv 2305.08891
         root = abar.sqrt()
         end = root[-1].clone()
         root = (root - end) * (root[0] / (root[0] - end))
@@ -174,7 +174,7 @@ FLOW = {
 
 def flow_sigmas(config: Mapping[str, Any], steps: int, tokens: int, linspace: bool) -> Tensor:
     """The sigmas (steps,), float32, from noise to data, that a FlowMatchEulerDiscreteScheduler with
-    this config gives a picture of so many tokens; see `flow.flow_levels`."""
+    this config sets for a picture of `tokens` tokens; see `flow.flow_levels`."""
     c = FLOW | dict(config)
     n, shift = c["num_train_timesteps"], c["shift"]
 

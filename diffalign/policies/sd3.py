@@ -15,7 +15,7 @@ from .flow import PATCH, FlowPolicy, flow_levels
 class SD3Policy(FlowPolicy):
     """`StableDiffusion3Pipeline` (arXiv 2403.03206) as a policy: u = noise - data, with CFG.
 
-    The LoRA targets are Flow-GRPO's: the attention projections of both streams. It leaves out the
+    The LoRA targets are Flow-GRPO's: the attention projections of both streams. They leave out the
     MLPs, the modulation (adaLN) and the second attention `attn2` of SD3.5-medium's first blocks.
     Skip-layer guidance (SD3.5-medium) and IP-adapters are not supported.
     """

@@ -20,11 +20,11 @@ class UNetPolicy(Policy):
     """`StableDiffusionPipeline` (2112.10752) and `StableDiffusionXLPipeline` (2307.01952), one-step
     distillations of them (SD-Turbo, SDXL-Turbo, 2311.17042) included: epsilon or v, VP levels.
 
-    The noise schedule and the spacing of the timesteps are the pipeline's own, read as DDIM; other
-    samplers of the hub's configuration (PNDM, Euler) only differ in how they integrate, and Euler
-    starts from noise of scale `sigma` where DDIM starts from scale 1. Settings of a scheduler that
-    change more than that (clipping, Karras sigmas) are refused. Guidance is not rescaled, as the
-    pipelines do not unless they are told to.
+    The noise schedule and the spacing of the timesteps are the pipeline's own, read as a DDIM
+    scheduler's. The other schedulers of published pipelines (PNDM, Euler) differ only in how they
+    integrate, and Euler also in the scale of its initial noise, `sigma` where DDIM has 1. Scheduler
+    settings that change more than that (clipping, Karras sigmas) are refused. Guidance is not
+    rescaled, which is the pipelines' default too.
 
     A LoRA goes to all attention projections, as in DDPO and AlignProp. Left out: convolutions, time
     embedding, the feed-forward of the transformer blocks and their proj_in and proj_out.

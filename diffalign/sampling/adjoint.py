@@ -1,8 +1,9 @@
 """The exact gradient of a reward through a trajectory, at the memory of one denoiser step.
 
-A GRADIENT algorithm says by a `Surrogate` what its reward sees and which denoiser calls carry
-gradient. A rollout without gradient gives the states; `reward_input` what the reward decodes of
-them; `adjoint_sweep` takes the reward's gradient there back to the weights, one step at a time.
+A GRADIENT algorithm describes by a `Surrogate` what its reward sees and which denoiser calls carry
+gradient. A rollout without gradient gives the states, from which `reward_input` computes the
+latents that the reward sees. `adjoint_sweep` takes the reward's gradient with respect to these
+latents back to the weights, one step at a time.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ class Surrogate:
     """The differentiable stand-in for a trajectory that a GRADIENT algorithm learns from.
 
     active: steps whose denoiser call carries gradient. at: the reward sees the x0 predicted at this
-    step; None = the final latent. detach: every denoiser call sees sg[x], so that gradient crosses
-    a step by its linear part alone. renoised: copies of the final latent that are noised to the
-    last level again and denoised in one step, the reward averaged over them and the original.
+    step; None = the final latent. detach: every denoiser call sees sg[x], that is x without
+    gradient, so that gradient crosses a step by its linear part alone. renoised: number of copies
+    of the final latent that are noised to the last level again and denoised in one step; the reward
+    is averaged over them and the original.
     """
 
     active: tuple[int, ...]
@@ -39,7 +41,7 @@ class Surrogate:
 def reward_input(
     policy: Policy, cond: Cond, sampling: Sampling, states: Tensor, plan: Surrogate
 ) -> Tensor:
-    """The latents (n, *latent) that the reward decodes, of states (n, K + 1, *latent)."""
+    """The latents (n, *latent) that are decoded for the reward, from states (n, K + 1, *latent)."""
     if plan.at is None:
         return states[:, -1]
     x, level = states[:, plan.at], sampling.levels[plan.at]
@@ -50,7 +52,7 @@ def renoise_last(
     policy: Policy, cond: Cond, sampling: Sampling, states: Tensor, noise: Tensor
 ) -> Tensor:
     """`states` (n, K + 1, *latent) with the last two replaced: the final latent noised by `noise`
-    (n, *latent) to the last level, and what one step makes of it (DRaFT-LV)."""
+    (n, *latent) to the last level, and the result of one step from there (DRaFT-LV)."""
     last = sampling.steps - 1
     x = noised(states[:, -1], noise, sampling.levels[last])
     with torch.no_grad():
@@ -72,14 +74,14 @@ def adjoint_sweep(
         g_K = g,   ∇θ L += (∂μ_i/∂θ)ᵀ g_{i+1},   g_i = (∂μ_i/∂x_i)ᵀ g_{i+1}    i = K-1 … min(active)
 
     μ_i is the mean of step i at the stored x_i; the noise added to it is a constant. Where step i
-    is not active its denoiser call is a constant too, so that only the linear part of μ_i counts,
-    and with `plan.detach` that is all that reaches x_i. With `plan.at` = e the sweep starts at x̂0
-    of step e in place of μ_e. The result equals autograd through the whole surrogate, at the memory
-    of one denoiser step however long the chain.
+    is not active its denoiser call is a constant too, so that gradient passes only through the
+    linear part of μ_i. With `plan.detach` x_i gets gradient only through that part at every step.
+    With `plan.at` = e the sweep starts at x̂0 of step e in place of μ_e. The result equals autograd
+    through the whole surrogate, with the memory of one denoiser step however long the chain is.
 
-    states: (n, K + 1, *latent) of a rollout; grad: (n, *latent). penalty: (what the denoiser was
-    shown, its prediction, step) to a scalar added to L at every active step. Adds to the `.grad` of
-    the policy's weights.
+    states: (n, K + 1, *latent) of a rollout; grad: (n, *latent). penalty: a function of (the
+    denoiser's input, its prediction, step) whose scalar is added to L at every active step. The
+    gradient is added to the `.grad` of the policy's weights.
     """
     first = min(plan.active)
     top = sampling.steps - 1 if plan.at is None else plan.at

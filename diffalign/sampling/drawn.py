@@ -27,12 +27,13 @@ OURS = ("image", "prompt", "seed", "text", "lora", "scores")  # keys of a line o
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture and what it was drawn of.
+    """A picture, and its prompt, noise and settings.
 
-    how: model, merge_lora, lora, lora_scale, steps, guidance, resolution, dtype, kernel and eta;
-    kernel None is diffusers' own pipeline, any other the sampler of `rollout`. noise: float32,
-    (1, *latent) of the first, (1 + S, *latent) of the other; redraws: False for a picture that the
-    sampler does not make of it. text: what was drawn, where it is not the prompt.
+    how: model, merge_lora, lora, lora_scale, steps, guidance, resolution, dtype, kernel, eta and
+    family. kernel: None = diffusers' own pipeline; any other = the sampler of `rollout`. noise:
+    float32, (1, *latent) for the pipeline, (1 + S, *latent) for a sampler with S stochastic steps.
+    redraws: False if the sampler does not make the picture from this noise. text: the text that was
+    drawn, if it is not the prompt.
     """
 
     image: Image.Image
@@ -45,17 +46,17 @@ class Drawn:
     redraws: bool = True
 
     def about(self) -> dict[str, Any]:
-        """What its PNG says of it."""
+        """The metadata in its PNG."""
         known = {"text": self.text, "metadata": self.prompt.metadata, "scores": self.scores}
         known = {k: v for k, v in known.items() if v}
         redraws = {} if self.redraws else {"redraws": False}
-        how = redact(self.how)  # a prompt's own metadata is what its rewards are given, and stays
+        how = redact(self.how)  # the prompt's metadata stays: its rewards need it
         return {"prompt": self.prompt.text, "seed": self.seed, **known, **redraws, **how}
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A picture that is to be drawn again: fields as those of `Drawn`."""
+    """A picture to be drawn again; the fields are those of `Drawn`."""
 
     name: str
     noise: Tensor
@@ -67,8 +68,8 @@ class Stored:
 
 
 def check_out(out: str, grid: str, names: Iterable[str], trace: bool = False) -> None:
-    """Refuse, before the work, a folder that cannot be written to, or with pictures that are none
-    of `names` and would be taken for pictures of this call."""
+    """Refuse, before any work, a folder that cannot be written to, or one with pictures other than
+    `names`, which would be taken for pictures of this call."""
     check_folder(out, "--out")
     folder = Path(out)
     if folder.resolve() in Path(grid).resolve().parents:
@@ -88,7 +89,7 @@ def check_out(out: str, grid: str, names: Iterable[str], trace: bool = False) ->
 
 
 def write(out: str, pictures: Mapping[str, Drawn]) -> None:
-    """Write pictures by their names, their prompts and their noise into the folder `out`."""
+    """Write pictures {name: picture}, their prompts and their noise into the folder `out`."""
     lines, noise, about = [], {}, {}
     for name, drawn in pictures.items():
         grids.save_png(drawn.image, Path(out) / name, drawn.about())
@@ -124,7 +125,7 @@ def _stored(name: str, noise: Tensor, about: dict[str, Any]) -> Stored:
     how = {k: v for k, v in about.items() if k not in ("prompt", "text", "metadata", "scores")}
     if noise.dtype != torch.float32 or not noise.isfinite().all():
         raise ValueError(f"{name} is {noise.dtype}, or not finite")
-    if Path(name).name != name or not name.endswith(".png"):  # it will be written
+    if Path(name).name != name or not name.endswith(".png"):  # a file of that name will be written
         raise ValueError(f"{name!r} is no name of a picture")
     prompt = Prompt(str(about["prompt"]), dict(about.get("metadata", {})))
     seed, redraws = int(how.pop("seed")), how.pop("redraws", True)
@@ -132,7 +133,7 @@ def _stored(name: str, noise: Tensor, about: dict[str, Any]) -> Stored:
 
 
 def rows_of(pictures: Sequence[Drawn]) -> list[list[Drawn]]:
-    """Those of one text and model beside each other."""
+    """Rows of pictures: successive ones with the same prompt, text and settings share a row."""
     rows: list[list[Drawn]] = []
     for drawn in pictures:
         last = rows[-1][-1] if rows else None
@@ -144,7 +145,8 @@ def rows_of(pictures: Sequence[Drawn]) -> list[list[Drawn]]:
 
 
 def grid_of(rows: Sequence[Sequence[Drawn]]) -> Image.Image:
-    """A row a prompt and a column a seed; where rows have seeds of their own, a picture a row."""
+    """A row per prompt and a column per seed; if the rows have different seeds, a row per
+    picture."""
     seeds = [drawn.seed for drawn in rows[0]]
     if any([drawn.seed for drawn in row] != seeds for row in rows):
         rows = [[drawn] for row in rows for drawn in row]

@@ -32,7 +32,7 @@ BATCH = 16  # pictures at a time
 
 @dataclass
 class Settings:
-    """How a model draws, where nothing else is said; of a run it is how it was evaluated."""
+    """How a model draws. These are the defaults; a run's are the settings of its evaluation."""
 
     model: str = "assets/emoji-sd"
     merge_lora: str | None = None
@@ -44,13 +44,13 @@ class Settings:
 
 @dataclass(kw_only=True)
 class Drawing(Settings):
-    """What `sample.py` is asked to draw, and where.
+    """What `sample.py` is asked to draw, and where to write it.
 
-    prompts: texts or prompt files. seeds: as `parse_seeds` has it. lora: a folder or file that
+    prompts: texts or prompt files. seeds: a text for `parse_seeds`. lora: a folder or file that
     `pipe.load_lora_weights` reads, or a run folder with a whole denoiser; lora_scale multiplies ΔW.
-    merge_lora is part of the model, of the base too. compare adds a row of the base model above
-    each. grid: the picture of all. out: a folder for the single pictures, prompts.jsonl and
-    noise.safetensors (`drawn.write`).
+    merge_lora is part of the model, and of the base model too. compare adds a row of the base model
+    above each row. grid: the PNG of all pictures. out: a folder for the single pictures,
+    prompts.jsonl and noise.safetensors (`drawn.write`).
     """
 
     prompts: Sequence[str]
@@ -62,13 +62,14 @@ class Drawing(Settings):
     out: str | None = None
 
     def check(self, **others: str | None) -> tuple[Levels, tuple[int, ...]]:
-        """As `check_drawing` and `check_loras`. others: LoRAs of further options, by name."""
+        """Calls `check_loras`, and `check_drawing`, whose result it returns. others: LoRAs of
+        further options, by name."""
         found = check_drawing(self.model, self.steps, self.guidance, self.resolution, self.grid)
         check_loras(self.model, self.merge_lora, self.lora, self.lora_scale, **others)
         return found
 
     def how(self, kernel: str | None = None, eta: float = 0.0) -> dict[str, Any]:
-        """As `drawn.Drawn` has it."""
+        """The settings, as `Drawn.how` holds them."""
         names = ("model", "merge_lora", "lora", "lora_scale")
         names += ("steps", "guidance", "resolution", "dtype")
         own = {name: getattr(self, name) for name in names}
@@ -76,8 +77,8 @@ class Drawing(Settings):
 
 
 def settings(runs: Sequence[str | None], given: Mapping[str, Any]) -> dict[str, Any]:
-    """`Settings` by name: what is given, else how the first of `runs` that is a run was evaluated,
-    else the defaults. Says what it took of a run.
+    """Values of `Settings` by name: those given, else those of the evaluation of the first run
+    among `runs`, else the defaults. Prints what it took from the run.
 
     A run is given by its folder, its best/, or a file in either; other LoRAs and hub ids are passed
     over. Raises ConfigError for a config.yaml that cannot be read.
@@ -85,7 +86,7 @@ def settings(runs: Sequence[str | None], given: Mapping[str, Any]) -> dict[str, 
     given = {k: v for k, v in given.items() if v is not None and k in field_types(Settings)}
     path = next(filter(None, map(config_of, filter(None, runs))), None)
     taken = _evaluated(path) if path is not None else {}
-    # a run as a model brings its own
+    # a run as the model brings its own merge_lora
     brought = ("merge_lora",) if config_of(given.get("model", "")) else ()
     taken = {k: v for k, v in taken.items() if k not in (*given, *brought)}
     found = decode(Settings, {**taken, **given}, source=f" in {path}" if path else "")
@@ -102,7 +103,7 @@ def _evaluated(path: Path) -> dict[str, Any]:
     tree, found = read_sections(path), {}
     names = {"name": "model", "merge_lora": "merge_lora", "resolution": "resolution"}
     drawn = {"steps": "steps", "guidance": "guidance"}
-    # what the evaluation does not say is the sampler's
+    # in this order: settings of eval replace those of the sampler
     sections = {"model": {**names, "dtype": "dtype"}, "sampler": drawn, "eval": drawn}
     for section, keys in sections.items():
         said = {name: tree.get(section, {}).get(key) for key, name in keys.items()}
@@ -114,7 +115,7 @@ MOST_SEEDS = 10_000
 
 
 def parse_seeds(text: str) -> list[int]:
-    """The numbers of a list with ranges: 0-3,7 is [0, 1, 2, 3, 7]; each once. Raises ValueError."""
+    """The numbers of a list with ranges, each once: 0-3,7 is [0, 1, 2, 3, 7]. Raises ValueError."""
     seeds: dict[int, None] = {}
     try:
         for part in text.split(","):
@@ -142,8 +143,8 @@ def check_drawing(
     grid: str | None = None,
     option: str = "--grid",
 ) -> tuple[Levels, tuple[int, ...]]:
-    """The levels of a sampler, and the shape of a latent. Refuses, before a model is loaded, what
-    cannot be drawn or written."""
+    """The levels of the sampler and the shape of a latent. Refuses, before a model is loaded,
+    settings that cannot be drawn and a grid that cannot be written."""
     policies.check(model)
     if steps < 1:
         raise ValueError(f"--steps {steps} draws nothing; use 1 or more")
@@ -171,7 +172,7 @@ def check_plain(model: str, resolution: int | None) -> None:
 
 
 def family_of(model: str) -> str:
-    """UNet, SD3 or Flux: what a model's noise is for, besides its shape."""
+    """UNet, SD3 or Flux: the family of a model. Noise is for one family and one shape."""
     return policies.family(model).__name__.removesuffix("Policy")
 
 
@@ -188,7 +189,7 @@ def check_loras(
     **others: str | None,
 ) -> None:
     """Refuse, before the model is loaded, trained weights that cannot be read or do not fit it, as
-    far as their headers tell. others: of further options, by name."""
+    far as their headers tell. others: the weights of further options, by name."""
     given = {"merge_lora": merge_lora, "lora": lora, **others}
     for name, path in given.items():
         if path is not None:
@@ -203,19 +204,20 @@ def check_loras(
 
 
 class Sampler:
-    """A diffusers pipeline, and on it any mixture of LoRAs."""
+    """A diffusers pipeline with any mixture of LoRAs on it."""
 
     def __init__(self, model: str, merge_lora: str | None = None, dtype: str = "float32"):
         self.device = default_device()
         self.model, self.dtype = model, getattr(torch, dtype)
         self.pipe = policies.pipeline(model, merge_lora, torch_dtype=self.dtype).to(self.device)
         self.pipe.set_progress_bar_config(disable=True)
-        self.adapters: dict[str, str] = {}  # LoRAs loaded: their names in the pipeline
+        self.adapters: dict[str, str] = {}  # {loaded LoRA: its name in the pipeline}
         self.base: tuple[str, Any] | None = None  # the base denoiser, while another is in its place
 
     def use(self, weights: Mapping[str, float]) -> None:
-        """W + Σ factor ΔW over {LoRA: factor}; none is the base model. A LoRA is what
-        `pipe.load_lora_weights` reads; a run folder with a whole denoiser stands alone, with 1."""
+        """Set the weights to W + Σ factor ΔW over {LoRA: factor}; empty = the base model. A LoRA is
+        a path that `pipe.load_lora_weights` reads. A run folder with a whole denoiser must be given
+        alone, with the factor 1."""
         weights = {path: factor for path, factor in weights.items() if factor != 0}
         if self.base is not None:
             setattr(self.pipe, *self.base)
@@ -244,7 +246,7 @@ class Sampler:
             self.pipe.disable_lora()
 
     def noise(self, seeds: Sequence[int], resolution: int | None = None) -> Tensor:
-        """The noise (n, *latent) that the pipeline starts from, of its seeds; float32."""
+        """The noise (n, *latent) from which the pipeline starts for these seeds, float32."""
         return self._noise(_generators(seeds), resolution).float()
 
     def _noise(self, generators: Sequence[torch.Generator], resolution: int | None) -> Tensor:
@@ -261,10 +263,10 @@ class Sampler:
         resolution: int | None = None,
         noise: Tensor | None = None,
     ) -> list[Image.Image]:
-        """A picture for each of the texts in one batch, from the noise of its seed, as
-        `pipe(generator=...)` draws it, or from `noise` (n, *latent)."""
+        """One picture per text, in one batch, from the noise of its seed, as `pipe(generator=...)`
+        draws it, or from `noise` (n, *latent)."""
         generators = _generators(seeds)
-        # a stochastic scheduler goes on with the generators where the first draw has left them
+        # drawn even if noise is given: a stochastic scheduler goes on with these generators
         x = self._noise(generators, resolution)
         if noise is not None:
             x = noise.to(x)
@@ -287,7 +289,7 @@ def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """(n, C, H, W) as FluxPipeline has it: (n, H W / 4, 4 C)."""
+    """Latents (n, C, H, W) as FluxPipeline packs them: (n, H W / 4, 4 C)."""
     n, c, height, width = x.shape
     x = x.view(n, c, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
     return x.reshape(n, height * width // 4, 4 * c)
@@ -301,7 +303,8 @@ def pictures(
     noise: Tensor | None = None,
     text: str | None = None,
 ) -> list[Drawn]:
-    """A prompt by its seeds, BATCH at a time; noise (n, *latent): in place of that of the seeds."""
+    """Pictures of a prompt, one per seed, BATCH at a time. noise: (n, *latent), replaces the seeds'
+    own."""
     if noise is None:
         noise = sampler.noise(seeds, how["resolution"])
     found = []

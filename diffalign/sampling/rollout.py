@@ -1,9 +1,9 @@
 """Trajectories, sampled without gradient and stored.
 
-How a trajectory comes about: `Sampling` says by which levels and which kernel. Every sample starts
-from `Noise` of its own seed and takes K steps, each one call of the denoiser. The steps of its
-`Window` are drawn from the kernel's Gaussian and stored, with the log-probability of the draw; all
-others are the ODE's. What is kept of them, `Trajectories`, is used by need:
+`Sampling` holds the levels and the kernel. Every sample starts from `Noise` of its own seed and
+takes K steps, each one call of the denoiser. The steps in its `Window` are drawn from the kernel's
+Gaussian and stored with the log-probability of the draw; all other steps follow the ODE.
+`Trajectories` hold the result. What an algorithm uses of them depends on its `Needs`:
 
     TRAJECTORY  states before and after every stored step, their log-probabilities, perhaps means
     FINAL       the clean latents alone
@@ -35,7 +35,8 @@ from ..policies.cond import Cond
 
 
 def sample_seed(*parts: int | str) -> int:
-    """A seed below 2^63 from (run seed, epoch, prompt id, sample index), alike on any machine."""
+    """A seed below 2^63 from (run seed, epoch, prompt id, sample index), the same on every
+    machine."""
     digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
@@ -55,11 +56,11 @@ class Sampling:
 
     @cached_property
     def stds(self) -> Tensor:
-        """Standard deviation of every transition, (K,); those with 0 are the ODE's.
+        """Standard deviation of every transition, (K,); a step with 0 follows the ODE.
 
-        The last step of a flow SDE is one of them: the references do not train it either. So is a
-        step with less than a hundredth of the largest: SD3's schedule goes to sigma = 0.001 before
-        it ends, and the ratios of a transition that narrow would rule all others.
+        The last step of a flow SDE gets 0: the references do not train it either. So does a step
+        with less than a hundredth of the largest: SD3's schedule goes to sigma = 0.001 before it
+        ends, and the probability ratios of so narrow a transition would dominate all others.
         """
         stds = step_std(self.kernel, self.eta, self.levels)
         if self.kernel in SDES:
@@ -68,7 +69,7 @@ class Sampling:
 
     @cached_property
     def stochastic(self) -> list[bool]:
-        """Whether each of the K steps is drawn from its kernel; the others are the ODE's."""
+        """Whether each of the K steps is drawn from the kernel; the others follow the ODE."""
         return (self.stds > 0).tolist()
 
     def sensitivity(self, policy: Policy) -> Tensor:
@@ -79,11 +80,11 @@ class Sampling:
         return KERNELS[self.kernel](x, seen, *levels, self.eta).mean.abs()
 
     def transition(self, policy: Policy, x: Tensor, index: int | Tensor, cond: Cond) -> Gaussian:
-        """p_θ(x' | x) of step `index`: an int, or stochastic steps, one a sample (n,)."""
+        """p_θ(x' | x) of step `index`: an int, or one stochastic step per sample (n,)."""
         return self.step(x, policy.predict(x, self.levels[index], cond, self.guidance), index)
 
     def step(self, x: Tensor, seen: Prediction, index: int | Tensor) -> Gaussian:
-        """The transition of step `index` given what the network says of x."""
+        """The transition of step `index`, given the network's prediction `seen` for x."""
         drawn = isinstance(index, Tensor) or self.stochastic[index]
         kernel = KERNELS[self.kernel] if drawn else ode
         return kernel(x, seen, self.levels[index], self.levels[index + 1], self.eta)
@@ -93,8 +94,9 @@ class Sampling:
 class Window:
     """The steps start … start + length - 1 of each sample that are stochastic and stored.
 
-    start: (n,) long, on the CPU; equal for all or not. tail: steps after the window to integrate in
-    its place, with DPM-Solver++(2M) over a subset of the levels; None = every one, with the ODE.
+    start: (n,) long, on the CPU; may differ between samples. tail: number of DPM-Solver++(2M)
+    steps, over a subset of the levels, that replace the ODE steps after the window; None = all ODE
+    steps.
     """
 
     start: Tensor
@@ -107,12 +109,12 @@ class Window:
 
     @property
     def end(self) -> int:
-        """The first step that is outside of the window of every sample."""
+        """The first step after the windows of all samples."""
         return int(self.start.max()) + self.length
 
 
 class Noise:
-    """Standard normal noise with one CPU generator a sample.
+    """Standard normal noise with one CPU generator per sample.
 
     A sample's noise depends on its seed alone, not on its batch nor on the number of processes.
     """
@@ -132,8 +134,8 @@ class Trajectories:
     """What a rollout stores of n samples, float32.
 
     start: (n,) the first step of each sample's window. states: (n, W + 1, *latent), before and
-    after each of its W steps. log_prob: (n, W), 0 for a deterministic step, which has none.
-    means: (n, W, *latent) of the transitions, where asked for. final: clean latents (n, *latent).
+    after each of its W steps. log_prob: (n, W), 0 for a deterministic step, which has none. means:
+    (n, W, *latent) of the transitions, if asked for. final: clean latents (n, *latent).
     """
 
     start: Tensor
@@ -145,8 +147,8 @@ class Trajectories:
 
 @dataclass(frozen=True)
 class _Wanted:
-    """What is wanted of n samples: see the arguments of `rollout`. end: the steps that are drawn
-    one by one, alike for all chunks; finish: whether the deterministic ones follow."""
+    """The arguments of `rollout` for n samples. end: number of steps that are drawn one by one, the
+    same for all chunks. finish: whether the deterministic steps after them follow."""
 
     cond: Cond
     seeds: Sequence[int]
@@ -185,12 +187,12 @@ def rollout(
     """Sample one trajectory per row of `cond` in chunks of `batch`.
 
     A stored state is the very tensor that the next denoiser call saw, so scoring it again gives the
-    same log-probability. window: where the kernel is stochastic, elsewhere the ODE; None = all
-    steps. initial: seeds of the initial noise, where it is not that of `seeds`; of samples that
-    share it, and so the prompt, the denoiser is called once for all up to their windows' first
-    step. means: keep those of the transitions. until: only this many steps, all stochastic; `final`
-    is the state after them. store: False keeps the final latents alone. each: called with the final
-    latents of every chunk as soon as they are there.
+    same log-probability. window: the steps to draw from the kernel, while the others follow the
+    ODE; None = all steps. initial: seeds of the initial noise, if it is not that of `seeds`.
+    Samples with the same initial seed must have the same prompt; they share denoiser calls up to
+    the first step of their windows. means: also keep the means of the transitions. until: take only
+    this many steps, all stochastic; `final` is then the state after them. store: False keeps only
+    the final latents. each: called with the final latents of every chunk as soon as they are drawn.
     """
     steps = sampling.steps if until is None else until
     window = window or Window.whole(len(seeds), steps)
@@ -211,14 +213,14 @@ def rollout(
 
 
 def _chunk(policy: Policy, sampling: Sampling, wanted: _Wanted) -> Trajectories:
-    """Samples that share the calls of the denoiser."""
+    """Trajectories of one chunk, whose samples share the calls of the denoiser."""
     device, window = policy.device, wanted.window
     n, kept = len(wanted.seeds), window.length if wanted.store else 0
     noise = Noise(wanted.seeds, policy.latent_shape, device)
     initial = wanted.initial
     x = noise.draw() if initial is None else Noise(initial, policy.latent_shape, device).draw()
     states = x.new_zeros(n, kept + 1, *x.shape[1:])
-    states[:, 0] = x  # all there is where no step is asked for
+    states[:, 0] = x  # the only state if no step is stored
     means = x.new_zeros(n, kept, *x.shape[1:]) if wanted.means else None
     log_prob = x.new_zeros(n, kept)
     for i in range(wanted.end):
@@ -252,8 +254,8 @@ Rows = slice | Tensor
 def _distinct(
     initial: Sequence[int] | None, shared: list[bool], device: torch.device
 ) -> tuple[Rows, Rows]:
-    """Rows that stand for all, and for every row the position of the one that stands for it: rows
-    still `shared` are alike where their initial noise is."""
+    """Rows that all differ, and for every row the position of its equal among them. Rows that are
+    still `shared` are equal if their initial noise is."""
     if initial is None or not any(shared):
         return slice(None), slice(None)
     rows, copies, seen = [], [], {}
@@ -267,7 +269,7 @@ def _distinct(
 
 
 def _finish(policy: Policy, sampling: Sampling, x: Tensor, wanted: _Wanted) -> Tensor:
-    """The deterministic steps after the windows: all of them, or their `tail`."""
+    """The deterministic steps after the windows: all of them, or the `tail` that replaces them."""
     levels, first, cond, tail = sampling.levels, wanted.end, wanted.cond, wanted.window.tail
     if tail is None:
         for i in range(first, sampling.steps):

@@ -13,8 +13,8 @@ from .rollout import Window
 
 
 def bounds(config: SamplerConfig, stochastic: list[bool]) -> tuple[int, int]:
-    """[first, end) of the steps that windows may cover. Raises ValueError for a step among them
-    that has no chance in it, and for a window that does not fit."""
+    """[first, end) of the steps that windows may cover. Raises ValueError if one of them is
+    deterministic, or if the window does not fit."""
     end = len(stochastic) - stochastic[::-1].index(True)
     low, high = config.window_range or (0, end)
     silent = [i for i in range(low, high) if not stochastic[i]]
@@ -35,10 +35,10 @@ def bounds(config: SamplerConfig, stochastic: list[bool]) -> tuple[int, int]:
 def calls_per_sample(
     config: SamplerConfig, stochastic: list[bool], size: int, samples: int
 ) -> float:
-    """Denoiser calls of a rollout for a sample, on average over the places of the window.
+    """Denoiser calls of a rollout per sample, averaged over the places of the window.
 
-    samples: of a process in an epoch, in groups of `size`, drawn `config.batch` at a time; those of
-    a group share steps only within one of these calls.
+    samples: number per process and epoch, in groups of `size`, drawn `config.batch` at a time;
+    samples of a group share steps only if they are drawn together.
     """
     low, high = bounds(config, stochastic)
     length, steps = config.window or high - low, len(stochastic)
@@ -46,7 +46,7 @@ def calls_per_sample(
     cases = [[p] * size for p in places]
     if config.window_schedule == "branch":
         cases = [[low + j % len(places) for j in range(size)]]
-    # the parts of groups that are drawn together: (numbers in their group)
+    # what is drawn together: the numbers of its samples within their group
     cuts = sorted({*range(0, samples, size), *range(0, samples, config.batch), samples})
     together = [[r % size for r in range(a, b)] for a, b in pairwise(cuts)]
     calls = 0
@@ -64,12 +64,14 @@ def calls_per_sample(
 def window(
     config: SamplerConfig, stochastic: list[bool], epoch: int, seed: int, images: list[int]
 ) -> Window:
-    """The window of every sample in an epoch, by its number `images` (n,) in its prompt's group.
+    """The window of every sample in an epoch. images: (n,), each sample's number in its prompt's
+    group.
 
-    random: alike for all samples, uniform over its places (Flow-GRPO-Fast). progressive: one place
-    further every `window_epochs` epochs, and round again (MixGRPO, 2507.21802). decay: the same
-    with ceil(window_epochs exp(-0.1 max(0, place - K/2))) epochs a place. branch: image j has its
-    one step at j mod the number of places (TempFlow-GRPO, 2508.04324).
+    random: one place for all samples, drawn uniformly (Flow-GRPO-Fast). progressive: one place
+    further every `window_epochs` epochs, and from the first again after the last (MixGRPO,
+    2507.21802). decay: the same with ceil(window_epochs exp(-0.1 max(0, place - K/2))) epochs per
+    place. branch: image j has its one stochastic step at place j mod the number of places
+    (TempFlow-GRPO, 2508.04324).
     """
     low, high = bounds(config, stochastic)
     length = config.window or high - low
