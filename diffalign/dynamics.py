@@ -37,7 +37,7 @@ class Levels:
     Fields share one shape: (K+1,) for a schedule of K steps from noise to data, (n,) for one level
     per sample, () for a single level. float32 (float64 is kept).
 
-    t: what the network is told. alpha in [0, 1], rising to the data. sigma >= 0, falling.
+    t: the network's time input. alpha in [0, 1], rising towards the data. sigma >= 0, falling.
     VP models (SD1.x, SD2, SDXL): `alpha^2 + sigma^2 = 1`; flow models: `alpha + sigma = 1`.
 
     Raises ValueError if the shapes differ.
@@ -134,7 +134,7 @@ class Gaussian:
     std: Tensor
 
     def sample(self, noise: Tensor) -> Tensor:
-        """`mean + std*noise`, (n, *latent). The standard normal noise, and its seed, are given."""
+        """`mean + std*noise`, (n, *latent). The caller draws the standard normal noise."""
         return self.mean + self.std * noise
 
     def log_prob(self, x: Tensor, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
@@ -142,14 +142,14 @@ class Gaussian:
 
             mean_D[ -(x - mean)^2 / (2 std^2) - log(std) - log(2 pi)/2 ]
 
-        The mean over D is what DDPO (2305.13301), Flow-GRPO (2505.05470) and DanceGRPO (2505.07818)
-        publish clip ranges for, although their papers write densities: the ratio of means is the
-        true ratio to the power 1/D. `reduction="sum"` is the density proper.
+        The published clip ranges of DDPO (2305.13301), Flow-GRPO (2505.05470) and DanceGRPO
+        (2505.07818) belong to the mean over D, although the papers write densities: the ratio of
+        means is the true ratio to the power 1/D. `reduction="sum"` is the true log-density.
 
         x is used as given: pass the stored tensor the next network call saw, rounding included.
 
         std must be > 0. A deterministic step has no density: ValueError on the CPU, non-finite
-        values on an accelerator, where looking would stall it (`step_std` tells beforehand). Also
+        values on an accelerator, where a check would stall it (`step_std` tells in advance). Also
         raises ValueError for an unknown reduction.
         """
         if reduction not in ("mean", "sum"):
@@ -183,8 +183,8 @@ def renoise(
         mean = alpha' x0 + sqrt(sigma'^2 - s^2) eps,   std = s
 
     x, pred: (n, *latent); levels and std: () or (n,); 0 <= s <= sigma'. A larger s is not refused:
-    the root is clamped at 0, so that rounding at s = sigma' gives no NaN. `level` is taken only for
-    all kernels to look alike. Any Gaussian path. DDIM, 2010.02502 eq. 12.
+    the root is clamped at 0, so that rounding at s = sigma' gives no NaN. `level` is unused, and
+    gives all kernels one signature. Any Gaussian path. DDIM, 2010.02502 eq. 12.
     """
     x = _full_precision(x)
     s = _expand(std, x)
@@ -264,8 +264,8 @@ def dance_sde(
 def cps(x: Tensor, pred: Prediction, level: Levels, next_level: Levels, eta: float) -> Gaussian:
     """`renoise` with `s = sigma' sin(eta pi/2)` (Flow-CPS, 2509.05952). eta in [0, 1].
 
-    The coefficients of x0 and of noise are those of the next level whatever eta: no noise is left
-    over at the end. Any Gaussian path. The authors' code scores with `-mean_D((x' - mean)^2)`: this
+    For every eta the coefficients of x0 and of noise are those of the next level, so no noise is
+    left at the end. Any Gaussian path. The authors' code scores with `-mean_D((x' - mean)^2)`: this
     Gaussian's log-prob times 2 s^2 up to a constant. Published clip ranges belong to that score.
     ValueError for eta outside [0, 1].
     """
@@ -282,7 +282,7 @@ def dpm_solver_2m(
         D = x0 + (x0 - x0_before) / 2r,   x' = (sigma'/sigma) x - alpha' (exp(-h) - 1) D
 
     before: the x0 predicted at step index - 1, None for the first step. The step to sigma' = 0 is
-    of first order, as diffusers does with `lower_order_final`. Any Gaussian path.
+    of first order, as in diffusers with `lower_order_final`. Any Gaussian path.
     """
     x = _full_precision(x)
     level, following = levels[index], levels[index + 1]
@@ -309,7 +309,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 SDES = ("flow_sde", "dance_sde")
-"""The kernels that discretise an SDE, whose std is g sqrt(|dt|); the others noise again."""
+"""The kernels that discretize an SDE with std g sqrt(|dt|); the others `renoise`."""
 
 
 def step_std(kernel: str, eta: float, levels: Levels) -> Tensor:

@@ -1,4 +1,4 @@
-"""What held-out scores say about a run: the statistics of the guard, and its words."""
+"""The guard's verdict on a run from its held-out scores: the statistics, and the words."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-# what may be wrong with a run, as the metrics and as people call it
+# what may be wrong with a run: {name in the metrics: name for people}
 WARNINGS = {"over_optimised": "over-optimised", "collapsed": "collapsed", "failed": "failed"}
-VERDICTS = (*WARNINGS, "improved")  # at most one of them; none: no significant change
+VERDICTS = (*WARNINGS, "improved")  # a run has at most one; none means no significant change
 
 
 def warning(row: Mapping[str, Any]) -> str | None:
-    """Which of WARNINGS a row of metrics bears."""
+    """The one of WARNINGS that a row of metrics carries, or None."""
     return next((name for name in WARNINGS if row.get(name)), None)
 
 
 class Change(NamedTuple):
-    """Mean change of a score, its standard error, and how many prompts they are of."""
+    """Mean change of a score, its standard error, and the number of prompts behind both."""
 
     mean: float
     error: float
     prompts: int
 
     def by_chance(self) -> float:
-        """Probability of as low a mean where the expected change is 0: Student's t, one-sided.
+        """Probability of a mean this low if the expected change is 0: Student's t, one-sided.
 
-        1 for fewer than two prompts, of which nothing can be said.
+        1 for fewer than two prompts, which allow no conclusion.
         """
         if self.prompts < 2:
             return 1.0
@@ -52,8 +52,8 @@ def paired_change(
 
     d_p = mean of (after_i - before_i) over the pictures i of prompt p that have a finite score in
     both; mean = mean_p d_p, error = std_p(d_p) / √m over the m prompts that have such pictures.
-    Prompts are a sample and independent; pictures of one prompt are not. All three sequences have
-    the length n; NaN mean and error where m does not allow them.
+    Prompts are taken as an independent sample; pictures of one prompt are not independent. All
+    three sequences have length n. The mean is NaN for m = 0, the error for m < 2.
     """
     difference = np.asarray(after, float) - np.asarray(before, float)
     known = np.isfinite(difference)
@@ -83,10 +83,10 @@ def t_tail(t: float, df: int) -> float:
 
 
 def level(drop: float, look: int, comparisons: int) -> float:
-    """Probability below which one of `comparisons` at the evaluation `look` = 1, 2, ... counts.
+    """Significance level of each of `comparisons` at the evaluation `look` = 1, 2, ....
 
     Φ(-drop) / (comparisons · look (look + 1)). As Σ 1 / (k (k + 1)) = 1, a run of any length has a
     false alarm with probability Φ(-drop) at most, however its comparisons depend on each other
-    (Bonferroni; a level spent over the looks as by Lan & DeMets, Biometrika 70, 1983).
+    (Bonferroni; the level is spent over the looks as in Lan & DeMets, Biometrika 70, 1983).
     """
     return NormalDist().cdf(-drop) / (comparisons * look * (look + 1))

@@ -120,7 +120,7 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    # they bring torch along: a second that a listing and a misspelt name need not wait for
+    # these modules import torch, which takes a second that listings and refusals do not need
     if name in _MODULES:
         return getattr(importlib.import_module(f".{_MODULES[name]}", __name__), name)
     if name in _MODULES.values():
@@ -134,16 +134,16 @@ Spec = Mapping[Any, Any]  # {name or callable: weight or {"weight": ..., **optio
 
 
 def build(spec: Spec) -> WeightedSum:
-    """Load the rewards of ``spec`` and their weights, after ``check(spec)``.
+    """Validate ``spec`` as ``check`` does, then load its rewards and weights.
 
-    A key is a registered name, ``module:function``, the name of an installed entry point of the
-    group ``diffalign.rewards``, any label when the value has a ``type`` (one of the former), or
-    the reward, class or function itself. A value is the weight, or a mapping of the reward's own
-    options and of those that all have:
+    A key is a registered name, ``module:function``, or the name of an installed entry point of the
+    group ``diffalign.rewards``. It may be any label if the value names one of these as ``type``,
+    or it may be the reward, class or function itself. A value is the weight, or a mapping of
+    options: the reward's own, and those that all have:
 
-        weight    of its values in the sum (1); the first multiplier of a constraint
-        at_least  makes it a constraint on its mean, see ``WeightedSum``; rate: of its multiplier
-        augment   scores that many random views of each image in place of it, see ``Augmented``
+        weight    factor of its values in the sum (1); for a constraint, the initial multiplier
+        at_least  makes it a constraint on its mean, see ``WeightedSum``; rate: its step size
+        augment   scores that many random views of each image and averages, see ``Augmented``
     """
     from .combine import WeightedSum
 
@@ -158,8 +158,8 @@ def build(spec: Spec) -> WeightedSum:
 def check(
     spec: Spec, prompts: Sequence[str] | None = None, metadata: Sequence[dict] | None = None
 ) -> None:
-    """Raise one ValueError saying what is wrong in ``spec``, or which of the ``prompts`` it cannot
-    judge; no model weights are loaded."""
+    """Raise ValueError if ``spec`` is wrong, or if a reward cannot judge one of its ``prompts``.
+    Loads no model weights."""
     parts = _parse(spec)
     if prompts is None:
         return
@@ -185,8 +185,8 @@ def check(
 
 
 def check_gradient(spec: Spec) -> None:
-    """Raise ValueError for a reward that cannot have a gradient to the pixels, as
-    ``WeightedSum.require_differentiable`` does once it is loaded; one of weight 0 needs none."""
+    """Raise ValueError for a reward that cannot have a gradient to the pixels, before loading it
+    (``WeightedSum.require_differentiable`` checks loaded rewards). Weight 0 needs no gradient."""
     known = gradients_of(spec)
     for part in _parse(spec):
         if part.weight != 0 and known[part.label] is False:
@@ -196,8 +196,8 @@ def check_gradient(spec: Spec) -> None:
 
 
 def gradients_of(spec: Spec) -> dict[str, bool | None]:
-    """Whether each reward is differentiable, by its label; None where that shows only once it is
-    loaded. Nothing is loaded."""
+    """{label: whether the reward is differentiable, or None if only loading it can tell}. Loads
+    nothing."""
     return {part.label: _has_gradient(part) for part in _parse(spec)}
 
 
@@ -211,12 +211,12 @@ def _has_gradient(part: _Part) -> bool | None:
     if not issubclass(factory, Reward):
         return getattr(factory, "differentiable", None) or None
     known = factory.has_gradient(**part.options)
-    # a class of one's own may set it when it is made
+    # a user's class may set it in its constructor
     return known if known or factory.__module__.startswith(f"{__name__}.") else None
 
 
 def from_arguments(texts: Sequence[str]) -> dict[str, dict]:
-    """The spec in a command line's ``NAME`` and ``NAME={JSON options}``; raises ValueError."""
+    """Parse the arguments ``NAME`` and ``NAME={JSON options}`` into a spec; raises ValueError."""
     spec = {}
     for text in texts:
         name, _, options = text.partition("=")
@@ -248,7 +248,7 @@ def _load(part: _Part) -> Reward:
     if _is_factory(target):
         try:
             target, options = target(**options), {}
-        except (ValueError, ImportError) as error:  # weights or a package that cannot be had
+        except (ValueError, ImportError) as error:  # weights or a package are missing
             raise ValueError(f"rewards.{part.label}: {error}") from error
     reward = target if isinstance(target, Reward) else FunctionReward(target, **options)
     if part.augment:
@@ -258,7 +258,7 @@ def _load(part: _Part) -> Reward:
 
 
 def _is_factory(target: Any) -> bool:
-    """True when calling the target makes the reward, False when it is (or scores as) one."""
+    """True if calling the target makes the reward, False if it is a reward or scores directly."""
     return inspect.isclass(target.func if isinstance(target, functools.partial) else target)
 
 
@@ -299,7 +299,7 @@ def _label(reward: Any) -> str:
 
 
 def _common(options: dict[str, Any]) -> tuple[float, Floor | None, int]:
-    """Weight, constraint and number of views, taken out of the options of a reward."""
+    """Remove weight, constraint and number of views from a reward's options and return them."""
     weight = _number("weight", options.pop("weight", 1.0))
     floor, augment = None, options.pop("augment", 0)
     if "at_least" in options:
@@ -339,7 +339,7 @@ def _resolve(name: str) -> Any:
             f"{', '.join(sorted(REGISTRY))}. For your own, write module:function"
         )
     if "" not in sys.path:
-        sys.path.insert(0, "")  # the current directory, as `python -m` has it
+        sys.path.insert(0, "")  # the current directory, as under `python -m`
     try:
         return functools.reduce(getattr, path.split("."), importlib.import_module(module_name))
     except AttributeError as error:

@@ -21,16 +21,16 @@ class Adversarial(Reward):
         L_D = ½ E[relu(1 - h(c_real)) + relu(1 + h(c_fake))]
             + p ½ E[relu(1 - h(t_real)) + relu(1 + h(t_fake))]
 
-    c and t_j are the class and patch tokens of a frozen DINO (``model``, as in ``Similarity``), h a
-    linear layer to ``hidden`` units, GELU, and one to a logit; p is ``patches``. Values are about
-    -1 (made) to 1 (real), open on both sides. ``references`` is an image file, a folder, or a list
-    of either. After every epoch ``learn`` takes ``steps`` Adam steps (betas 0.5, 0.999) of
-    ``batch`` references and as many of the policy's images; head and optimiser are saved with the
-    run. Before the first one h is random, and the values say nothing.
+    c and t_j are the class and patch tokens of a frozen DINO (``model``, as in ``Similarity``). h
+    is a linear layer to ``hidden`` units, GELU, and a linear layer to a logit; p is ``patches``.
+    Values are about -1 (generated) to 1 (real), but unbounded. ``references`` is an image file, a
+    folder, or a list of these. After every epoch ``learn`` takes ``steps`` Adam steps (betas 0.5,
+    0.999), each on ``batch`` references and as many of the policy's images. The run saves head and
+    optimizer. Until the first ``learn`` h is random, and the values mean nothing.
 
-    Differentiable, though the paper treats it as a black box for GRPO. Unlike its code, which
-    trains h on raw tokens and scores unit-length ones, and scores 64 random patches, the tokens are
-    the same in both (DINO's last layer norm) and all of them count, so that a score is not noisy.
+    Differentiable, though the paper treats it as a black box for GRPO. The paper's code trains h on
+    raw tokens but scores unit-length ones, and scores 64 random patches. Here training and scoring
+    use the same tokens (DINO's last layer norm), and all patches count, so a score is not noisy.
     Source: Adv-GRPO (arXiv 2511.20256). Not reproduced: it needs DINOv2-L and its reference images.
     """
 
@@ -88,7 +88,7 @@ class Adversarial(Reward):
         return (1 - self.patches) * whole + self.patches * parts.mean(1)
 
     def learn(self, images, prompts, metadata=None):
-        """Figures: the loss, and the share of batches' images on the right side of 0."""
+        """Returns the mean loss, and the share of images whose logit has the right sign."""
         device = next(self.head.parameters()).device
         self.head.requires_grad_(True)
         if self.optimizer is None:
@@ -112,7 +112,7 @@ class Adversarial(Reward):
         return {"loss": sum(losses) / len(losses), "accuracy": sum(right) / len(right)}
 
     def _draw(self, n: int) -> Tensor:
-        """``batch`` of n rows, repeated only where there are fewer."""
+        """Indices of ``batch`` random rows of n; rows repeat only if n is smaller."""
         rounds = -(-self.batch // n)
         order = [torch.randperm(n, generator=self.generator) for _ in range(rounds)]
         return torch.cat(order)[: self.batch]

@@ -30,10 +30,10 @@ class Aesthetic(Reward):
     is affine, so nothing keeps A below 10 (for sac+logos+ava1 |w| = 18.0 and b = 5.24).
 
     ``dtype`` is that of the tower; the head is float32 (float64 with dtype float64), and so is the
-    (n,) result. Raises ValueError for bad options, a head in another layout, or one of another
-    width than the model's features.
-    Source: https://github.com/christophschuhmann/improved-aesthetic-predictor; as a reward DDPO
-    (arXiv 2305.13301), AlignProp (arXiv 2310.03739), which uses -|A - 10|.
+    (n,) result. Raises ValueError for bad options, for a head in another layout, or if its width
+    is not that of the model's features.
+    Source: https://github.com/christophschuhmann/improved-aesthetic-predictor; used as a reward by
+    DDPO (arXiv 2305.13301) and AlignProp (arXiv 2310.03739), which takes -|A - 10|.
     """
 
     name = "aesthetic"
@@ -114,7 +114,7 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def image_tower(model: str, dtype: str) -> Clip:
-    """A Clip without its text tower, of which only ``image_features`` works."""
+    """A Clip without its text tower; only ``image_features`` works."""
     clip = Clip(model, dtype=dtype)
     for name, _ in list(clip.tower.model.named_children()):
         if not name.startswith("vis"):  # visual; in transformers vision_model, visual_projection

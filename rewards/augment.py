@@ -1,4 +1,4 @@
-"""Random views of an image before a reward: pixels that only fool one view gain little."""
+"""Reward random views of an image: pixels that fool only one view gain little."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from torch import Tensor
 
 from .base import Reward, own_copies
 
-MOST = 0.2  # of each side of the image that a view leaves out
-SHADE = 0.1  # most that brightness (added) and contrast (factor - 1) change
+MOST = 0.2  # largest share of each side of the image that a view crops away
+SHADE = 0.1  # largest change of brightness (added) and of contrast (factor - 1)
 
 
 class Augmented(Reward):
     """R'(u, c) = mean over ``views`` v of R(T_v(u), c).
 
-    T: a crop of at least 0.8 of each side at a random place, resized back; a mirror image in half
-    of the views; contrast x (1 ± 0.1) about the mean and brightness ± 0.1, clamped to [0, 1].
-    Mirroring turns left into right and text round: leave rewards that read those alone.
+    T crops at least 0.8 of each side at a random place and resizes back, mirrors half of the views,
+    scales contrast about the mean by 1 ± 0.1, shifts brightness by ± 0.1, and clamps to [0, 1].
+    Mirroring swaps left and right and reverses text: do not augment rewards that read those.
 
-    T is a function of the image (its bytes seed it), so a score does not depend on the batch and
-    comes out again; it changes with the smallest change of a pixel. Differentiable as R is.
+    The image's bytes seed T, so a score is reproducible and does not depend on the batch, but
+    changing any pixel draws new views. Differentiable if R is.
     """
 
     def __init__(self, reward: Reward, views: int):

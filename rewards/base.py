@@ -21,8 +21,8 @@ class Reward(nn.Module):
 
     name: str = "reward"
     differentiable: bool = False
-    per_group: bool = False  # compares the images of a prompt, which one call must hold together
-    learns: bool = False  # `learn` changes it, and `memory` is what changed
+    per_group: bool = False  # compares the images of a prompt, so one call must hold them all
+    learns: bool = False  # `learn` changes its state, which `memory` returns
     # Completes "rewards.NAME is not differentiable: ..."; may use {name}.
     gradient_hint: str = (
         "if its values do carry gradient to the images, set `differentiable = True` on it; "
@@ -31,12 +31,12 @@ class Reward(nn.Module):
 
     @classmethod
     def check_options(cls, **options: Any) -> None:
-        """Raise ValueError for options that cannot work. Loads nothing; unset ones are absent."""
+        """Raise ValueError for options that cannot work; gets only those set. Loads nothing."""
 
     @classmethod
     def has_gradient(cls, **options: Any) -> bool | None:
-        """Whether it will be differentiable with these options; None where that shows only once
-        it is loaded."""
+        """Whether the reward is differentiable with these options; None if only loading it can
+        tell."""
         return cls.differentiable
 
     @classmethod
@@ -51,15 +51,15 @@ class Reward(nn.Module):
     def learn(
         self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None
     ) -> dict[str, float]:
-        """Learn from the images of an epoch, all processes' alike; returns figures to log."""
+        """Learn from an epoch's images, the same on all processes; returns metrics to log."""
         return {}
 
     def memory(self) -> dict[str, Any]:
-        """What `learn` changed, in tensors and plain values, for a checkpoint."""
+        """The state that `learn` changes, as tensors and plain values, for a checkpoint."""
         return {}
 
     def recall(self, memory: Mapping[str, Any]) -> None:
-        """Take up a `memory`."""
+        """Restore the state that `memory` returned."""
 
     def train(self, mode: bool = True):
         return super().train(False)
@@ -72,9 +72,9 @@ class Reward(nn.Module):
 class RewardError(RuntimeError):
     """A reward failed. Training must stop here: a silent 0 would be optimised.
 
-    Attributes: ``reward`` its name; ``index``, ``prompt`` and ``image`` (3, H, W, on the CPU) of
-    the first offending sample. When the reward raised or returned a wrong shape no sample can be
-    singled out: ``index`` is None, ``prompt`` and ``image`` are the first of the batch.
+    Attributes: ``reward`` is its name; ``index``, ``prompt`` and ``image`` (3, H, W, on the CPU)
+    are those of the first offending sample. If the reward raised or returned a wrong shape, no
+    sample stands out: ``index`` is None, ``prompt`` and ``image`` are the first of the batch.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class FunctionReward(Reward):
 
 
 def call_parameters(function: Callable) -> Mapping[str, inspect.Parameter]:
-    """Parameters of a call; those of ``forward`` for a module. Empty for an opaque builtin."""
+    """Parameters of a function, or of a module's ``forward``; empty for an opaque builtin."""
     target = function.forward if isinstance(function, nn.Module) else function
     try:
         return inspect.signature(target).parameters
@@ -140,11 +140,11 @@ def evaluate(
 ) -> Tensor:
     """One validated call: (n,) finite float32 values on the images' device.
 
-    Runs outside autocast, and without a graph unless ``reward.differentiable``, on copies: a reward
-    that writes into its images, prompts or metadata changes what it sees alone. Raises RewardError
-    when an image or a value is NaN or inf, and when the reward raises, returns another shape, or
-    claims to be differentiable and drops the gradient; ValueError when images, prompts and
-    metadata do not belong together.
+    Runs outside autocast, and builds a graph only if ``reward.differentiable``. The reward gets
+    copies of images, prompts and metadata, so writing into them changes nothing else. Raises
+    RewardError if an image or a value is NaN or inf, or if the reward raises, returns another
+    shape, or claims to be differentiable but drops the gradient. Raises ValueError if images,
+    prompts and metadata do not match.
     """
     name = name or reward.name
     check_inputs(images, prompts, metadata)
@@ -190,7 +190,7 @@ def evaluate(
 def own_copies(
     images: Tensor, prompts: list[str], metadata: list[dict] | None
 ) -> tuple[Tensor, list[str], list[dict] | None]:
-    """What a reward may write into: nobody else sees these. Gradient flows through the images."""
+    """Copies that a reward may write into. Gradient flows through the images."""
     return images.clone(), list(prompts), copy.deepcopy(metadata)
 
 

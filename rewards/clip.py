@@ -26,9 +26,9 @@ class Clip(Reward):
     ``model`` is a transformers CLIP folder or hub id, or for open_clip ``hf-hub:ORG/NAME``,
     ``local-dir:PATH``, a folder with open_clip_config.json, or ``ARCH::CHECKPOINT`` where
     CHECKPOINT is a file or an open_clip tag (``ViT-H-14::weights.pt``; OpenAI's weights need an
-    architecture ending in ``-quickgelu``). ``backend`` "auto" reads that off; a folder that both
-    libraries can load goes to transformers. ``processor`` is the folder or hub id of a transformers
-    model's tokenizer and pixel statistics, by default ``model`` itself.
+    architecture ending in ``-quickgelu``). ``backend`` "auto" infers the library from ``model``; a
+    folder that both libraries can load goes to transformers. ``processor`` is the folder or hub id
+    of a transformers model's tokenizer and pixel statistics, by default ``model`` itself.
 
     ``scale`` s: "cosine" 1, range [-1, 1]; "100"; "logit" the model's exp(logit_scale), about 100.
     ``dtype`` is that of the two towers; resizing, normalisation and cosine are float32 (float64
@@ -142,7 +142,7 @@ class _Transformers(nn.Module):
         self.model.to(dtype)
         option = f"{'model' if processor == name else 'processor'}={processor!r}"
         self.tokenizer: Any = pretrained(AutoTokenizer.from_pretrained, option, processor)
-        if len(self.tokenizer) < 256:  # transformers 5 makes an empty one up; CLIP's has all bytes
+        if len(self.tokenizer) < 256:  # transformers 5 invents an empty one; CLIP's holds all bytes
             raise ValueError(
                 f"{processor} has no tokenizer; set `processor` to the folder or hub id of one, "
                 "such as openai/clip-vit-base-patch32"

@@ -14,7 +14,7 @@ from .threads import Worker
 
 
 class Floor(NamedTuple):
-    """The constraint mean R >= at_least; its multiplier moves by rate times what is missing."""
+    """The constraint mean R >= at_least; its multiplier moves by rate times the shortfall."""
 
     at_least: float
     rate: float = 1.0
@@ -23,16 +23,17 @@ class Floor(NamedTuple):
 class WeightedSum(nn.Module):
     """R(u, c) = sum_k w_k R_k(u, c); every R_k frozen and validated by ``evaluate``.
 
-    ``parts`` are the rewards by their labels, ``weights`` theirs; 0 keeps one as a monitor. A part
-    with a ``Floor`` is a constraint: its weight is the Lagrange multiplier λ >= 0 of
+    ``parts`` maps labels to rewards, and ``weights`` labels to weights; weight 0 keeps a reward as
+    a monitor. A part with a ``Floor`` is a constraint: its weight is the Lagrange multiplier
+    λ >= 0 of
 
         maximise sum_{k not a constraint} E[R_k]  subject to  E[R_c] >= b_c,
 
     which ``adapt`` moves by dual ascent. (The constants -λ b are left out: they change no
     advantage and no gradient.)
 
-    A prompt whose metadata has ``rewards``, a list of labels, is scored by those alone; the other
-    values are NaN, *missing*, and count as 0 in the total.
+    A prompt whose metadata has ``rewards``, a list of labels, is scored by those rewards alone. Its
+    other values are NaN (*missing*) and count as 0 in the total.
     """
 
     def __init__(
@@ -63,10 +64,10 @@ class WeightedSum(nn.Module):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Total and unweighted parts, (n,) float32 each; raises as ``evaluate`` does.
 
-        Without gradient the parts run side by side, each in a thread of its own. ``held_out`` is
-        for values to compare over a run: rewards that compare a prompt's images with each other are
-        missing then (the mean of their win rates is always a half), and so are those that learn;
-        the total is without constraints, whose multipliers change.
+        Without gradient the parts run in parallel, one thread each. ``held_out`` gives values that
+        can be compared over a run: rewards that compare a prompt's images with each other are
+        missing (the mean of their win rates is always a half), and so are rewards that learn. The
+        total then leaves out the constraints, because their multipliers change.
         """
         start = time.perf_counter()
         gradient = torch.is_grad_enabled()  # threads do not inherit it
@@ -89,10 +90,10 @@ class WeightedSum(nn.Module):
     def gradient(
         self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None
     ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """Total and parts as of ``score``, and ∂(sum of the totals)/∂images (n, 3, H, W).
+        """Total and parts as from ``score``, and ∂(sum of the totals)/∂images (n, 3, H, W).
 
-        One part's graph at a time, so the memory is that of the largest and not of all together;
-        a part of weight 0 has none.
+        Builds one part's graph at a time, so the peak memory is that of the largest graph. A part
+        of weight 0 builds none.
         """
         start, values = time.perf_counter(), {}
         slope = torch.zeros_like(images)
@@ -101,7 +102,7 @@ class WeightedSum(nn.Module):
             with torch.set_grad_enabled(weight != 0):
                 pixels = images.detach().requires_grad_(weight != 0)
                 value = self._one(name, pixels, prompts, metadata, False)
-                if value.requires_grad:  # else missing for all of them
+                if value.requires_grad:  # else of weight 0 or missing for all
                     slope += weight * torch.autograd.grad(value.nansum(), pixels)[0]
             values[name] = value.detach()
         self.images += len(images)
@@ -128,28 +129,28 @@ class WeightedSum(nn.Module):
     def learn(
         self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None
     ) -> dict[str, dict[str, float]]:
-        """Have the parts that learn do so, each from copies; the figures of each to log."""
+        """Let each part that learns do so, from its own copies; {label: metrics to log}."""
         learners = {name: reward for name, reward in self.parts.items() if reward.learns}
         given = images, prompts, metadata
         return {name: reward.learn(*own_copies(*given)) for name, reward in learners.items()}
 
     def total(self, values: Mapping[str, Tensor], constraints: bool = True) -> Tensor:
-        """The weighted sum (n,) of the parts (n,), missing ones left out; NaN where all are."""
+        """The weighted sum (n,) of the parts (n,) without missing values; NaN if all are."""
         used = [k for k in self.weights if constraints or k not in self.floors]
         parts = torch.stack([self.weights[k] * values[k].nan_to_num(nan=0.0) for k in used])
         missing = torch.stack([values[k].isnan() for k in used]).all(0)
         return parts.sum(0).masked_fill(missing, torch.nan)
 
     def adapt(self, means: Mapping[str, float]) -> None:
-        """Dual ascent after an epoch: λ <- max(0, λ + rate (b - mean)), ``means`` those of the
-        parts over the epoch; parts without a mean keep their multiplier."""
+        """Dual ascent after an epoch: λ <- max(0, λ + rate (b - mean)). ``means`` holds the means
+        of the parts over the epoch; parts without a mean keep their multiplier."""
         for name, floor in self.floors.items():
             if name in means:
                 step = floor.rate * (floor.at_least - means[name])
                 self.weights[name] = max(0.0, self.weights[name] + step)
 
     def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
-        """What training changed: multipliers, and the memory of rewards that learn. No weights."""
+        """What training changes: multipliers, and the memory of rewards that learn; no weights."""
         learners = {k: r.memory() for k, r in self.parts.items() if r.learns}
         return {"multipliers": {k: self.weights[k] for k in self.floors}, "learners": learners}
 
@@ -171,15 +172,15 @@ class WeightedSum(nn.Module):
         return any(reward.learns for reward in self.parts.values())
 
     def require_differentiable(self) -> None:
-        """Raise ValueError naming the first reward without gradient, and what to do about it; one
-        of weight 0 needs none."""
+        """Raise ValueError naming the first reward without gradient and the remedy. A reward of
+        weight 0 needs no gradient."""
         for name, reward in self.parts.items():
             if not reward.differentiable and self.weights[name] != 0:
                 raise ValueError(no_gradient(name, reward))
 
 
 def no_gradient(name: str, reward: Any) -> str:
-    """The refusal of a reward without gradient, or of its class."""
+    """The error message for a reward without gradient, or for its class."""
     hint = getattr(reward, "gradient_hint", Reward.gradient_hint).format(name=name)
     return (
         f"rewards.{name} is not differentiable, and reward backpropagation needs every reward to "
@@ -201,7 +202,7 @@ class Ensemble(Reward):
     A picture that fools one model seldom fools all of them. ``of`` is a spec as ``rewards.build``
     takes it; its weights w_k bring the members to one scale. Differentiable where every member is;
     the gradient of min is that of the lowest member. Raises ValueError for fewer than two members.
-    Source: Coste et al. (arXiv 2310.02743), who use both, the latter with the variance.
+    Source: Coste et al. (arXiv 2310.02743), who use both, but subtract the variance in mean_std.
     """
 
     name = "ensemble"
@@ -237,7 +238,7 @@ class Ensemble(Reward):
 
     def forward(self, images, prompts, metadata=None):
         members = self.members
-        # a prompt's `rewards` name those of the run, of which this one is one
+        # a prompt's `rewards` are labels of the run's rewards, not of these members
         known = metadata and [{k: v for k, v in m.items() if k != "rewards"} for m in metadata]
         parts = members.score(images, prompts, known)[1]
         values = [members.weights[k] * v for k, v in parts.items()]

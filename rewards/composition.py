@@ -25,14 +25,14 @@ COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown",
 COLOR_TEXTS = ("a photo of a {} {}", "a photo of a {}-colored {}", "a photo of a {} object")
 GROUNDING_DINO = ("grounding-dino", "mm-grounding-dino")
 OWL = ("owlvit", "owlv2")
-MARGIN = 0.1  # of the two objects' sizes
-NMS_IOU = 0.5  # of two boxes of a class that overlap more, the better one is kept
+MARGIN = 0.1  # share of the sum of the two objects' sizes
+NMS_IOU = 0.5  # if two boxes of a class overlap more, only the better one is kept
 BATCH = 8  # images that a detector sees at once
 
 
 @dataclass(frozen=True)
 class Detection:
-    """An object found: ``box`` x0, y0, x1, y1 in pixels; ``colour`` None if not told."""
+    """A detected object: ``box`` is x0, y0, x1, y1 in pixels; ``color`` is None if unknown."""
 
     label: str
     score: float
@@ -44,39 +44,42 @@ Detector = Callable[[Tensor, list[list[str]]], list[list[Detection]]]
 
 
 class Composition(Reward):
-    """GenEval's checks of what a prompt asks for, by the objects that a detector finds.
+    """GenEval's checks that an image shows what its prompt asks for, by an object detector.
 
-    Every prompt carries in its metadata GenEval's ``include`` and, if any, ``exclude`` and ``tag``:
+    Every prompt's metadata holds GenEval's ``include`` and, optionally, ``exclude`` and ``tag``:
 
         {"tag": "position", "include": [{"class": "cat", "count": 1},
          {"class": "dog", "count": 1, "color": "red", "position": ["left of", 0]}],
          "exclude": [{"class": "dog", "count": 2}]}
 
-    The position is relative to an earlier clause. With m objects of a clause found for n wanted,
-    mode "partial" is the mean over all clauses of
+    A position names a relation and the number of an earlier clause, its target. If m objects of a
+    clause are found and n are wanted, mode "partial" is the mean over all clauses of
 
         count     1 - |n - m| / n
-        colour    (objects of the colour) / n if m = n     } one 0 for both
-        position  1 if m = n and the relation holds, or 0  } if m != n
+        color     (objects of the color) / n       } if m = n;
+        position  1 if the relation holds, else 0  } else a single 0 for both
 
-    A relation holds if it does for every pair with the target's objects, and the target clause is
-    right in all it asks: with d the offset of the centres and s the sum of the sizes along the
-    axis, if the offset along the axis exceeds 0.1 s + |d| / 2. Range (-M, 1], M = ``max_per_class``
-    (surplus objects count below 0); ``exclude`` has no part in it. Mode "strict" is 1 if all of
-    those are 1 and no excluded class is found ``count`` times or more, else 0. (The benchmark also
-    passes surplus objects that no clause excludes.)
+    A relation holds if the target clause is fully satisfied and every pair of an object and a
+    target object passes: the component of d, the offset of their centers, in the direction of the
+    relation must exceed 0.1 s + |d| / 2, where s is the sum of their sizes along that axis. The
+    range is (-M, 1] with M = ``max_per_class``, because surplus objects make a count negative;
+    ``exclude`` has no effect. Mode "strict" is 1 if all these values are 1 and no excluded class is
+    found ``count`` times or more, else 0. (The benchmark also passes surplus objects that no clause
+    excludes.)
 
-    ``detector``: a folder or hub id of a transformers Grounding DINO, OWL-ViT or OWLv2, or a
-    ``Detector`` or its ``module:function``, called with the images (n, 3, H, W) and the class names
-    of each, which returns a list of detections for each. Those above ``threshold``
-    (``counting_threshold`` if the tag is "counting") count, the best M of a class. GenEval takes
-    0.3, 0.9 and 16 with its Mask2Former; zero-shot detectors are less sure, so by default the
-    second is the first. ``clip`` is the model that names the colour of a box where the detector
-    does not, in the words of GenEval; it took openai/clip-vit-large-patch14.
+    ``detector`` is a folder or hub id of a transformers Grounding DINO, OWL-ViT or OWLv2, or a
+    ``Detector``, or its ``module:function``. A ``Detector`` takes the images (n, 3, H, W) and the
+    class names for each image, and returns a list of detections for each image. The best M
+    detections of a class above ``threshold`` count (above ``counting_threshold`` if the tag is
+    "counting"). GenEval uses 0.3, 0.9 and M = 16 with its Mask2Former; zero-shot detectors are less
+    confident, so ``counting_threshold`` defaults to ``threshold``. The CLIP model ``clip`` names
+    the color of a box if the detector does not, with GenEval's texts; GenEval used
+    openai/clip-vit-large-patch14.
 
     Not differentiable. Raises ValueError for bad options, for a prompt without such metadata, and
-    for a colour that nothing names. Source: GenEval (arXiv 2310.11513); as partial reward
-    Flow-GRPO (arXiv 2505.05470), where a wrong relation still had half of its credit.
+    if a color is asked for but neither detector nor ``clip`` names colors. Source: GenEval (arXiv
+    2310.11513); "partial" follows Flow-GRPO (arXiv 2505.05470), which gives a wrong relation half
+    of its credit.
     """
 
     name = "composition"
@@ -152,7 +155,7 @@ class Composition(Reward):
             if one.score > limit and len(seen[one.label]) < self.max_per_class:
                 seen[one.label].append(one)
         values: list[float] = []
-        matched: list[list[Detection]] = []  # of each clause; empty if anything is wrong
+        matched: list[list[Detection]] = []  # per clause; empty if any check failed
         for clause in known["include"]:
             things, n = seen[clause["class"]], clause["count"]
             own = [1 - abs(n - len(things)) / n]
@@ -174,7 +177,7 @@ class Composition(Reward):
         return float(not excluded and all(value == 1 for value in values))
 
     def _color(self, image: Tensor, thing: Detection, asked: str) -> str:
-        """The named colour of a detection in its image (3, H, W)."""
+        """The name of a detection's color in its image (3, H, W)."""
         if thing.color is not None:
             return thing.color
         if self.clip is None:
@@ -202,13 +205,13 @@ def holds(relation: str, a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 def _inside(low: float, high: float, side: int) -> slice:
-    """The pixels, at least one, that an interval covers of ``side``."""
+    """The pixels of ``side``, at least one, that an interval covers."""
     start = min(max(math.floor(low), 0), side - 1)
     return slice(start, max(start + 1, min(math.ceil(high), side)))
 
 
 def _function(detector: Any) -> Any:
-    """The detector given as callable or ``module:function``, None for a model's name."""
+    """The function of a detector given as callable or ``module:function``; None for a model."""
     if callable(detector):
         return detector
     if ":" not in str(detector) or Path(str(detector)).exists():
@@ -246,9 +249,9 @@ def _check_clauses(known: dict) -> None:
 class ZeroShot(nn.Module):
     """A transformers zero-shot detector, Grounding DINO, OWL-ViT or OWLv2, as a ``Detector``.
 
-    Only the classes asked for compete for a box. A box's class is the one whose words have the
-    highest probability among them, which is its score; boxes below ``threshold`` are left out, and
-    per class those that overlap a better one by an IoU of more than 0.5.
+    Only the requested classes compete for a box. A box gets the class whose words have the highest
+    probability, and this probability is its score. Boxes below ``threshold`` are left out, and so
+    are boxes that overlap a better one of their class by an IoU of more than 0.5.
     """
 
     def __init__(self, name: str, threshold: float):
@@ -283,7 +286,7 @@ class ZeroShot(nn.Module):
         texts, sizes = [words] * len(images), [tuple(images.shape[-2:])] * len(images)
         inputs = self.processor(images=list(pixels), text=texts, return_tensors="pt")
         output = self.model(**inputs.to(images.device))
-        if self.kind in GROUNDING_DINO:  # one for every token: those of a class are between stops
+        if self.kind in GROUNDING_DINO:  # one logit per token; full stops separate the classes
             ids, tokenizer = inputs["input_ids"][0], self.processor.tokenizer
             stop = ids == tokenizer.convert_tokens_to_ids(".")
             part = stop.cumsum(0).masked_fill(stop | (ids == tokenizer.cls_token_id), -1)

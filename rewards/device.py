@@ -8,8 +8,8 @@ _chosen: str | None = None
 
 
 def choose_device(device: str | None) -> None:
-    """Have this process run on `device`, such as cpu or cuda:1, wherever nothing else is said; None
-    leaves it to ``default_device``. Raises ValueError for one that is not there."""
+    """Make `device`, such as cpu or cuda:1, the default of this process; None leaves the choice to
+    ``default_device``. Raises ValueError if the device cannot be used."""
     global _chosen
     if device is not None:
         try:
@@ -23,8 +23,8 @@ def choose_device(device: str | None) -> None:
 
 
 def default_device() -> str:
-    """The device to use: that of `choose_device`, else CUDA where there is one, then MPS (Apple),
-    else the CPU."""
+    """The device to use: the one chosen by `choose_device`, else CUDA if available, else MPS
+    (Apple) if available, else the CPU."""
     if _chosen is not None:
         return _chosen
     if torch.cuda.is_available():

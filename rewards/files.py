@@ -18,13 +18,13 @@ from .loading import reading
 if TYPE_CHECKING:
     from torch import Tensor
 
-MOST_PIXELS = 2**26  # of a picture; as a tensor it takes 12 bytes each
+MOST_PIXELS = 2**26  # of a picture; each takes 12 bytes as a tensor
 _TOO_LARGE = f"is too large, the limit is {MOST_PIXELS:,} pixels; scale it down"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 def check_file(option: str, source: str) -> None:
-    """Raise ValueError unless ``fetch`` can make sense of ``source``."""
+    """Raise ValueError unless ``source`` exists or looks like a hub file that ``fetch`` takes."""
     if not Path(source).exists() and not re.fullmatch(r"[^./:][^/:]*/[^/:]+:.+", str(source)):
         raise ValueError(
             f"{option}={source!r} does not exist under {Path.cwd()}; give an existing file or a "
@@ -33,7 +33,7 @@ def check_file(option: str, source: str) -> None:
 
 
 def expand_user(value: Any) -> Any:
-    """Nested mappings and lists with ~ at the start of a text spelt out: the home directory."""
+    """Nested mappings and lists with a ~ at the start of a text expanded to the home directory."""
     if isinstance(value, str):
         return os.path.expanduser(value)
     if type(value) in (list, tuple):
@@ -55,7 +55,7 @@ def fetch(source: str, option: str = "checkpoint") -> str:
 
 
 def read_tensors(path: str, option: str) -> Any:
-    """What a .safetensors file, or a pickle of tensors, holds; on the CPU."""
+    """The contents of a .safetensors file, or of a pickle of tensors, on the CPU."""
     with reading(option, path):
         if path.endswith(".safetensors"):
             from safetensors.torch import load_file
@@ -67,15 +67,15 @@ def read_tensors(path: str, option: str) -> Any:
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """A picture file as 8-bit RGB: upright, transparency on white, 16 bits a channel rounded to 8,
-    of an animation the first frame. Raises ValueError, naming the file, for what cannot be read,
-    and for more than ``MOST_PIXELS``."""
+    """A picture file as 8-bit RGB: turned upright, on white where transparent, 16-bit channels
+    rounded to 8 bits, only the first frame of an animation. Raises ValueError, naming the file, if
+    it cannot be read or has more than ``MOST_PIXELS``."""
     with _named(path), _opened(path) as image:
         return flat(ImageOps.exif_transpose(image))
 
 
 class _Unfit(ValueError):
-    """A message that is complete."""
+    """An error whose message already names the file."""
 
 
 @contextmanager
@@ -89,10 +89,10 @@ def _named(path: str | Path) -> Iterator[None]:
 
 
 def _opened(path: str | Path) -> Image.Image:
-    if not os.path.isfile(path):  # a pipe would be waited for
+    if not os.path.isfile(path):  # opening a pipe would block
         kind = "is not a file" if os.path.lexists(path) else "does not exist"
         raise _Unfit(f"picture {path} {kind}")
-    with warnings.catch_warnings():  # PIL's own limits: a warning, and twice that an error
+    with warnings.catch_warnings():  # PIL warns above its limit, and raises above twice that
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             image = Image.open(path)
@@ -107,15 +107,15 @@ def _opened(path: str | Path) -> Image.Image:
 
 
 def flat(image: Image.Image) -> Image.Image:
-    """A picture of any mode as 8-bit RGB, transparency on white. Integers are taken to reach to
-    65535, floats to 1. Raises ValueError for values beyond."""
+    """A picture of any mode as 8-bit RGB, transparency on white. Integers are taken to range from 0
+    to 65535, and floats from 0 to 1. Raises ValueError for values outside."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image.copy()
     if image.mode[0] in "IF":
         values, top = np.asarray(image, dtype=np.float64), 1.0 if image.mode == "F" else 65535.0
         if not (values.min() >= 0 and values.max() <= top):
             raise ValueError(f"values from {values.min():g} to {values.max():g}, not 0 to {top:g}")
-        clear = image.info.get("transparency")  # of a grey PNG the value that is
+        clear = image.info.get("transparency")  # the transparent value of a gray PNG
         if isinstance(clear, int):
             values = np.where(values == clear, top, values)
         return Image.fromarray(np.rint(values / top * 255).astype(np.uint8)).convert("RGB")
@@ -125,7 +125,7 @@ def flat(image: Image.Image) -> Image.Image:
 
 
 def load_image(path: str | Path) -> Tensor:
-    """(1, 3, H, W) float32 in [0, 1] of ``open_image``."""
+    """The picture of ``open_image`` as (1, 3, H, W) float32 in [0, 1]."""
     import torch
 
     rgb = np.array(open_image(path))
@@ -133,7 +133,7 @@ def load_image(path: str | Path) -> Tensor:
 
 
 def image_files(references: str | Sequence[str]) -> list[str]:
-    """The image files meant by a file, a folder or a list of them. Raises ValueError for none."""
+    """The image files of a file, a folder or a list of these. Raises ValueError if none exist."""
     if not isinstance(references, (str, Path)):
         files = [file for reference in references for file in image_files(reference)]
     elif Path(references).is_dir():
@@ -149,7 +149,7 @@ def image_files(references: str | Sequence[str]) -> list[str]:
 
 
 def check_images(references: str | Sequence[str]) -> None:
-    """Raise ValueError as ``image_files`` and ``open_image`` do, as far as the headers tell."""
+    """Raise ValueError as ``image_files`` and ``open_image`` do, but read only the headers."""
     for file in image_files(references):
         with _named(file):
             _opened(file).close()

@@ -1,4 +1,4 @@
-"""Several rewards in gradient space: one ascent direction for every picture."""
+"""Merge the pixel gradients of several rewards into one ascent direction per picture."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from torch import Tensor
 
 
 def merge(gradients: Tensor, weights: Tensor, how: str = "sum") -> Tensor:
-    """(n, k, ...) gradients g_k of k rewards, (k,) weights w_k -> (n, ...), each picture apart.
+    """(n, k, ...) gradients g_k of k rewards, (k,) weights w_k -> (n, ...), per picture.
 
         sum         Σ w_k g_k
-        normalized  Σ w_k g_k / |g_k|, times the mean |g_k|: rewards of steep gradients rule no more
-        pcgrad      each w_k g_k loses its part along every w_j g_j that it conflicts with (negative
-                    inner product), in the order of the rewards, then Σ (2001.06782, who shuffle)
-        min_norm    the shortest vector in the convex hull of the g_k / |g_k| (of weight > 0; < 0
-                    turns them round), times the mean |g_k|. No reward falls along it, to first
-                    order, and it is 0 where one can rise only at another's cost (MGDA, 1810.04650)
+        normalized  Σ w_k g_k / |g_k|, times the mean |g_k|: steep rewards do not dominate
+        pcgrad      each w_k g_k loses its component along every w_j g_j that it conflicts with
+                    (negative inner product), in the order of the rewards; then the sum
+                    (2001.06782, which shuffles the order)
+        min_norm    the shortest vector in the convex hull of the g_k / |g_k|, times the mean |g_k|;
+                    weight 0 leaves a g_k out and a negative weight flips it. To first order no
+                    reward falls along this vector. It is 0 where one reward can rise only at the
+                    cost of another (MGDA, 1810.04650)
 
-    A gradient of 0, as a missing reward has, takes no part in means and hulls. float32 or float64.
-    min_norm tries all 2^k - 1 faces of the hull: exact, and meant for a handful of rewards.
-    The papers merge the gradients of the weights, over a batch; here it is those of the pixels.
+    A zero gradient, such as a missing reward's, is left out of means and hulls. float32 or float64.
+    min_norm is exact: it tries all 2^k - 1 faces of the hull, so use it for a handful of rewards.
+    The papers merge gradients of the model's weights over a batch; this merges those of the pixels.
     """
     shape, g = gradients[:, 0].shape, gradients.flatten(2) * weights[None, :, None]
     if how == "sum" or g.shape[1] == 1:
@@ -33,7 +35,7 @@ def merge(gradients: Tensor, weights: Tensor, how: str = "sum") -> Tensor:
     present = raw > 0
     scale = raw.sum(1) / present.sum(1).clamp(min=1)
     unit = g / g.norm(dim=2, keepdim=True).clamp(min=torch.finfo(g.dtype).tiny)
-    if how in ("normalized", "normalised"):  # the latter is its former spelling
+    if how in ("normalized", "normalised"):  # the second is the former spelling
         merged = (unit * weights.abs()[None, :, None]).sum(1)
     else:
         merged = (unit * _hull(unit, present)[..., None]).sum(1)
@@ -55,10 +57,10 @@ def _pcgrad(g: Tensor) -> Tensor:
 
 
 def _hull(unit: Tensor, present: Tensor) -> Tensor:
-    """Weights (n, k), a distribution over the `present` rows of unit (n, k, d), of the shortest
-    vector in their convex hull. The face that it lies on is found by trying all of them."""
+    """Convex weights (n, k) of the shortest vector in the convex hull of the `present` rows of unit
+    (n, k, d). Tries all faces of the hull to find the one with the vector."""
     n, k, _ = unit.shape
-    # small, and in float64, which MPS has not
+    # small; on the CPU because MPS has no float64
     gram, present = torch.einsum("nad,nbd->nab", unit, unit).cpu().double(), present.cpu()
     best = torch.full((n,), torch.inf, dtype=torch.float64)
     weights = torch.zeros(n, k, dtype=torch.float64)

@@ -17,11 +17,11 @@ class HPS(Clip):
 
         R(u, c) = <f(u), g(c)> / (|f(u)| |g(c)|), no scale
 
-    About 0.20 to 0.30 with ``version`` "v2.0", 0.24 to 0.35 with "v2.1" (0.41 after training on
-    it). ``checkpoint`` replaces the version's weights: a file or a hub file ORG/REPO:NAME, for the
-    open_clip architecture ``arch``. ``transform`` "pad" is the official preprocessing, the longest
-    side resized to 224 between black borders; "crop" resizes the shortest and crops the centre, as
-    many trainers do. They agree for square images.
+    Values are about 0.20 to 0.30 with ``version`` "v2.0", 0.24 to 0.35 with "v2.1" (0.41 after
+    training on it). ``checkpoint`` replaces the version's weights: a file or a hub file
+    ORG/REPO:NAME, for the open_clip architecture ``arch``. ``transform`` "pad" is the official
+    preprocessing: it resizes the longest side to 224 and pads the other with black. "crop" resizes
+    the shortest side and crops the center, as many trainers do. Both agree for square images.
     Source: Wu et al. 2023 (arXiv 2306.09341), https://github.com/tgxs002/HPSv2.
     """
 
@@ -53,5 +53,5 @@ class HPS(Clip):
         super().check_options(**options)
 
     def image_features(self, images):
-        # Padded to the tower's size, the images are only normalised by what follows.
+        # After padding to the tower's size, the preprocessing that follows only normalizes.
         return super().image_features(pad_square(images, self.tower.size) if self.pad else images)

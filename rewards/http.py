@@ -1,4 +1,4 @@
-"""JSON over HTTP with retries, and images as PNG: what rewards on another machine share."""
+"""JSON over HTTP with retries, and images as PNG, for rewards that run on another machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import Tensor
 PROTOCOL = 1  # of rewards/server.py and rewards/remote.py
 RETRIED = (429, 502, 503, 504)
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds
-_jitter = random.Random()  # its own: a retry must not move the training run's generator
+_jitter = random.Random()  # separate: a retry must not advance the training run's generator
 
 
 class Http:
@@ -104,8 +104,8 @@ def check_whole(least: int, **options: Any) -> None:
 
 
 def token_from(variable: str | None) -> str | None:
-    """The secret in an environment variable, None for no variable; ValueError for one that is empty
-    or holds what no HTTP header can."""
+    """The secret in an environment variable; None without a variable. Raises ValueError if it is
+    empty or holds characters that an HTTP header cannot."""
     if variable is None:
         return None
     if not isinstance(variable, str) or not re.fullmatch(r"[A-Za-z_]\w*", variable, re.ASCII):
@@ -122,7 +122,7 @@ def token_from(variable: str | None) -> str | None:
 
 
 def png_base64(images: Tensor) -> list[str]:
-    """round(255 u) of (n, 3, H, W) images in [0, 1] as base64 PNG, lossless from there on."""
+    """(n, 3, H, W) images u in [0, 1], rounded to round(255 u), as lossless base64 PNG."""
     pixels = images.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
     texts = []
     for image in pixels.permute(0, 2, 3, 1).cpu().numpy():

@@ -17,9 +17,9 @@ from .files import check_file, fetch, read_tensors
 from .loading import LoadingError, pretrained
 from .preprocess import clip_pixels
 
-MEAN, STD = 0.16717362830052426, 1.0333394966054072  # ImageReward's own, of the MLP's values
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # ImageReward's, of the MLP's output
 VISION, TEXT = "blip.visual_encoder.", "blip.text_encoder."
-UNUSED = r"blip\.(vision_proj|text_proj)\..*|.*\.position_ids"  # of BLIP's contrastive loss
+UNUSED = r"blip\.(vision_proj|text_proj)\..*|.*\.position_ids"  # used by BLIP's contrastive loss
 HUB_NAME = r"(\w[\w.-]*/)?\w[\w.-]*"
 RENAMES = (  # transformers' names to ImageReward's, applied in this order
     ("vision.embeddings.class_embedding", "vision.cls_token"),
@@ -44,12 +44,13 @@ class ImageReward(Reward):
     BERT reads [CLS] c [SEP] and, by cross-attention in every layer, the ViT's patches; the MLP has
     no activations. Standardised but unbounded, typically in [-2.3, 2].
 
-    ``checkpoint`` is a local .pt or .safetensors file, or ``ORG/REPO:NAME`` on the hub; its shapes
-    give the sizes. What they leave open has defaults that suit ImageReward.pt: ``vision_heads`` of
-    the ViT, width / 64, and BERT's num_attention_heads (width / 64), layer_norm_eps and
-    hidden_act, the only entries read from a ``config`` such as med_config.json. ``tokenizer`` is a
-    folder or hub id. Prompts are cut to ``max_length`` tokens, 35 as in training; no text is
-    cached, as BERT's states depend on the image.
+    ``checkpoint`` is a local .pt or .safetensors file, or ``ORG/REPO:NAME`` on the hub. Its tensor
+    shapes give the network's sizes, but not the ViT's ``vision_heads`` (default: width / 64) nor
+    BERT's num_attention_heads (default: width / 64), layer_norm_eps and hidden_act. The defaults
+    suit ImageReward.pt; a ``config`` such as med_config.json overrides those three of BERT, and
+    its other entries are ignored. ``tokenizer`` is a folder or hub id. Prompts are cut to
+    ``max_length`` tokens, 35 as in training. Text features are not cached, because BERT's states
+    depend on the image.
 
     ``dtype`` is that of the two towers; resizing, normalisation and the MLP are float32 (float64
     with dtype float64), and so is the (n,) result. Raises ValueError for an option that cannot
@@ -144,7 +145,7 @@ class Network(nn.Module):
         self.text: Any = BlipTextModel(text_config, add_pooling_layer=False)
         self.head = nn.Sequential(
             nn.Linear(text_config.hidden_size, 1024),
-            nn.Identity(),  # dropout when trained, counted in the checkpoint's names
+            nn.Identity(),  # in place of training's dropout, which counts in the names
             nn.Linear(1024, 128),
             nn.Identity(),
             nn.Linear(128, 64),
@@ -164,7 +165,7 @@ class Network(nn.Module):
 
 
 def load(checkpoint: str, config: str | None = None, vision_heads: int | None = None) -> Network:
-    """The network with the weights, in their dtype; every weight of either must be in the other."""
+    """The network with the checkpoint's weights, in their dtype; names and shapes must match."""
     state = _read(checkpoint)
     shapes = {k: tuple(v.shape) for k, v in state.items() if not re.fullmatch(UNUSED, k)}
     try:

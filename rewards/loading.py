@@ -1,4 +1,4 @@
-"""Weights that libraries read: one sentence for whatever they raise, and no random weights."""
+"""Load weights through libraries: turn their errors into one sentence, refuse random weights."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ TOKENIZERS = r"sentencepiece|tiktoken|protobuf"
 
 
 class LoadingError(ValueError):
-    """Weights that cannot be had or do not fit; the message is meant for the user as it stands."""
+    """Weights are missing or do not fit; the message can be shown to the user unchanged."""
 
 
 def pretrained(
     load: Callable[..., T], option: str, source: str, unused: str = "$^", **options: Any
 ) -> T:
-    """`load(source, **options)`, a from_pretrained, under `reading`. Where the folder or hub id
-    has no weights but those of the variant fp16, these are read."""
+    """Call a from_pretrained as `load(source, **options)` under `reading`. If the folder or hub id
+    has only weights of the variant fp16, load these."""
     with reading(option, source, unused) as said:
         try:
             return load(source, **options)
@@ -48,7 +48,7 @@ def pretrained(
 
 
 def optional(load: Callable[..., T], option: str, source: str, files: tuple[str, ...]) -> T | None:
-    """`load(source)` under `reading`; None where the folder or repository has none of `files`."""
+    """`load(source)` under `reading`; None if the folder or repository has none of `files`."""
     folder = Path(source)
     if folder.is_dir() and not any((folder / file).exists() for file in files):
         return None
@@ -66,12 +66,12 @@ def optional(load: Callable[..., T], option: str, source: str, files: tuple[str,
 
 @contextmanager
 def reading(option: str, source: str, unused: str = "$^") -> Iterator[dict[str, logging.LogRecord]]:
-    """Inside, a library reads weights from `source`, a file, folder or hub id.
+    """A context in which a library reads weights from `source`, a file, folder or hub id.
 
-    Whatever it raises becomes a LoadingError that begins with `option`, such as
-    "model='org/clip'", and goes on with the cause and the remedy. So does its mere warning that
-    some weights were not in the files and are random, unless their names match `unused`. Gives
-    what the library has logged, which is held back until the end.
+    Any exception but running out of memory becomes a LoadingError that begins with `option`, such
+    as "model='org/clip'", and then tells the cause and the remedy. A logged warning that some
+    weights were missing and are random becomes one too, unless their names match `unused`. Yields
+    the library's log records, which are held back until the end.
     """
     with _warnings() as said:
         try:
@@ -96,14 +96,14 @@ def reading(option: str, source: str, unused: str = "$^") -> Iterator[dict[str, 
 
 @contextmanager
 def _warnings() -> Iterator[dict[str, logging.LogRecord]]:
-    """What transformers and diffusers log, held back; what is left of it is logged afterwards."""
+    """Hold back what transformers and diffusers log; log what the caller left of it at the end."""
     said: dict[str, logging.LogRecord] = {}
     holder = logging.Handler()
     holder.emit = lambda record: said.update({record.getMessage(): record})
     loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
     before = [(one, one.handlers, one.level, one.propagate) for one in loggers]
     for one in loggers:
-        # that weights are random must reach us also where the user wants to hear of errors alone
+        # the warning about random weights must reach us even if the user logs only errors
         one.handlers, one.propagate = [holder], False
         one.setLevel(min(one.level or logging.WARNING, logging.WARNING))
     try:
@@ -119,7 +119,7 @@ def _warnings() -> Iterator[dict[str, logging.LogRecord]]:
 
 
 def _random(text: str) -> list[str]:
-    """The weights that a library's warning says it has drawn at random."""
+    """The names of the weights that are random according to a library's warning."""
     listed = re.search(r"newly initialized: \[([^\]]*)\]", text)  # diffusers
     if listed:
         return re.findall(r"'([^']+)'", listed[1])
@@ -138,8 +138,8 @@ def _texts(error: BaseException) -> str:
 
 
 def _why(error: BaseException, source: str, others: Sequence[str] = ()) -> str:
-    """Cause and remedy of what a library raised while it read `source`; others: weights that it
-    found to be of another shape."""
+    """Cause and remedy of an error that a library raised while it read `source`. others: names of
+    weights whose shape does not fit."""
     kinds = {kind.__name__ for e in _chain(error) for kind in type(e).__mro__}
     texts, path = _texts(error), Path(source).expanduser()
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
@@ -193,8 +193,8 @@ def _why(error: BaseException, source: str, others: Sequence[str] = ()) -> str:
 
 
 def damaged(path: Path) -> str | None:
-    """What is wrong with the first damaged file of a folder, or with a file: the headers of
-    safetensors, Git LFS pointers and JSON files are looked at, no weights."""
+    """What is wrong with a file, or with the first damaged file of a folder; None if nothing is.
+    Checks safetensors headers, Git LFS pointers and JSON files, but no weights."""
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     for file in files:
         if not file.is_file() or file.suffix not in (".safetensors", ".bin", ".pt", ".json"):
@@ -211,7 +211,7 @@ def damaged(path: Path) -> str | None:
             if file.suffix == ".safetensors":
                 header(file)
         except OSError:
-            continue  # what is wrong with it is said by who reads it
+            continue  # whoever reads the file will report the error
         except ValueError as error:
             return f"{file} {error}" if file.suffix != ".json" else f"{file} is no JSON ({error})"
     return None

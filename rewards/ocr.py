@@ -13,24 +13,24 @@ from .base import Reward
 from .preprocess import quantize_pixels, resize
 
 QUOTED = re.compile('["“”]([^"“”]*)["“”]')
-SIDE = 512  # pixels: the longest side of the image in which lines of text are looked for
+SIDE = 512  # pixels: the longest side of the image that the text detector gets
 
 
 class OCR(Reward):
-    """Share of the prompt's quoted text t that is read in the image as r, in [0, 1].
+    """Share of the prompt's quoted text t found in r, the text read in the image, in [0, 1].
 
         R = 1 if t is a substring of r, else 1 - min(lev(t, r), |t|) / |t|
 
     lev is the Levenshtein distance. t is the text between the first two double quotes, straight or
     curly; r is the recognised lines joined from top to bottom. Both are lower-cased and lose their
     spaces. The engine is RapidOCR on onnxruntime, with the models in its package: nothing is
-    downloaded, and it runs on the CPU. Upside-down text is not turned. Lines are looked for with
+    downloaded, and it runs on the CPU. Upside-down text is not rotated. Lines are detected with
     the longest side of the image at 512 pixels (at full size the detector misses large letters)
-    and read at full size; those below ``min_confidence``, in [0, 1], are left out.
+    and read at full size. Lines below ``min_confidence``, in [0, 1], are left out.
 
-    Not differentiable. Raises ValueError for a prompt without quoted text, and ImportError without
-    rapidocr and onnxruntime; whatever the engine raises is passed on. Source: Flow-GRPO (arXiv
-    2505.05470), here with the colour channels in the order that the engine expects.
+    Not differentiable. Raises ValueError for a prompt without quoted text, ImportError without
+    rapidocr and onnxruntime, and the engine's own exceptions. Source: Flow-GRPO (arXiv
+    2505.05470), but with the color channels in the order that the engine expects.
     """
 
     name = "ocr"
@@ -40,7 +40,7 @@ class OCR(Reward):
         self.check_options(min_confidence=min_confidence)
         super().__init__()
         try:
-            import onnxruntime  # noqa: F401  # else missed only at the first image
+            import onnxruntime  # noqa: F401  # if absent, the engine fails only at the first image
             from rapidocr import RapidOCR
         except ImportError as error:
             raise ImportError(
@@ -71,7 +71,7 @@ class OCR(Reward):
             quoted_text(prompt)
 
     def read(self, images: Tensor) -> list[str]:
-        """The text of (n, 3, H, W) images, rounded to 8 bits and if small enlarged."""
+        """The text in (n, 3, H, W) images, after rounding to 8 bits and enlarging small ones."""
         images = quantize_pixels(images.detach().float())
         height, width = images.shape[-2:]
         scale = max(1, SIDE / max(height, width))
@@ -87,7 +87,7 @@ class OCR(Reward):
 
 
 def _bundled(kind: str) -> str:
-    """Path of a model in the package; RapidOCR would download one that it does not recognise."""
+    """Path of a model in the package; without it RapidOCR downloads files it does not recognize."""
     files = importlib.metadata.files("rapidocr") or []
     found = [f for f in files if f.suffix == ".onnx" and f"_{kind}_" in f.name]
     if not found:
@@ -101,7 +101,7 @@ def _bundled(kind: str) -> str:
 def quoted_text(prompt: str) -> str:
     """The text between the first two double quotes, straight or curly.
 
-    Raises ValueError when there is none, or nothing but spaces.
+    Raises ValueError if there is no such text, or only spaces.
     """
     found = QUOTED.search(prompt)
     if found is None or not found[1].strip():

@@ -15,11 +15,11 @@ class PickScore(Clip):
 
         R(u, c) = exp(logit_scale) <f(u), g(c)> / (|f(u)| |g(c)|)
 
-    It is ``rewards.Clip`` with scale "logit", and other defaults: about 19 to 24, in which 1 point
-    is odds of e : 1 between two pictures of a prompt. Comparisons across prompts mean little.
-    ``model`` is a transformers CLIP. ``processor`` (tokenizer and pixel statistics) is by default
-    the model's own when that is a folder with a tokenizer, else LAION's CLIP ViT-H-14, from which
-    PickScore_v1 was fine-tuned and which comes without one.
+    It is ``rewards.Clip`` with scale "logit" and other defaults. Values are about 19 to 24; 1 point
+    means odds of e : 1 between two pictures of a prompt. Comparisons across prompts mean little.
+    ``model`` is a transformers CLIP. ``processor`` (tokenizer and pixel statistics) defaults to the
+    model's own if ``model`` is a folder with a tokenizer, else to LAION's CLIP ViT-H-14, from which
+    PickScore_v1 was fine-tuned. (PickScore_v1 comes without a tokenizer.)
     Source: Kirstain et al. 2023 (arXiv 2305.01569).
     """
 

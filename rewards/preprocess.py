@@ -40,7 +40,7 @@ def pad_square(images: Tensor, size: int) -> Tensor:
     """Longest side resized to ``size``, the other centred between black borders.
 
     (n, 3, H, W) in [0, 1] -> (n, 3, size, size), at least float32, not normalised. The shorter
-    side becomes round(short * size / long); of an odd border the extra pixel is right or bottom.
+    side becomes round(short * size / long); an odd border has its extra pixel right or bottom.
     """
     scale = size / max(images.shape[-2:])
     height, width = (round(n * scale) for n in images.shape[-2:])
@@ -67,9 +67,9 @@ def clip_pixels(
     is odd.)
     ``crop=False`` ignores the aspect ratio and resizes both sides to ``size``.
 
-    Leave ``quantize`` off for training. On, the images are first rounded to 8 bits and every
-    resizing pass is clamped and rounded as PIL's is (bicubic overshoots, PIL clips), with a
-    straight-through gradient: for evaluation that must agree with a PIL pipeline.
+    ``quantize`` is for evaluation that must agree with a PIL pipeline; leave it off for training.
+    It rounds the images to 8 bits first, and clamps and rounds after every resizing pass as PIL
+    does (bicubic overshoots, PIL clips), with a straight-through gradient.
     """
     images = quantize_pixels(images) if quantize else images
     height, width = images.shape[-2:]

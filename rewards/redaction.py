@@ -1,4 +1,4 @@
-"""Secrets in settings: found by their names and forms, refused in a spec, and never written."""
+"""Secrets in settings: found by name and form, refused in a spec, and never written."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 HIDDEN = "***"
-_SECRET = re.compile(  # the last word of a name; "max_tokens", "token_env" and "monkey" are none
+_SECRET = re.compile(  # the end of a secret's name; not "max_tokens", "token_env" or "monkey"
     r"(^|_)(token|passw(or)?d|pwd|passphrase|secrets?|authorization|auth|bearer|credentials?|cookie"
     r"|(api|access|auth|private|secret|account)_?(key|token)s?|passwords)$"
 )
 _KEY = re.compile(r"(^|_)keys?$")
-_NAME = re.compile(r"[a-z_]*")  # what a key of a mapping is called, "caption", and no secret is
-_IN_TEXT = re.compile(  # user:password@ of a URL, its query, tokens with the mark of their maker
+_NAME = re.compile(r"[a-z_]*")  # looks like a mapping's key, such as "caption", not like a secret
+_IN_TEXT = re.compile(  # a URL's user:password@, secrets in its query, tokens with a known prefix
     r"(?<=://)[^/\s@]+(?=@)"
     r"|(?<=[?&])((?:[a-z]+[-_])?(?:key|token|password|secret|signature)=)[^&\s#]+"
     r"|\b(?:hf_|sk-|gh[po]_)[\w-]{20,}",
@@ -22,9 +22,9 @@ _IN_TEXT = re.compile(  # user:password@ of a URL, its query, tokens with the ma
 
 
 def redact(value: Any) -> Any:
-    """A copy of nested mappings, lists and scalars with *** in place of every secret: the value of
-    a key that is called one (token, api_key, password ...), a URL's user and password, a token in
-    its query, and whatever begins as a hub's or a service's tokens do."""
+    """A copy of nested mappings, lists and scalars with *** in place of every secret: a value whose
+    key names a secret (token, api_key, password ...), a URL's user and password, a token in its
+    query, and any text with the prefix of a hub's or a service's tokens."""
     if isinstance(value, Mapping):
         return {k: HIDDEN if _is_secret(str(k), v) else redact(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

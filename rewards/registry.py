@@ -1,4 +1,4 @@
-"""Tables of names whose modules are imported when they are asked for."""
+"""Tables of names that import a module only when its name is looked up."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """{name: object}, of ``places`` {name: "module:attribute"} in a package.
+    """A mapping {name: object} from ``places`` {name: "module:attribute"} in a package.
 
-    To list the names, or to refuse one that is not there, imports nothing.
+    Listing the names, or refusing an unknown one, imports nothing.
     """
 
     def __init__(self, package: str, places: Mapping[str, str]):

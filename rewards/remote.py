@@ -13,14 +13,14 @@ from .http import PROTOCOL, Http, check_http, check_whole, png_base64, token_fro
 class Remote(Reward):
     """R(u, c) = R_name(round(255 u) / 255, c), computed by the server at ``url``.
 
-    Images travel as 8-bit PNG, so the values are exactly the local reward's of the 8-bit image
-    (on the same device, with the same ``batch``); ``batch`` images go in one request, in order.
-    The server is ``rewards.server``; ``name`` is one of its rewards. The token is the content of
-    the environment variable that ``token_env`` names, which no file of a run shows; ``timeout`` is
-    in seconds, ``retries`` as in ``Http.ask``. Safe to call from several threads.
+    Images travel as 8-bit PNG, so the values equal those of the local reward on the 8-bit image
+    (on the same device, with the same ``batch``). A request holds ``batch`` images, in order.
+    The server is ``rewards.server``; ``name`` is one of its rewards. ``token_env`` names the
+    environment variable that holds the token, so no file of a run shows it. ``timeout`` is in
+    seconds, ``retries`` as in ``Http.ask``. Safe to call from several threads.
 
-    The constructor asks the server once and raises ValueError when it does not answer, refuses
-    the token, has no such reward or takes fewer images a request. Scoring raises RuntimeError
+    The constructor asks the server once and raises ValueError if it does not answer, refuses
+    the token, lacks the reward or takes fewer images per request. Scoring raises RuntimeError
     with the address, the status, the server's message and the number of attempts.
     """
 

@@ -1,4 +1,4 @@
-"""The command line of the reward server. Nothing is imported before its arguments are right."""
+"""The command line of the reward server. It checks its arguments before slow imports."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ TOKEN_VARIABLE = "REWARD_SERVER_TOKEN"
 
 
 def serve(arguments: Sequence[str] | None = None) -> int:
-    """Serves until interrupted; returns the exit status. Raises ValueError for a setting that is
-    wrong."""
+    """Serves until interrupted; returns the exit status. Raises ValueError for a wrong setting."""
     parser = argparse.ArgumentParser(
         prog="diffalign serve-rewards", description="Serve rewards over HTTP."
     )
@@ -62,7 +61,7 @@ def serve(arguments: Sequence[str] | None = None) -> int:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket of that address. Raises ValueError for one that cannot be had."""
+    """A socket bound to the address. Raises ValueError if it cannot be bound."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -5,15 +5,15 @@ POST /score  {"images": [base64 of an 8-bit RGB PNG, ...], "prompts": [text, ...
               "metadata": [{...}, ...] or null, "names": [name, ...] or null for all rewards}
              -> {"scores": {name: [number, ...]}}
 
-Both want ``Authorization: Bearer TOKEN`` when there is a token. An error is {"detail": why}: 401
-token, 408 body too slow, 413 body too large, 422 malformed (which image, and why), 500 a reward
-failed, 503 not begun in time (safe to ask again), 504 begun but too slow. Bodies are JSON and PNG,
-nothing is ever unpickled. There is no TLS and no limit on connections: for an open network put a
+Both need ``Authorization: Bearer TOKEN`` if the server has a token. An error is {"detail": why}:
+401 token, 408 body too slow, 413 body too large, 422 malformed (which image, and why), 500 a reward
+failed, 503 not started in time (safe to retry), 504 started but too slow. Bodies are JSON and PNG;
+nothing is ever unpickled. There is no TLS and no limit on connections: on an open network put a
 proxy in front.
 """
 
-# No `from __future__ import annotations`: FastAPI evaluates those of its handlers, whose names are
-# local here so that fastapi is imported only by who serves.
+# No `from __future__ import annotations`: FastAPI evaluates its handlers' annotations, whose names
+# are local to `app`, so that only serving imports fastapi.
 import asyncio
 import base64
 import hmac
@@ -48,11 +48,11 @@ def app(
 ):
     """The FastAPI application that serves the unweighted rewards of ``spec``, as in ``build``.
 
-    ``max_bytes`` bounds a request's body, ``max_pixels`` its images together (64 of 1024x1024),
-    before any is decoded; scoring takes 15 bytes a pixel on top. ``timeout`` seconds are given to
-    a client to send its request, and again to its scoring, waiting included. A reward scores one
-    request at a time, in the order of arrival, on a thread of its own; a scoring that outlives
-    ``timeout`` cannot be interrupted, and those behind it get 503.
+    ``max_bytes`` bounds a request's body, and ``max_pixels`` the pixels of all its images (64 of
+    1024x1024); both are checked before decoding. Scoring takes another 15 bytes per pixel. A
+    client has ``timeout`` seconds to send its request; its scoring, with the waiting before it, has
+    as many. Each reward has one thread and scores one request at a time, in the order of arrival.
+    A scoring that exceeds ``timeout`` cannot be interrupted; requests behind it get 503.
     """
     from fastapi import FastAPI, HTTPException, Request
     from starlette.requests import ClientDisconnect
@@ -139,7 +139,7 @@ def parse(
 ) -> tuple[Tensor, list[str], list[dict] | None, list[str]]:
     """Images (n, 3, H, W) uint8, prompts, metadata and reward names of a request to /score.
 
-    Raises ValueError for whatever is malformed or too much, naming it.
+    Raises ValueError that names whatever is malformed or too large.
     """
     try:
         data = json.loads(body, parse_constant=_no_constant)
@@ -180,10 +180,10 @@ def _no_constant(text: str):
 
 
 def decode(images: list[str], max_pixels: int) -> Tensor:
-    """(n, 3, H, W) uint8 of base64 PNGs of one size, whose headers are all read before any pixels.
+    """Base64 PNGs of one size as (n, 3, H, W) uint8; reads all headers before any pixels.
 
-    Raises ValueError, naming the image, for what is not base64 of an 8-bit RGB PNG, and for more
-    than ``max_pixels`` in all.
+    Raises ValueError, naming the image, if it is not base64 of an 8-bit RGB PNG, or if the images
+    up to it have more than ``max_pixels``.
     """
     files, sizes = [], []
     for index, text in enumerate(images):

@@ -19,21 +19,22 @@ CLASS_TOKEN_FIRST = ("dinov2", "dinov2_with_registers", "dinov3_vit", "vit")
 
 
 class Similarity(Reward):
-    """Cosine of image embeddings to reference images: of a subject, a style; ignores the prompt.
+    """Cosine of image embeddings to those of references (subject or style); ignores the prompt.
 
         R(u) = mean_k or max_k <f(u), f(r_k)> / (|f(u)| |f(r_k)|), in [-1, 1]
 
     f is the class token of a DINO (``model`` a transformers folder or hub id: DINOv2, DINOv3, or
     DINO's ViT), or the image embedding of a CLIP (as in ``rewards.Clip``). DINO tells two objects
-    of one kind apart, CLIP hardly; CLIP is the usual choice for style. For scale: DreamBooth's own
-    pictures of its subjects have a mean of 0.67 (Stable Diffusion) and 0.70 with DINO ViT-S/16.
+    of one kind apart, CLIP hardly; CLIP is the usual choice for style. For scale: pictures that
+    DreamBooth generates of its subjects have a mean of 0.67 (Stable Diffusion) and 0.70 (Imagen)
+    with DINO ViT-S/16.
 
     ``references`` is an image file, a folder of them, or a list of either; ``reference`` in a
     prompt's metadata replaces it for that prompt. ``reduce`` "mean" or "max" over the K images;
     transparent ones are put on white. Features of references are computed once, on first use, and
     kept (a few kB each). Resizing is antialiased bicubic whatever the model's processor says.
     Raises ValueError for bad options, missing files, and a prompt without a reference.
-    Source: DINOv2 (arXiv 2304.07193); as metrics DINO and CLIP-I in DreamBooth (arXiv 2208.12242).
+    Source: DINOv2 (arXiv 2304.07193); metrics DINO and CLIP-I of DreamBooth (arXiv 2208.12242).
     """
 
     name = "similarity"

@@ -1,4 +1,4 @@
-"""Threads for rewards: one that hangs cannot keep the process alive."""
+"""Threads for rewards: a reward that hangs cannot keep the process alive."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import Any
 
-GRACE = 5.0  # seconds that calls under way at the end of the process are given
+GRACE = 5.0  # seconds that running calls get at the end of the process
 
 _running: set[Future] = set()
 
 
 class Worker:
-    """A thread that makes the calls it is given in their order.
+    """A thread that runs submitted calls in order.
 
-    Unlike those of a ThreadPoolExecutor it is a daemon: the interpreter does not wait for a call
-    that never returns. It ends with the object.
+    Unlike the threads of a ThreadPoolExecutor it is a daemon: the interpreter does not wait for a
+    call that never returns. The thread ends with the object.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class Worker:
         Thread(target=_work, args=(self._calls,), name="reward", daemon=True).start()
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future:
-        """The future result of `function(*arguments)`; may be cancelled until it has begun."""
+        """The future result of `function(*arguments)`; can be cancelled until the call starts."""
         future: Future = Future()
         self._calls.put((future, function, arguments))
         return future
@@ -44,9 +44,9 @@ def _work(calls: SimpleQueue[Any]) -> None:
             except BaseException as error:
                 future.set_exception(error)
             _running.discard(future)
-        # or what the last call was given would live until the next one
+        # otherwise the last call's arguments would stay alive until the next call
         del call, future, function, arguments
 
 
-# a daemon that the interpreter ends within torch's C++ can abort the whole process
+# killing a daemon thread inside torch's C++ can abort the whole process
 atexit.register(lambda: wait(set(_running), GRACE))

@@ -51,24 +51,26 @@ WIN = {"1": 1.0, "2": 0.0, "tie": 0.5}
 class VLM(Reward):
     """The opinion of a vision-language model, asked by POST ``url``/chat/completions.
 
-    ``mode`` "score": the number x that the last match of ``pattern`` captures in the answer,
-        R = (x - minimum) / (maximum - minimum) in [0, 1]; x outside the range is no answer.
-    ``mode`` "yes": R = P(Yes) / (P(Yes) + P(No)) of the first token, from the 20 most likely ones,
-        whatever their case and surrounding spaces. VQAScore (arXiv 2404.01291) is P(Yes) alone.
-    ``mode`` "pairwise": rows with the same prompt in one call are a group (``per_group``). For
-        every pair of a group the model is asked for the better image in both orders, which cancels
-        a preference for a position: R_i = mean over the pairs of i of its mean win (1, tie 1/2, 0)
-        over the orders answered. An answer that is missing is left out, not a tie. N images cost
+    ``mode`` "score": R = (x - minimum) / (maximum - minimum) in [0, 1], where x is the number that
+        the last match of ``pattern`` in the answer captures. An x outside the range is unreadable.
+    ``mode`` "yes": R = P(Yes) / (P(Yes) + P(No)) of the first token, summed over the 20 most likely
+        tokens, ignoring case and surrounding spaces. VQAScore (arXiv 2404.01291) is P(Yes) alone.
+    ``mode`` "pairwise": rows with the same prompt in one call form a group (``per_group``). The
+        model picks the better image of every pair in a group, and is asked in both orders to cancel
+        position bias: R_i = mean over the pairs of i of its mean win (1, tie 1/2, 0) over the
+        answered orders. A missing answer is left out and does not count as a tie. N images cost
         N (N - 1) questions. Source: Pref-GRPO (arXiv 2508.20751), which asks in one order only.
 
-    ``template`` is the question, with {prompt} in it, {minimum} and {maximum} where wanted; the
-    images come before it. ``pattern`` has one group; in pairs it captures 1, 2 or tie. Temperature
-    0, at most ``max_tokens`` a reply, ``workers`` questions at a time; the order of the values does
-    not depend on the timing. ``api_key_env`` names the environment variable with the key.
-    ``retries`` is for the connection (see ``Http.ask``) and again for answers that cannot be read.
+    ``template`` is the question, sent after the images. It must hold {prompt}, and may hold
+    {minimum} and {maximum}. ``pattern`` has one group; in pairwise mode it captures 1, 2 or tie.
+    The model answers at temperature 0 with at most ``max_tokens`` tokens. ``workers`` questions run
+    at a time; the values keep the order of the images. ``api_key_env`` names the environment
+    variable with the key. ``retries`` limits the repeats of a request (see ``Http.ask``) and,
+    counted separately, of a question whose answer is unreadable.
 
-    Raises RuntimeError for an answer that still cannot be read; in pairs, when the share of these
-    is above ``max_failures``, or an image has no judged pair (or is the only one of its prompt).
+    Raises RuntimeError for an answer that stays unreadable. In pairwise mode it raises only if the
+    share of such answers exceeds ``max_failures``, or if an image has no judged pair (for instance
+    as the only image of its prompt).
     """
 
     name = "vlm"
@@ -146,12 +148,12 @@ class VLM(Reward):
         return torch.tensor(values, dtype=torch.float32, device=images.device)
 
     def critique(self, image: Tensor, prompt: str) -> str:
-        """What is wrong with an image (3, H, W) of the prompt, in the model's words."""
+        """The model's criticism of an image (3, H, W) that was drawn for the prompt."""
         text = CRITIQUE.replace("{prompt}", prompt)
         return self._until_read(str.strip, text, png_base64(image[None]))
 
     def refine(self, image: Tensor, prompt: str, critique: str) -> str:
-        """A prompt rewritten so that the next image avoids what the critique says."""
+        """The prompt, rewritten by the model so that the next image avoids these faults."""
         read = _last(re.compile(r"<prompt>\s*(\S.*?)\s*</prompt>", re.DOTALL))
         before, _, after = REFINE.replace("{prompt}", prompt).rpartition("{critique}")
         return self._until_read(read, before + critique + after, png_base64(image[None]))
@@ -202,7 +204,7 @@ class VLM(Reward):
     def _question(self, prompt: str) -> str:
         low, high = self.range
         text = self.template.replace("{minimum}", f"{low:g}").replace("{maximum}", f"{high:g}")
-        return text.replace("{prompt}", prompt)  # last: the prompt's own braces stay
+        return text.replace("{prompt}", prompt)  # last, so that braces in the prompt stay
 
     def _number(self, answer: str) -> float | None:
         low, high = self.range
@@ -265,12 +267,12 @@ class VLM(Reward):
         return choice
 
     def _map(self, function: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
-        with ThreadPoolExecutor(self.workers) as pool:  # map cancels what waits after an error
+        with ThreadPoolExecutor(self.workers) as pool:  # after an error map cancels the rest
             return list(pool.map(function, items))
 
 
 class UnreadableAnswer(RuntimeError):
-    """The model replied, but not in the form that it was asked for."""
+    """The model replied, but not in the requested format."""
 
 
 def _numbers(*values: Any) -> bool:
@@ -278,5 +280,5 @@ def _numbers(*values: Any) -> bool:
 
 
 def _last(pattern: re.Pattern[str]) -> Callable[[str], str | None]:
-    """Reads the group of the last match: a model may quote the form before it answers."""
+    """A reader of the last match's group: a model may quote the format before it answers."""
     return lambda answer: next((m[1] for m in reversed(list(pattern.finditer(answer)))), None)

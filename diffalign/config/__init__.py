@@ -1,8 +1,8 @@
 """The configuration of a run: dataclasses, strict YAML and dotted command-line overrides.
 
-A run is a `TrainConfig`. A YAML file gives only what differs from the defaults, and
-`--section.key value` changes one key more. What is unknown or of the wrong type is refused with a
-`ConfigError` that names the key, the place and the nearest valid name.
+A run is a `TrainConfig`. A YAML file gives only the settings that differ from the defaults, and
+each `--section.key value` changes one more. An unknown key or a wrong type raises a `ConfigError`
+that names the key, the place and the nearest valid name.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ T = TypeVar("T")
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-LARGEST_LR = 1e3  # far beyond use, and far below what AdamW cannot compute with
+LARGEST_LR = 1e3  # far above any use, and far below where AdamW overflows
 
 
 @dataclass
 class ModelConfig(Section):
     name: str = "assets/emoji-sd"
-    """local folder or hub id of a diffusers pipeline, or a run folder: what it trained included"""
+    """local folder or hub id of a diffusers pipeline, or a run folder with its trained weights"""
     merge_lora: str | None = None
     """folder or hub id of a LoRA merged into the denoiser first: a Turbo, LCM or style LoRA"""
     dtype: Dtype = "float32"
-    """of the denoiser and the text encoders; float16 comes with loss scaling; trained weights, SDE
+    """dtype of the denoiser and the text encoders; float16 uses loss scaling; trained weights, SDE
     maths and VAE stay in float32"""
     resolution: int | None = None
     """side of the pictures in pixels; null = the model's own"""
@@ -62,11 +62,11 @@ class ModelConfig(Section):
     lora_targets: list[str] | None = None
     """linear layers that get a LoRA, by the end of their names; null = those of the model family"""
     gradient_checkpointing: bool = False
-    """less memory for about a third more time in the backward pass, of denoiser and VAE"""
+    """save memory in denoiser and VAE for about a third more time in the backward pass"""
     free_text_encoders: bool = True
     """encode the prompts of the run first and drop the text encoders from memory"""
     max_sequence_length: int | None = None
-    """T5 tokens a prompt (SD3, FLUX); null = as the pipeline has it, fewer cost less"""
+    """T5 tokens per prompt (SD3, FLUX); null = the pipeline's default; fewer cost less"""
     decode_batch: int = 16
     """latents that the VAE decodes at a time"""
     tiny_vae: str | None = None
@@ -79,7 +79,7 @@ class SamplerConfig(Section):
     steps: int = 20
     """denoising steps"""
     guidance: Weight = 1.0
-    """guidance scale w; up to 1 there is no classifier-free guidance; also used in training"""
+    """guidance scale w, also used in training; up to 1 there is no classifier-free guidance"""
     kernel: Literal["ddim", "ode", "flow_sde", "dance_sde", "cps"] = "ddim"
     """which noise a step adds; ode adds none"""
     eta: Weight = 1.0
@@ -87,16 +87,16 @@ class SamplerConfig(Section):
     batch: int = 16
     """images per denoiser call while sampling; the last call of an epoch may have fewer"""
     window: int | None = None
-    """stochastic, trained steps of a policy gradient, the others being the ODE's; null = all"""
+    """stochastic steps, which a policy gradient trains; the others are ODE steps; null = all"""
     window_schedule: Literal["random", "progressive", "decay", "branch"] = "random"
-    """where the window is in an epoch: random | progressive | decay (progressive, and ever fewer
-    epochs per place in the second half) | branch (a step for every image of a prompt in turn)"""
+    """where the window is in an epoch: random | progressive | decay (progressive, with fewer and
+    fewer epochs per place in the second half) | branch (each image of a prompt has its own step)"""
     window_range: list[int] | None = None
     """[first, end) of the steps that windows may cover; null = all stochastic ones"""
     window_epochs: int = 1
     """epochs before a progressive window moves on by one step"""
     tail: int | None = None
-    """steps of DPM-Solver++ in place of all ODE steps after the window; null = none"""
+    """DPM-Solver++ steps that replace all ODE steps after the window; null = none"""
     same_noise: bool = False
     """the images of a prompt start from the same noise"""
 
@@ -114,19 +114,19 @@ class DataConfig(Section):
 @dataclass
 class AdvantageConfig(Section):
     baseline: Literal["group", "tracker"] = "group"
-    """what an image is compared with: its group, or DDPO's buffer of each prompt (tracker)"""
+    """what an image is compared with: its group, or DDPO's reward buffer of its prompt (tracker)"""
     std: Literal["group", "global"] = "global"
-    """what a group's rewards are divided by (only for baseline=group; combine=gdpo always has the
-    group's)"""
+    """which standard deviation divides a group's rewards: the group's, or the epoch's (global);
+    only for baseline=group; combine=gdpo always uses the group's"""
     combine: Literal["sum", "normalized", "gdpo"] = "sum"
-    """several rewards: sum (advantages of their weighted sum) | normalized (weighted mean of the
-    advantages of each) | gdpo (that, divided by its standard deviation over the epoch)"""
+    """several rewards: sum (advantage of their weighted sum) | normalized (weighted mean of their
+    advantages) | gdpo (normalized, divided by its standard deviation over the epoch)"""
     clip: Limit = 5.0
     """advantages are clipped to [-clip, clip]"""
     buffer_size: int = 16
     """rewards remembered per prompt (tracker)"""
     min_count: int = 16
-    """remembered rewards below which the statistics of the whole epoch are used (tracker)"""
+    """with fewer remembered rewards, the statistics of the whole epoch are used (tracker)"""
 
 
 @dataclass
@@ -138,11 +138,11 @@ class OptimConfig(Section):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """linear and cosine go from train.lr to 0 over the run"""
     warmup: Natural = 0
-    """optimiser steps over which the learning rate rises: the first has 1/warmup of it"""
+    """optimizer steps over which the learning rate rises linearly, from 1/warmup of it"""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """adamw8bit is that of bitsandbytes, for CUDA"""
+    """adamw8bit comes from bitsandbytes and needs CUDA"""
     ema: Weight = 0.0
-    """decay of an average of the weights that is evaluated and saved in their place; 0 = none"""
+    """decay of a moving average of the weights, evaluated and saved in their place; 0 = none"""
     weight_decay: Weight = 1e-4
     """decoupled weight decay"""
     max_grad_norm: Limit = 1.0
@@ -150,46 +150,46 @@ class OptimConfig(Section):
     micro_batch: int = 16
     """(sample, step) pairs per forward/backward (samples for GRADIENT algorithms)"""
     updates_per_epoch: int = 1
-    """optimiser steps per rollout; must divide the groups*group_size samples"""
+    """optimizer steps per rollout; must divide the groups*group_size samples"""
     inner_epochs: int = 1
-    """passes over a rollout; reward gradients draw its samples again, from the same noise"""
+    """passes over a rollout; GRADIENT algorithms draw its samples again, from the same noise"""
     gradients: Literal["sum", "normalized", "pcgrad", "min_norm"] = "sum"
-    """several rewards, reward gradients: sum | normalized (each of equal length) | pcgrad (without
-    what conflicts) | min_norm (none falls, to first order), picture by picture; rewards.gradients
-    says more"""
+    """how gradients of several rewards are merged, per picture: sum | normalized (each of equal
+    length) | pcgrad (conflicting parts removed) | min_norm (no reward falls, to first order); see
+    rewards.gradients"""
     seed: Natural = 0
-    """of prompts, noise and LoRA initialisation"""
+    """random seed of prompts, noise and LoRA initialization"""
     checkpoint_every: Natural = 10
-    """epochs; 0 = only at the end"""
+    """epochs between checkpoints; 0 = only at the end"""
     max_denoiser_calls: int | None = None
-    """end with the epoch in which training reaches so many; null = end after the epochs"""
+    """end after the epoch in which training reaches this many; null = end after train.epochs"""
 
     @property
     def saved(self) -> str:
-        """Which weights are evaluated and saved: what is trained, or its average."""
+        """Which weights are evaluated and saved: the trained ones, or their average (ema)."""
         return "ema" if self.ema else "default"
 
 
 @dataclass
 class EvalConfig(Section):
     every: Natural = 20
-    """epochs; 0 = only before and after"""
+    """epochs between evaluations; 0 = only before and after training"""
     prompts: str | None = "assets/emoji-world/prompts/held_out.txt"
-    """held-out prompts, as data.prompts; null = no evaluation"""
+    """held-out prompts, in a file like data.prompts; null = no evaluation"""
     images_per_prompt: int = 2
-    """images per held-out prompt; one alone has no diversity"""
+    """images per held-out prompt; diversity needs 2 or more"""
     steps: int | None = None
     """denoising steps; null = sampler.steps"""
     guidance: Weight | None = None
     """classifier-free guidance scale; null = sampler.guidance"""
     rewards: dict[str, Any] = field(default_factory=dict)
-    """held-out judges, never trained on; written as rewards"""
+    """held-out judges, never trained on; written like the section rewards"""
     guard: Literal["off", "warn", "stop"] = "warn"
     """what to do when a run is over-optimised, has collapsed or failed"""
     guard_drop: float = 2.0
-    """standard errors that count as evidence; Φ(-x) of unchanged runs are flagged, 2.3 % for 2"""
+    """standard errors x that count as evidence; flags Φ(-x) of unchanged runs, 2.3 % for x = 2"""
     guard_diversity: Weight = 0.7
-    """diversity that is too low, as a share of the base model's"""
+    """share of the base model's diversity below which diversity is too low"""
     grid_prompts: Natural = 8
     """rows of the before/after grid"""
 
@@ -199,12 +199,12 @@ class LogConfig(Section):
     dir: str = ""
     """run folder; empty = runs/<config file stem>"""
     trackers: list[str] = field(default_factory=list)
-    """tensorboard, wandb, trackio: through accelerate"""
+    """trackers used through accelerate: tensorboard, wandb, trackio"""
 
 
 @dataclass
 class TrainConfig(Section):
-    """A whole run. `algorithm` and `rewards` are free mappings, checked by those who build them."""
+    """A whole run. `algorithm` and `rewards` are free mappings; their builders check them."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     algorithm: dict[str, Any] = field(default_factory=lambda: {"type": "ddpo"})
@@ -217,7 +217,7 @@ class TrainConfig(Section):
     log: LogConfig = field(default_factory=LogConfig)
 
     of_type: ClassVar[Callable[[str, Mapping[str, Any], str], dict[str, Any]]]
-    """the section `algorithm` for another type; `diffalign.algorithms`, built on this, sets it"""
+    """makes the section `algorithm` for another type; `diffalign.algorithms` sets it"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -237,8 +237,8 @@ class TrainConfig(Section):
     def from_file(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
         """Reads a YAML file and applies `overrides`: ["--train.lr", "5e-4", "--data.groups=4"].
 
-        An empty `log.dir` becomes runs/<file stem>. If they name another `algorithm.type`, the
-        options of the file that it has too are kept, and a note says which are not. Raises
+        An empty `log.dir` becomes runs/<file stem>. If `overrides` name another `algorithm.type`,
+        the file's options that this type shares are kept, and a note says which are not. Raises
         `ConfigError`.
         """
         config = decode(cls, read_yaml(path), source=f" in {path}")
@@ -250,7 +250,7 @@ class TrainConfig(Section):
                 tree["algorithm"] = cls.of_type(kind, config.algorithm, str(path))
             for key, text in given:
                 override(cls, tree, key, text)
-            # The file was accepted above, so whatever is refused now was typed.
+            # The file was accepted above, so any error now comes from the command line.
             config = decode(cls, tree, source=" on the command line")
         config.log.dir = config.log.dir or f"runs/{Path(path).stem}"
         return config
@@ -278,7 +278,7 @@ class TrainConfig(Section):
         self.__post_init__()
         for section in vars(self).values():
             if isinstance(section, Section):
-                section.__post_init__()  # what was set since they were made
+                section.__post_init__()  # checks values set since construction
         problems: list[str] = []
 
         def get(name: str) -> Any:
@@ -369,5 +369,5 @@ class TrainConfig(Section):
 
 
 def decode(cls: type[T], mapping: Mapping[str, Any], where: str = "", source: str = "") -> T:
-    """`decoding.decode`, with hints at the settings of a run."""
+    """`decoding.decode`, whose messages know all settings of a run."""
     return decoding.decode(cls, mapping, where, source, section_keys(TrainConfig))

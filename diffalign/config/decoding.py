@@ -20,13 +20,13 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """A configuration that cannot be used; the message is meant for the user as it stands."""
+    """A configuration that cannot be used; the message can be shown to the user unchanged."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """The values an option may have: low <= value < high. With `above` low itself is not among
-    them, and with high=None infinity is."""
+    """The values an option may have: low <= value < high. `above` excludes low itself; high=None
+    allows infinity."""
 
     low: float
     high: float | None = inf
@@ -56,7 +56,7 @@ RENAMED = {
     "regularisation": "regularization",
     "neighbours": "neighbors",
 }
-"""Former spellings of options and of their choices, and what they are taken for."""
+"""{former spelling: present spelling} of options and of their choices."""
 
 
 def suggest(name: str, valid: Iterable[str]) -> str:
@@ -83,13 +83,13 @@ def decode(
     source: str = "",
     known: Iterable[str] = (),
 ) -> T:
-    """Makes a dataclass of a mapping, strictly.
+    """Decodes a mapping into a dataclass, strictly.
 
     where: the dotted name of the mapping ("algorithm"; empty at the top). source: the place that
     messages name (" in configs/x.yaml"). known: the dotted names of all settings; a message points
-    to one of them if the key belongs to another section. Values become what their fields are where
-    that is certain (`converted`): YAML reads 3e-4 as a text. Raises `ConfigError` for unknown and
-    missing keys and for wrong types.
+    to one of them if the key belongs to another section. Values are converted to the types of their
+    fields where that is unambiguous (`converted`), because YAML reads 3e-4 as a text. Raises
+    `ConfigError` for unknown and missing keys and for wrong types.
     """
     if not isinstance(mapping, Mapping):
         name = f"section '{where}'" if where else "the configuration"
@@ -98,7 +98,7 @@ def decode(
         raise ConfigError(f"{name}{source} {given}, not a mapping; {remedy}")
     prefix = f"{where}." if where else ""
     hints = field_types(cls)
-    if issubclass(cls, Section):  # `TrainConfig.check` tells all choices that are wrong at once
+    if issubclass(cls, Section):  # `TrainConfig.check` reports all wrong choices at once
         hints = {key: unchosen(hint) for key, hint in hints.items()}
     mapping = _respelt(mapping, hints)
     for key in mapping:
@@ -173,7 +173,7 @@ def unchosen(hint: Any) -> Any:
 
 
 def decode_value(hint: Any, value: Any, name: str, source: str = "") -> Any:
-    """A value of the type `hint` for the setting `name`, as `decode` does it."""
+    """Decodes one value to the type `hint` for the setting `name`, as `decode` does."""
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     found = converted(hint, value)
@@ -183,9 +183,9 @@ def decode_value(hint: Any, value: Any, name: str, source: str = "") -> Any:
 
 
 def converted(hint: Any, value: Any) -> Any:
-    """The value that is meant where a file or a command line gives this one for the type `hint`: a
-    number for its text, a tuple for a list, the new spelling for the former one. Whatever cannot be
-    converted is returned as it is."""
+    """Converts a value from a file or a command line to the type `hint`: a text to its number, a
+    list to a tuple, a former spelling to the present one. Returns a value that cannot be converted
+    unchanged."""
     origin, args = get_origin(hint) or hint, get_args(hint)
     make: Any = origin
     if origin is Annotated:
@@ -203,7 +203,7 @@ def converted(hint: Any, value: Any) -> Any:
         return make(map(converted, kinds, value)) if len(kinds) == len(value) else value
     if origin is bool and isinstance(value, str):
         return {"true": True, "false": False}.get(value, value)
-    own = isinstance(origin, type) and issubclass(origin, (Path, Enum))  # of a user's algorithm
+    own = isinstance(origin, type) and issubclass(origin, (Path, Enum))  # in a user's algorithm
     text = isinstance(value, str) and (own or origin in (int, float))
     if text or (origin is float and isinstance(value, int) and not isinstance(value, bool)):
         try:
@@ -264,14 +264,14 @@ def fits(hint: Any, value: Any) -> bool:
 
 
 def _item_types(hint: Any, size: int) -> tuple[Any, ...]:
-    """The types of the items of a collection of `size`; a tuple may ask for another number."""
+    """The types of the items of a collection of `size`; a tuple type may fix another number."""
     args = get_args(hint) or (Any,)
     fixed = get_origin(hint) is tuple and ... not in args
     return args if fixed else args[:1] * size
 
 
 def _numbers(value: Any) -> Any:
-    """Turns what YAML 1.1 leaves as strings, 3e-4 and 1e5, into floats, at any depth."""
+    """Turns numbers that YAML 1.1 leaves as strings, 3e-4 and 1e5, into floats, at any depth."""
     if isinstance(value, Mapping):
         return {k: _numbers(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -300,8 +300,8 @@ def type_name(hint: Any) -> str:
 
 
 class Section:
-    """A dataclass of settings that is held to its types also when Python makes it. A text that
-    begins with ~ is a path in the home directory. Raises `ConfigError`."""
+    """A dataclass of settings that checks its types even if constructed in Python. A ~ at the start
+    of a text becomes the home directory. Raises `ConfigError`."""
 
     def __post_init__(self) -> None:
         for name, hint in field_types(type(self)).items():
@@ -320,8 +320,8 @@ class Section:
 
 
 def check_text(value: Any, where: str) -> None:
-    """Raises `ConfigError` for a text, at any depth of mappings and lists, that no file can hold in
-    UTF-8, or that holds a NUL."""
+    """Raises `ConfigError` for a text, at any depth of mappings and lists, that UTF-8 cannot encode
+    or that holds a NUL."""
     if isinstance(value, Mapping):
         value = [*value, *value.values()]
     if isinstance(value, (list, tuple)):
@@ -332,7 +332,7 @@ def check_text(value: Any, where: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """A copy of nested dicts, lists and scalars, as YAML and JSON have them; other objects stay."""
+    """A copy in dicts, lists and scalars that YAML and JSON can hold; other objects stay."""
     if is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):

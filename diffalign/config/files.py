@@ -1,4 +1,4 @@
-"""Writing files: checks before the work, all of a file or nothing of it, and JSON."""
+"""Writing files: checks before the work, atomic writes, and JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .decoding import ConfigError
 def write_atomic(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
 
-    Missing parent folders are made. Raises `OSError` of the kind that it met, with `path` in it.
+    Missing parent folders are made. Raises `OSError` with the original errno and with `path`.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -38,7 +38,7 @@ def check_file(path: str | os.PathLike[str], option: str) -> None:
 
 
 def check_folder(path: str | os.PathLike[str], option: str) -> None:
-    """Refuse a folder that cannot be made, or not be written to. Raises `ConfigError`."""
+    """Refuse a folder that cannot be made or cannot be written to. Raises `ConfigError`."""
     there = next(p for p in (Path(path).absolute(), *Path(path).absolute().parents) if p.exists())
     if not there.is_dir():
         raise ConfigError(f"{option}: {there} is a file, and no folder to write to; choose another")
@@ -47,7 +47,7 @@ def check_folder(path: str | os.PathLike[str], option: str) -> None:
 
 
 def to_json(value: Any, indent: int | None = None) -> str:
-    """JSON, which has no NaN and no infinity: they are null. What it does not know is a string."""
+    """JSON of a value; NaN and infinity, which JSON lacks, become null, other objects strings."""
     return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
 
 

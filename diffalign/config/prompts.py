@@ -19,19 +19,19 @@ from diffalign.config.text import read_text, unusable
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt and what is known of it (passed on to the rewards)."""
+    """A prompt and its metadata, which the rewards get too."""
 
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
 def for_rewards(prompts: Sequence[Prompt]) -> tuple[list[str], list[dict[str, Any]]]:
-    """Texts and metadata, as a reward is called with them."""
+    """Texts and metadata, as a reward takes them."""
     return [p.text for p in prompts], [p.metadata for p in prompts]
 
 
 def for_judges(prompts: Sequence[Prompt]) -> tuple[list[str], list[dict[str, Any]]]:
-    """The same for held-out judges, which score every prompt whatever its `rewards` are."""
+    """As `for_rewards`, for held-out judges, which score every prompt whatever its `rewards`."""
     known = [{k: v for k, v in p.metadata.items() if k != "rewards"} for p in prompts]
     return [p.text for p in prompts], known
 
@@ -44,11 +44,11 @@ Given = Union[str, Prompt, Mapping[str, Any], "os.PathLike[str]"]
 
 
 def collect(given: Given | Sequence[Given], what: str = "prompts") -> list[Prompt]:
-    """Prompts as they are typed or passed: texts, prompt files, `Prompt`s and mappings as a line of
-    a .jsonl file is, in any mixture, or one prompt file. There is at least one.
+    """The prompts, at least one, that a user typed or passed: one prompt file, or any mixture of
+    texts, prompt files, `Prompt`s and mappings with the keys of a .jsonl line.
 
     A text that ends in .txt or .jsonl is the path of a file, and so is a `Path`. The empty text is
-    the unconditional picture's. `what` names the setting in messages. Raises `ValueError`.
+    for unconditional pictures. `what` names the setting in messages. Raises `ValueError`.
     """
     if isinstance(given, str) and not _is_path(given):
         raise ValueError(f"{what}={given[:60]!r} is one text, not a list; write [{given[:60]!r}]")
@@ -75,7 +75,7 @@ def collect(given: Given | Sequence[Given], what: str = "prompts") -> list[Promp
 
 
 def _is_path(text: str) -> bool:
-    """Whether a text is the path of a prompt file, also of one that cannot be read."""
+    """Whether a text is the path of a file, even of one that is no readable prompt file."""
     end = os.path.splitext(text)[1].lower()
     if end in SUFFIXES or (end in MISTAKEN and len(text.split()) == 1):
         return True
@@ -83,11 +83,11 @@ def _is_path(text: str) -> bool:
 
 
 def load(path: str | os.PathLike[str]) -> list[Prompt]:
-    """Reads a prompt file, UTF-8 or with the mark of UTF-16 or UTF-32, any line ends; never empty.
+    """Reads a prompt file in UTF-8, or UTF-16 or UTF-32 with a byte order mark, with any line ends.
 
-    `.txt` has one prompt a line; blank lines and lines that start with # are skipped. `.jsonl` has
-    one object a line, its "prompt" the text and its other keys the metadata. Raises `ValueError`
-    that names the file, the line and the remedy.
+    `.txt` has one prompt per line; blank lines and lines that start with # are skipped. `.jsonl`
+    has one object per line: "prompt" is the text, and the other keys are the metadata. Raises
+    `ValueError` that names the file, the line and the remedy; also for a file without prompts.
     """
     path = Path(path).expanduser()
     if not os.path.isfile(path):
@@ -126,7 +126,7 @@ def _missing(path: Path) -> str:
 
 
 def _checked(prompt: Prompt) -> Prompt:
-    """The same. Raises `ValueError` for a text that nothing could show or save."""
+    """Returns the prompt. Raises `ValueError` for a text that cannot be shown or saved."""
     strange = [c for c in prompt.text if unicodedata.category(c) == "Cc" and c not in "\t\n\r\0"]
     whole = json.dumps([prompt.text, prompt.metadata], ensure_ascii=False, default=str)
     if problem := unusable(prompt.text) or unusable(whole):
@@ -155,7 +155,7 @@ def _parse_jsonl(line: str) -> Prompt:
     if not isinstance(entry, dict):
         raise ValueError(f'{line[:40]} is not an object; write {{"prompt": "..."}}')
     prompt = _from_entry(entry)
-    if not prompt.text and "image" not in prompt.metadata:  # a picture may be of no prompt
+    if not prompt.text and "image" not in prompt.metadata:  # a picture needs no prompt
         raise ValueError('"prompt" is empty; write a text or remove the line')
     return prompt
 
@@ -199,13 +199,13 @@ class PromptSampler:
         return ids
 
     def share(self, k: int, rank: int, world: int) -> list[int]:
-        """The ids of epoch k that process `rank` of `world` has, the same number on each."""
+        """The ids of epoch k for process `rank` of `world`; each process gets the same number."""
         ids = self.epoch(k)
         size = len(ids) // world
         return ids[rank * size : (rank + 1) * size]
 
     def seen(self, epochs: Iterable[int], rank: int, world: int) -> set[int]:
-        """The ids that a process has in any of the epochs."""
+        """The ids that a process gets in any of the epochs."""
         ids: set[int] = set()
         for k in epochs:
             ids |= set(self.share(k, rank, world))
@@ -216,9 +216,9 @@ class PromptSampler:
     def _order(self, turn: int) -> list[int]:
         """The permutation of pass `turn`.
 
-        An epoch that takes `before` ids from the end of one pass takes `after` from the front of
-        the next, which must differ; so an order depends on the one before it. It does so only back
-        to the last pass that began with an epoch, at most `groups` passes ago.
+        An epoch may take the ids `before` from the end of one pass and its other `after` ids from
+        the front of the next. All must differ, so a permutation depends on the previous one, but
+        only back to the last pass that began together with an epoch, at most `groups` passes ago.
         """
         order: list[int] = []
         for p in range(turn - turn % (self.groups // math.gcd(self.n, self.groups)), turn + 1):

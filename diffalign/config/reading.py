@@ -15,10 +15,10 @@ from .text import read_text
 
 class _Loader(yaml.SafeLoader):
     """Refuses a key that is given twice, of which PyYAML would silently keep the last, and an alias
-    inside of what it stands for, which would have no end."""
+    inside the node that it refers to, which would make an endless loop."""
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
-        return super().construct_object(node, deep=True)  # not deep, PyYAML would make such loops
+        return super().construct_object(node, deep=True)  # if not deep, PyYAML builds such loops
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -62,7 +62,7 @@ def _parse(text: str, where: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{where}{line}: {error.problem or error.context}") from error
-    except yaml.YAMLError as error:  # a character that YAML does not allow: two lines
+    except yaml.YAMLError as error:  # an illegal character: a message of two lines
         raise ConfigError(f"{where}: {' '.join(str(error).split())}") from error
     except ValueError as error:  # a date such as 2024-99-99, a number of thousands of digits
         why = str(error).partition(";")[0]  # without Python's own remedy
@@ -90,8 +90,8 @@ def pairs(arguments: Sequence[str]) -> Iterable[tuple[str, str]]:
 
 
 def override(cls: Any, tree: dict[str, Any], key: str, text: str) -> None:
-    """Sets one dotted key in a complete tree of `cls`. null empties a mapping. Whether the value is
-    valid is left to `decode`."""
+    """Sets one dotted key in a complete tree of `cls`. null empties a mapping. `decode` checks the
+    value later."""
     node, (name, *rest) = tree, key.split(".")
     while rest and is_dataclass(field_types(cls).get(name)):
         cls, node, name, rest = field_types(cls)[name], node[name], rest[0], rest[1:]

@@ -1,7 +1,7 @@
-"""What the source says of a class or a function and its options, without importing it.
+"""Read the docstring and the options of a class or a function from its source, not by import.
 
 Algorithms, rewards and searches import torch, which takes a second; their docstrings, fields,
-signatures and defaults are in the text of their files.
+signatures and defaults can be read from the text of their files.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ REQUIRED = object()
 
 @dataclass(frozen=True)
 class Option:
-    """An option: its type (as annotated; a string where that cannot be told), default, meaning and
-    range in words."""
+    """An option: its type (as annotated; the annotation's text if it cannot be evaluated), default,
+    meaning, and range in words."""
 
     name: str
     type: Any
@@ -37,7 +37,7 @@ class Option:
 
 @dataclass
 class Module:
-    """The top level of a module's file: definitions by name, and where imported names are from."""
+    """The top level of a module's file: definitions by name, and the origins of imported names."""
 
     name: str
     lines: list[str]
@@ -46,8 +46,8 @@ class Module:
     imported: dict[str, tuple[str, str]] = field(default_factory=dict)
 
     def evaluate(self, node: ast.AST) -> Any:
-        """The value of an expression of constants, types and names, or its text where the value
-        would need an import of this package."""
+        """The value of an expression of constants, types and names, or its text if evaluation would
+        need an import of this package."""
         text = ast.unparse(node)
         try:
             return eval(text, {}, _Names(self))
@@ -81,9 +81,9 @@ class _Names(Mapping[str, Any]):
 
 @cache
 def read(name: str) -> Module:
-    """A module by its dotted name. Raises ModuleNotFoundError where it has no source file."""
+    """A module by its dotted name. Raises ModuleNotFoundError if its package has no file."""
     top, *rest = name.split(".")
-    spec = importlib.util.find_spec(top)  # of the top alone: others import their parents
+    spec = importlib.util.find_spec(top)  # for a submodule it would import the parents
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"no module named {name!r}", name=name)
     path = Path(spec.origin)
@@ -109,7 +109,7 @@ def read(name: str) -> Module:
 
 
 def find(place: str) -> tuple[Module, ast.AST]:
-    """Where "module:name" is defined: the module, and the node. Raises KeyError."""
+    """The module and the node that define "module:name". Raises KeyError if nothing does."""
     name, _, attribute = place.partition(":")
     module = read(name)
     if attribute in module.nodes:
@@ -119,7 +119,7 @@ def find(place: str) -> tuple[Module, ast.AST]:
 
 
 class Subject:
-    """What can be said of the class or function at "module:name"."""
+    """The docstring and the options of the class or function at "module:name"."""
 
     def __init__(self, place: str):
         self.module, self.node = find(place)
@@ -132,7 +132,7 @@ class Subject:
         self.bases = list(self._bases())
 
     def _bases(self) -> Iterator[tuple[Module, ast.ClassDef]]:
-        """The class itself and those it derives from, as far as there is source of ours."""
+        """The class and its chain of first bases, as far as they are in this project's source."""
         module, node = self.module, self.node
         while isinstance(node, ast.ClassDef):
             yield module, node
@@ -156,13 +156,13 @@ class Subject:
 
     @property
     def source(self) -> str:
-        """The paper that the docstring, or else that of the module, names first."""
+        """The first paper named in the docstring, or else in the module's docstring."""
         texts = (self.doc, self.module.doc)
         found = (re.search(r"arXiv \d{4}\.\d{5}", " ".join(text.split())) for text in texts)
         return next((m[0] for m in found if m), "")
 
     def attribute(self, name: str) -> str | None:
-        """The text of a class attribute, of the class or the nearest base that sets it."""
+        """The text of a class attribute's value, of the class or the nearest base that sets it."""
         for _, node in self.bases:
             for part in node.body:
                 target = part.targets[0] if isinstance(part, ast.Assign) else None
@@ -173,22 +173,22 @@ class Subject:
         return None
 
     def assigned(self, name: str) -> str | None:
-        """The text of what `__init__` sets self.NAME to, if it does."""
+        """The text of the first value assigned to self.NAME, or None."""
         for node in self._walk():
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == f"self.{name}":
                 return ast.unparse(node.value).removeprefix("self.")
         return None
 
     def condition(self, called: str) -> str | None:
-        """The text of the condition under which a function calls a method; empty where it always
-        does, None where it never does."""
+        """The text of the condition under which a function calls a method; empty if it always does,
+        None if it never does."""
         for part in getattr(self.node, "body", ()):
             if called in (_called(node) for node in ast.walk(part)):
                 return ast.unparse(part.test) if isinstance(part, ast.If) else ""
         return None
 
     def _refusals(self) -> dict[str, str]:
-        """{option: what it must be}, of messages "option=... is not what it must be"."""
+        """{option: what it must be}, from messages "option=... is not WHAT IT MUST BE; remedy"."""
         found = {}
         for node in self._walk():
             if isinstance(node, ast.JoinedStr) and len(node.values) == 3:
@@ -226,7 +226,7 @@ class Subject:
                 doc = _comment(module.lines[(part.end_lineno or 1) - 1], part.end_col_offset or 0)
                 if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant):
                     doc = " ".join(str(after.value.value).split())
-                if not doc and name in found:  # another default of what a base says
+                if not doc and name in found:  # a new default for a base's field
                     doc = found[name].doc
                 kind, default = module.evaluate(part.annotation), _default(module, part.value)
                 found[name] = Option(name, kind, default, doc, str(bounds_of(kind) or ""))
@@ -253,7 +253,7 @@ def _called(node: ast.AST) -> str | None:
 
 
 def _comment(line: str, end: int) -> str:
-    """The comment after a statement that ends at a column, in bytes, of a line."""
+    """The comment on a line after the statement that ends at the byte column `end`."""
     return line.encode()[end:].decode().strip().lstrip("# ")
 
 

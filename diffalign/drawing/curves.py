@@ -23,10 +23,10 @@ DPI = 100
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
-    """One panel per curve: what is trained on (reward_mean) in blue, judges (eval/...) in orange,
-    and a red line from where the guard first found the run over-optimised, collapsed or failed.
+    """One panel per curve: the training reward (reward_mean) in blue, held-out means (eval/...) in
+    orange, and a red line where the guard first found the run over-optimised, collapsed or failed.
 
-    `rows` are as `record.metrics.read_metrics` gives them; a panel is 640 x 400 px.
+    `rows` come from `record.metrics.read_metrics`; a panel is 640 x 400 px.
     """
     flagged = next(((row["step"], found) for row in rows if (found := warning(row))), None)
     names = list(dict.fromkeys(k for row in rows for k in row))
@@ -60,7 +60,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Image.Image:
 
 
 def panels(n: int, across: int, size: tuple[int, int]) -> tuple[Figure, list[Axes]]:
-    """A figure of `n` axes in one look, `across` in a row, `size` px each."""
+    """A figure of `n` axes in one style, `across` per row, `size` px each."""
     down = math.ceil(n / across)
     figure = Figure((size[0] * across / DPI, size[1] * down / DPI), DPI, layout="constrained")
     figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)  # type: ignore[union-attr]

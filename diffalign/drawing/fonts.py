@@ -1,5 +1,5 @@
-"""Text in pictures: DejaVu Sans, which comes with matplotlib and has Latin, Greek, Cyrillic, Hebrew
-and Arabic letters; for what it lacks the fonts of the system; else an escape that can be read."""
+"""Text in pictures. DejaVu Sans, which comes with matplotlib, draws Latin, Greek, Cyrillic, Hebrew
+and Arabic; fonts of the system draw the rest; characters without a font become readable escapes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-# names of files in the order in which they are asked, lower case without blanks and hyphens
+# prefixes of font file names in order of preference, in lower case, without spaces and hyphens
 FAMILIES = (
     *("notosanscjk", "notosanssc", "sourcehansans", "pingfang", "hiraginosansgb", "msyh", "wqy"),
     *("wenquanyi", "simhei", "simsun", "yugoth", "msgothic", "malgun", "applesdgothicneo", "nanum"),
@@ -22,11 +22,11 @@ FAMILIES = (
     *("seguiemj", "applecoloremoji", "notocoloremoji", "twemoji", "notoemoji", "unifont", "noto"),
 )
 STYLES = ("bold", "italic", "oblique", "thin", "light", "black", "condensed", "mono", "serif")
-BITMAPS = (109, 160, 136, 128, 96, 64, 32)  # px that colour fonts without outlines come in
+BITMAPS = (109, 160, 136, 128, 96, 64, 32)  # px: sizes of color fonts without outlines
 
 
 class Font:
-    """Text of one size in px, in as many fonts as it needs; give it what `legible` returns."""
+    """Draws text at one size in px, in as many fonts as it needs; the text must be `legible`."""
 
     def __init__(self, size: float):
         self.size = max(1, round(size))
@@ -40,7 +40,7 @@ class Font:
     def draw(
         self, canvas: Image.Image, x: float, y: float, text: str, color: str, anchor: str = "left"
     ) -> None:
-        """Write on an RGB image, below y and right of x, or around it ("middle"), or left of it."""
+        """Write on an RGB image below y, with x at the text's "left", "middle" or "right"."""
         x -= {"left": 0.0, "middle": 0.5, "right": 1.0}[anchor] * self.getlength(text)
         base = y + self.ascent
         for path, part in _runs(text):
@@ -58,9 +58,9 @@ class Font:
 
 
 def legible(text: str, system: bool = True) -> str:
-    """A text as it can be drawn: composed, without invisible characters, and where no font has one,
-    its name for a symbol, [dog face], and else its number, \\u4e2d. system: with the fonts of the
-    system, not DejaVu Sans alone."""
+    """The drawable form of a text: composed, and without invisible characters. If no font has a
+    character, a symbol becomes its name, [dog face], and any other its code point, \\u4e2d.
+    system: use the fonts of the system besides DejaVu Sans."""
     return "".join(_shown(c, system) for c in unicodedata.normalize("NFC", text))
 
 
@@ -69,12 +69,12 @@ def _shown(c: str, system: bool) -> str:
     if c.isspace():
         return " "
     kind = unicodedata.category(c)
-    invisible = kind == "Cf" and c != "\u200c"  # which separates Persian letters
+    invisible = kind == "Cf" and c != "\u200c"  # keep it: it separates Persian letters
     if invisible or "\ufe00" <= c <= "\ufe0f" or "\U000e0100" <= c <= "\U000e01ef":
         return ""
     if _font_of(c) if system else ord(c) in _letters(_dejavu()):
         return c
-    if "\U0001f3fb" <= c <= "\U0001f3ff":  # the skin of the person before
+    if "\U0001f3fb" <= c <= "\U0001f3ff":  # the skin tone of the emoji before
         return ""
     name = unicodedata.name(c, "").lower().removeprefix("regional indicator symbol letter ")
     if kind[0] == "S" and name:
@@ -83,7 +83,7 @@ def _shown(c: str, system: bool) -> str:
 
 
 def _runs(text: str) -> list[tuple[str, str]]:
-    """The text in parts of one font each. A mark stays with its letter where one font has both."""
+    """The text in parts of one font each. A mark stays with its letter if one font has both."""
     paths: list[str] = []
     for c in text:
         path = _font_of(c) or _dejavu()
@@ -102,7 +102,7 @@ def _font_of(c: str) -> str | None:
 
 
 def _has_ink(path: str, c: str) -> bool:
-    """Whether PIL draws the character: of some colour fonts it cannot."""
+    """Whether PIL draws the character: it cannot draw those of some color fonts."""
     try:
         return _tile(_face(path, 32)[0], c, "black").getbbox() is not None
     except OSError:
@@ -110,7 +110,7 @@ def _has_ink(path: str, c: str) -> bool:
 
 
 def _tile(font: ImageFont.FreeTypeFont, text: str, color: str) -> Image.Image:
-    """The text alone, on nothing, from its ascender to its descender."""
+    """The text on a transparent image, from its ascender to its descender."""
     tile = Image.new("RGBA", (max(1, math.ceil(font.getlength(text))), sum(font.getmetrics())))
     ImageDraw.Draw(tile).text((0, 0), text, color, font, anchor="la", embedded_color=True)
     return tile
@@ -125,7 +125,7 @@ def _dejavu() -> str:
 
 @functools.cache
 def _system() -> list[str]:
-    """The fonts of the system that are asked, best first."""
+    """The paths of the system's fonts that are in FAMILIES, best first."""
     from matplotlib import font_manager
 
     ranked = []
@@ -139,7 +139,7 @@ def _system() -> list[str]:
 
 @functools.cache
 def _letters(path: str) -> frozenset[int]:
-    """The characters that a font has a glyph for; none of one that cannot be read."""
+    """The characters that a font has a glyph for; empty if the font cannot be read."""
     from fontTools.ttLib import TTFont
 
     try:
@@ -151,13 +151,13 @@ def _letters(path: str) -> frozenset[int]:
 
 @functools.lru_cache(256)
 def _face(path: str, size: int) -> tuple[ImageFont.FreeTypeFont, float]:
-    """A font at a size, or at one that it has and the factor to scale it by."""
+    """A font at a size, or at a size that it has, and the factor to scale it by."""
     for px in (size, *BITMAPS):
         try:
             font = ImageFont.truetype(path, px)
         except OSError:
             continue
-        with contextlib.suppress(OSError, ValueError, NotImplementedError):  # it does not vary
-            font.set_variation_by_name("Regular")  # the default of many is thin
+        with contextlib.suppress(OSError, ValueError, NotImplementedError):  # not a variable font
+            font.set_variation_by_name("Regular")  # many are thin by default
         return font, size / px
     raise OSError(f"font {path} cannot be used at {size} px")

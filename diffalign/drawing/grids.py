@@ -25,15 +25,15 @@ Score = float | None | Mapping[str, float]
 
 INK, GRAY = "#1f2430", "#6b7280"
 GUTTER = 8  # px between pictures
-LINES = 4  # of a label or a header at most, and of a prompt beside low pictures
-SMALLEST, LARGEST = 192, 512  # px of a cell, when not told: legible text beside, a file of few MB
+LINES = 4  # most lines of a label or a header, and of a prompt beside low pictures
+SMALLEST, LARGEST = 192, 512  # px of a default cell: text stays legible, and the file a few MB
 
 
 def to_pil(tensor: Tensor) -> Image.Image:
     """(3, H, W) in [0, 1] -> 8-bit RGB image, as round(255 clamp(x)).
 
-    NaN is drawn black: saving the image of a run that went wrong must not fail in its turn. Raises
-    `ValueError` for another shape.
+    NaN is drawn black, so that a run that went wrong can still save its image. Raises `ValueError`
+    for another shape.
     """
     if tensor.ndim != 3 or tensor.shape[0] != 3:
         raise ValueError(f"an image is (3, H, W), not {tuple(tensor.shape)}; pass one at a time")
@@ -69,11 +69,11 @@ def comparison_grid(
 
     Args:
         columns: header -> one picture per prompt, PIL or (3, H, W) in [0, 1].
-        prompts: written on the left, wrapped, and cut where they are higher than the pictures.
+        prompts: written on the left, wrapped, and cut if they are higher than the pictures.
         scores: header -> one score per prompt, written under the picture: a float, {name: float}
-            or None. Columns without an entry have none.
-        cell: longer side of a picture in px. None = that of the first picture, brought into
-            [192, 512] by a whole factor where it is smaller.
+            or None. Columns without an entry show no scores.
+        cell: longer side of a picture in px. None = that of the first picture, enlarged by a whole
+            factor to at least 192, and then limited to 512.
 
     Raises `ValueError` when lengths do not match or there is nothing to show.
     """
@@ -103,7 +103,7 @@ def comparison_grid(
         row = [pictures[c * len(prompts) + i] for c in range(len(columns))]
         notes = [_score_lines((scores or {}).get(name), i, small, width) for name in columns]
         under = max(p.height + len(n) * _line(small) for p, n in zip(row, notes, strict=True))
-        # A score belongs to the picture above it: more room below than to the next row.
+        # A score belongs to the picture above it, so leave more room below the score than above.
         room = 2 * GUTTER if any(notes) else GUTTER
         heights.append(max(under, len(texts[i]) * _line(body)) + room)
         rows.append((row, notes))
@@ -133,9 +133,9 @@ def comparison_grid(
 def image_grid(
     images: Sequence[Picture], columns: int, labels: Sequence[str] | None = None
 ) -> Image.Image:
-    """Pictures, PIL or (3, H, W) in [0, 1], row by row at their own size, over their labels.
+    """Pictures, PIL or (3, H, W) in [0, 1], row by row at their own size, above their labels.
 
-    Raises `ValueError` for no images, columns < 1 or as many labels as there are not images.
+    Raises `ValueError` for no images, columns < 1 or a number of labels other than that of images.
     """
     if not images or columns < 1:
         raise ValueError(f"{len(images)} images in columns={columns}: both must be at least 1")
@@ -166,9 +166,9 @@ def image_grid(
 
 
 def wrap(text: str, font: Font, width: float, most: int | None = None) -> list[str]:
-    """Breaks a text, as it can be drawn, into lines of at most `width` px, at spaces, and inside a
-    word too long. Of more than `most` >= 2 lines the first are kept, and the text's end after an
-    ellipsis: it may say the seed."""
+    """Breaks the `legible` form of a text into lines of at most `width` px, at spaces or inside
+    words that are too long. If there are more than `most` >= 2 lines, keeps the first ones and,
+    after an ellipsis, the end of the text, which may tell the seed."""
     words, lines = legible(text).split(), [""]
     for word in words:
         joined = f"{lines[-1]} {word}".strip()
@@ -206,7 +206,7 @@ def _pil(picture: Picture) -> Image.Image:
 
 
 def fit(pictures: Sequence[Picture], cell: int | None = None) -> list[Image.Image]:
-    """Pictures at the size `cell` that `comparison_grid` shows them in."""
+    """Pictures resized to `cell`, as `comparison_grid` shows them."""
     images = [_pil(p) for p in pictures]
     side = max(images[0].size)
     if cell is None:

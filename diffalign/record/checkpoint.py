@@ -16,14 +16,14 @@ NAME = "checkpoint.pt"
 
 MARK = b"diffalign sha256 "
 _COMMENT = len(MARK) + 64  # bytes
-_END = b"PK\5\6"  # of the 22 bytes with which a zip file without a comment ends
+_END = b"PK\5\6"  # starts the last 22 bytes of a zip file without a comment
 
 
 def save(run_dir: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, plain values) in one step: a kill leaves the old file or the new.
 
-    The file is what `torch.save` writes, a zip, with a SHA-256 of all before it as the zip's
-    comment; `torch.load(path, weights_only=True)` reads it as any other.
+    The file is the zip that `torch.save` writes, with the SHA-256 of all bytes before the digest as
+    the zip's comment; `torch.load(path, weights_only=True)` reads it like any other.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -39,8 +39,7 @@ def save(run_dir: Path, state: dict[str, Any]) -> None:
 def load(run_dir: Path) -> dict[str, Any]:
     """The state of the last `save`, tensors on the CPU.
 
-    Raises FileNotFoundError if there is none, ConfigError if a byte of it is not as it was
-    written."""
+    Raises FileNotFoundError if there is no checkpoint, ConfigError if a byte of it has changed."""
     path = Path(run_dir) / NAME
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: nothing to resume; start without --resume")
@@ -51,7 +50,7 @@ def load(run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True) if whole else None
-    except Exception:  # torch has no one error for a file that it cannot read
+    except Exception:  # torch raises many kinds for an unreadable file
         state = None
     if not isinstance(state, dict) or not {"epoch", "adapter"} <= state.keys():
         raise ConfigError(
@@ -62,8 +61,8 @@ def load(run_dir: Path) -> dict[str, Any]:
 
 
 def _is_whole(file: BinaryIO) -> bool:
-    """Whether the file ends with the digest of the rest, or as a zip without a comment does, which
-    is how versions before the digest wrote it."""
+    """Whether the file ends with the digest of the rest. Also true for a zip without a comment, as
+    written by versions before the digest."""
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - 22))
     if file.read().startswith(_END):

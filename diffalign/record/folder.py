@@ -1,4 +1,4 @@
-"""The folder of a run: one run at a time in it, and none written over unasked."""
+"""The folder of a run: one run uses it at a time, and no run is overwritten unasked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from . import checkpoint
 LOCK = ".lock"
 DENOISERS = ("unet", "transformer")
 TRAINED = (checkpoint.NAME, WEIGHTS, "best", *DENOISERS)
-"""What only training makes: a folder with one of them holds a run."""
+"""Names of files that only training makes: a folder with one of them holds a run."""
 
 _WEIGHTS = (
     *(WEIGHTS, "kohya_lora.safetensors"),
@@ -29,9 +29,9 @@ WRITTEN = (
     *("report.html", *_WEIGHTS, *(f"best/{name}" for name in _WEIGHTS)),
     "diffalign/**/events.out.tfevents.*",  # TensorBoard's
 )
-"""Patterns of what a run writes, and `clear` removes."""
+"""Patterns of the files that a run writes and `clear` removes."""
 
-# what a full disk, a read-only one or a lost one says
+# errors of a disk that is full, read-only or lost
 DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ESTALE),
@@ -43,8 +43,8 @@ _held: dict[str, IO[str]] = {}  # the locks of this process, by folder
 def lock(run_dir: Path) -> None:
     """Make the folder, and keep every other process from training in it until `release`.
 
-    The kernel lets go of the lock with the process, however it ends. Raises ConfigError where
-    another process has it, OSError where the folder cannot be written.
+    The kernel drops the lock when the process ends, however it ends. Raises ConfigError if another
+    process holds the lock, OSError if the folder cannot be written.
     """
     if _key(run_dir) in _held:
         return
@@ -72,16 +72,17 @@ def release(run_dir: Path) -> None:
 
 
 def check(run_dir: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse to start in a folder that holds a run. One that never ended an epoch does not count.
+    """Refuse to start in a folder that holds a run, unless to resume or overwrite it. A run that
+    finished no epoch does not count.
 
-    Raises ConfigError; FileNotFoundError where there is nothing to resume."""
+    Raises ConfigError, or FileNotFoundError if there is nothing to resume."""
     begun = (run_dir / "config.yaml").exists()
     found = [name for name in TRAINED if (run_dir / name).exists()]
     where = f"log.dir={str(run_dir)!r}"
     if (run_dir / "model_index.json").exists() and not begun:
         raise ConfigError(f"{where} is a pipeline, whose weights a run would write over")
     if resume and not begun and checkpoint.NAME not in found:
-        checkpoint.load(run_dir)  # which says that there is none
+        checkpoint.load(run_dir)  # raises, as there is none
     if found and not resume and not overwrite:
         raise ConfigError(
             f"{where} already holds a run; go on with --resume, start anew with --overwrite, or "
@@ -95,7 +96,7 @@ def check(run_dir: Path, resume: bool, overwrite: bool) -> None:
 
 
 def clear(run_dir: Path) -> None:
-    """Remove what a run wrote, and the folders in it that are then empty; nothing else."""
+    """Remove the files that a run wrote, and subfolders that this empties; nothing else."""
     for path in [path for pattern in WRITTEN for path in run_dir.glob(pattern)]:
         path.unlink()
         for parent in path.parents:
@@ -106,7 +107,7 @@ def clear(run_dir: Path) -> None:
 
 @contextmanager
 def writing(run_dir: Path) -> Iterator[None]:
-    """Turn what a disk refuses into a ConfigError."""
+    """Turn an OSError of the disk into a ConfigError."""
     try:
         yield
     except OSError as error:

@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EXTRA = ("tensorboard", "wandb", "trackio")
-"""The trackers that `pip install diffalign[track]` brings."""
+"""The trackers that `pip install diffalign[track]` installs."""
 
 MISMATCH = 1e-3
-"""|ratio - 1| of a stored log-probability before any update; above it, rollout and training
+"""Largest |ratio - 1| of a stored log-probability before any update; above it, rollout and training
 disagree."""
 
 
@@ -85,7 +85,7 @@ def read_metrics(run_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def worries(metrics: Mapping[str, float]) -> list[str]:
-    """What the metrics of an epoch say that a user should hear of."""
+    """Warnings for the user about the metrics of an epoch."""
     found = []
     if metrics.get("mismatch_max", 0) > MISMATCH:
         found.append(
@@ -108,7 +108,7 @@ class Meter:
         self.largest: dict[str, float] = {}
 
     def add(self, values: Mapping[str, Tensor | float], rows: int = 1) -> None:
-        """A mean over `rows` rows each: a tensor (rows,) or a scalar that is their mean."""
+        """Add diagnostics of `rows` rows: each a tensor (rows,), or a scalar that is their mean."""
         for name, value in values.items():
             import torch
 
@@ -119,7 +119,7 @@ class Meter:
 
     @classmethod
     def combined(cls, meters: Sequence[Meter]) -> Meter:
-        """One meter of all processes'."""
+        """One meter from those of all processes."""
         total = cls()
         for meter in meters:
             for name, value in meter.sums.items():
@@ -184,8 +184,8 @@ class Tracker:
         self._write_csv()
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
-        """Adds a row: floats (or 0-d tensors) by name. A value that is not finite is left empty in
-        the CSV and is null in the JSONL. Raises `ValueError` for what is not a number.
+        """Adds a row: floats (or 0-d tensors) by name. A value that is not finite is empty in the
+        CSV and null in the JSONL. Raises `ValueError` for a value that is not a number.
         """
         row: dict[str, Any] = {"step": int(step)}
         for name, value in values.items():
@@ -238,7 +238,7 @@ class Tracker:
     def curve(self, path: str | os.PathLike[str]) -> None:
         """Draws reward_mean and every eval/ column over the steps, one panel each, as PNG."""
         if self.main:
-            from diffalign.drawing.curves import draw_curves  # brings matplotlib along
+            from diffalign.drawing.curves import draw_curves  # imports matplotlib
 
             save_png(draw_curves(self.rows), path)
 
@@ -260,7 +260,7 @@ def _json_line(row: Mapping[str, Any]) -> str:
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"train": {"lr": 1}} -> {"train.lr": 1}; lists and None as text, as TensorBoard has none."""
+    """{"train": {"lr": 1}} -> {"train.lr": 1}; lists and None become text for TensorBoard."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if isinstance(value, Mapping) and value:

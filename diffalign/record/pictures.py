@@ -1,4 +1,4 @@
-"""What the evaluations of a run drew, kept in its folder for its report and its film."""
+"""Pictures and scores of a run's evaluations, kept in its folder for its report and its film."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-SHEET = 4096  # px: the pictures of an evaluation are one sheet of at most that a side
-LOSSLESS = 2**20  # pixels of a sheet up to which it is kept exactly, a larger one at quality 90
+SHEET = 4096  # px: largest side of the sheet that holds the pictures of an evaluation
+LOSSLESS = 2**20  # pixels: a sheet up to this size is lossless, a larger one has quality 90
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One evaluation: a picture of every held-out prompt, and the scores of all that were drawn.
+    """One evaluation: one kept picture per held-out prompt, and the scores of all pictures drawn.
 
-    scores: {name: for every prompt, those of its pictures, that of the kept one first}; None where
-    a picture was not scored.
+    scores: {name: per prompt, the scores of its pictures, the kept picture first}; None if a
+    picture was not scored.
     """
 
     epoch: int
@@ -45,7 +45,7 @@ class Evaluated:
 
     @cached_property
     def pictures(self) -> list[Image.Image]:
-        """One a prompt. Raises ValueError for a file that cannot be read."""
+        """The kept pictures, one per prompt. Raises ValueError if the sheet cannot be read."""
         (width, height), columns = self.size, _columns(len(self.prompts))
         sheet = open_image(self.sheet)
         if sheet.width < columns * width or sheet.height < height * math.ceil(
@@ -64,7 +64,7 @@ class Evaluated:
 
 
 def fitted(image: Tensor, n: int) -> Image.Image:
-    """(3, H, W) in [0, 1] as a picture of a size of which n fit on a sheet."""
+    """(3, H, W) in [0, 1] as a picture, made small enough that n of its size fit on a sheet."""
     picture = to_pil(image)
     side = max(1, SHEET // _columns(n))
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
@@ -78,8 +78,8 @@ def save(
     pictures: Sequence[Image.Image],
     scores: Mapping[str, Sequence[float]],
 ) -> None:
-    """Write pictures/epoch_NNNN.webp and .json: a picture a prompt, all of one size, and scores of
-    the same number of pictures of every prompt in turn."""
+    """Write pictures/epoch_NNNN.webp and .json. pictures: one per prompt, all of one size. scores:
+    {name: scores of all pictures, prompt by prompt, the same number for each prompt}."""
     (width, height), columns = pictures[0].size, _columns(len(prompts))
     rows = math.ceil(len(prompts) / columns)
     sheet = Image.new("RGB", (columns * width, rows * height))
@@ -98,14 +98,14 @@ def save(
     sheet.save(data, "WEBP", quality=90, lossless=sheet.width * sheet.height <= LOSSLESS)
     path = Path(run_dir) / "pictures" / f"epoch_{epoch:04d}.webp"
     write_atomic(path, data.getvalue())
-    # last, as it is what `load` looks for
+    # last, because `load` looks for the .json
     write_atomic(path.with_suffix(".json"), json.dumps(table, allow_nan=False).encode())
 
 
 def load(run_dir: str | os.PathLike[str]) -> list[Evaluated]:
-    """The evaluations of a run in the order of their epochs; none where it kept no pictures.
+    """The evaluations of a run in the order of their epochs; empty if it kept no pictures.
 
-    One without its sheet is left out. Raises ValueError for a file that cannot be read."""
+    An evaluation without its sheet is left out. Raises ValueError if a file cannot be read."""
     found = []
     for path in (Path(run_dir) / "pictures").glob("epoch_*.json"):
         sheet = path.with_suffix(".webp")
@@ -132,14 +132,14 @@ def _evaluated(table: dict[str, Any], sheet: Path) -> Evaluated:
 
 
 def drop(run_dir: str | os.PathLike[str], after: int) -> None:
-    """Remove what was kept of epochs after `after`, which a resumed run draws again."""
+    """Remove the files of epochs after `after`, because a resumed run draws them again."""
     for path in (Path(run_dir) / "pictures").glob("epoch_*.*"):
         if int(path.stem.removeprefix("epoch_")) > after:
             path.unlink()
 
 
 def spread(items: Sequence[T], most: int) -> list[T]:
-    """At most `most` >= 2 of `items`, evenly spaced, the first and the last among them."""
+    """At most `most` >= 2 of `items`, evenly spaced, including the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(k * (len(items) - 1) / (most - 1))] for k in range(most)]

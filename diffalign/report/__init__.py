@@ -1,4 +1,4 @@
-"""The report of a run, or of several: one HTML file that needs nothing but itself."""
+"""The report on a run, or on several: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ NAME = "report.html"
 def write(
     runs: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str] | None = None
 ) -> Path:
-    """Write the report on the folders `runs`, in that of a single one unless `out` says where;
-    returns its path. Raises as `run.read` does."""
+    """Write the report on the run folders `runs` and return its path. out: where to write; None =
+    in the folder of a single run, or here for several. Raises as `run.read` does."""
     if not runs:
         raise ValueError("there is no run to report on; give at least one folder")
     path = Path(out if out is not None else NAME if len(runs) > 1 else Path(runs[0]) / NAME)
@@ -30,7 +30,7 @@ def write(
     title = found[0].name if len(found) == 1 else f"{len(found)} runs"
     page = Template(files(__name__).joinpath("page.html").read_text("utf-8"))
     text = page.substitute(title=escape(f"{title}: diffalign"), body=sections.build(found))
-    # a prompt may hold half of a surrogate pair, which UTF-8 has no bytes for
+    # a prompt may hold half of a surrogate pair, which UTF-8 cannot encode
     write_atomic(path, text.encode("utf-8", "replace"))
     return path
 

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG, in the colours of the page, light or dark, and without a script."""
+"""Line charts as inline SVG without scripts, in the colors of the page, light or dark."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .run import Point
 
 WIDTH, HEIGHT = 360, 210
 LEFT, RIGHT, TOP, BOTTOM = 50, 16, 16, 38
-MOST, DOTS = 600, 60  # points of a line that are drawn, and of these as dots
-TONES = 8  # colours for runs; more runs use them again, and their letters tell them apart
+MOST, DOTS = 600, 60  # most points of a line, and most of these that get a dot
+TONES = 8  # colors for runs; more runs reuse them, and their letters tell the runs apart
 
 
 @dataclass(frozen=True)
 class Line:
     """One line of a chart.
 
-    tips: said of each point when pointed at. tone: CSS class that gives its colour. mark: written
-    at its end. ringed: the points, by number, to ring.
+    tips: tooltip of each point. tone: CSS class that gives its color. mark: text at its end.
+    ringed: numbers of the points to ring.
     """
 
     points: Sequence[Point]
@@ -36,8 +36,8 @@ class Line:
 def chart(
     title: str, lines: Sequence[Line], across: str, warning: tuple[float, str] | None = None
 ) -> str:
-    """A <figure>: a heading with the first and last value, axes, lines. across: what the x axis is.
-    warning: where a line says what."""
+    """A <figure>: a heading with the first and last value, axes, lines. across: label of the x
+    axis. warning: x and text of a vertical line."""
     known = [(x, y) for line in lines for x, y in line.points if y is not None]
     if not known:
         return ""
@@ -47,7 +47,7 @@ def chart(
     parts = [_grid(x_axis, y_axis, across)]
     if warning is not None and x_axis.low <= warning[0] <= x_axis.high:
         x = x_axis(warning[0])
-        end = x > WIDTH / 2  # the words stay inside
+        end = x > WIDTH / 2  # keep the words inside the chart
         parts.append(
             f'<g class="warn"><path d="M{x:.1f} {TOP}V{HEIGHT - BOTTOM}"/><text x="'
             f'{x + (4 if end else -4):.1f}" y="{TOP - 4}" text-anchor="{"end" if end else "start"}'
@@ -88,7 +88,7 @@ def tone(i: int) -> str:
 
 
 class Axis:
-    """Data to pixels, with round ticks: inside the data, or around it."""
+    """Maps data to pixels, with ticks at round values inside the data's range or around it."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ class Axis:
             self.ticks = [t for t in self.ticks if low <= t <= high]
         self.low, self.high, self.start, self.end = low, high, start, end
         step = self.ticks[1] - self.ticks[0] if len(self.ticks) > 1 else 1.0
-        # as many decimals as tell ticks apart
+        # the fewest decimals that show the ticks exactly, within 1 % of a step
         self.decimals = next((d for d in range(7) if abs(round(step, d) - step) < step / 100), 7)
 
     def __call__(self, value: float) -> float:
@@ -146,8 +146,8 @@ def _grid(x_axis: Axis, y_axis: Axis, across: str) -> str:
 
 
 def _line(line: Line, x_axis: Axis, y_axis: Axis) -> str:
-    """A path that breaks where values are missing, and dots, which are seen where there are few and
-    tell their value where there are many."""
+    """A path that breaks where values are missing, and dots with tooltips. If there are many dots,
+    only the last is visible."""
     path, pen, spots = [], "M", list[tuple[int, float, float]]()
     for i in spread(range(len(line.points)), MOST):
         x, y = line.points[i]
@@ -170,7 +170,7 @@ def _line(line: Line, x_axis: Axis, y_axis: Axis) -> str:
 
 
 def _marks(lines: Sequence[Line], x_axis: Axis, y_axis: Axis) -> list[str]:
-    """What is written at the ends of lines, one below the other where ends are close."""
+    """The marks at the ends of lines, moved apart where ends are close."""
     ends = []
     for line in lines:
         known = [(x_axis(x), y_axis(y)) for x, y in line.points if y is not None]
@@ -183,7 +183,7 @@ def _marks(lines: Sequence[Line], x_axis: Axis, y_axis: Axis) -> list[str]:
         free = (b for b in near if all(abs(x - a) > 16 or abs(b - c) > 10 for a, c in placed))
         y = next(free, y)
         placed.append((x, y))
-        out = x + 7 + 7 * len(line.mark) > WIDTH  # of the chart; then it is above the end
+        out = x + 7 + 7 * len(line.mark) > WIDTH  # of the chart; then the mark goes above the end
         place = f'x="{x:.1f}" y="{y - 9:.1f}" text-anchor="end"'
         if not out:
             place = f'x="{x + 7:.1f}" y="{y + 4:.1f}"'

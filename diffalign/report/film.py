@@ -18,8 +18,8 @@ from ..record import pictures
 from ..record.pictures import Evaluated
 from .run import epoch_name
 
-FRAMES = 60  # of an animation at most
-SHOWN, LAST = 500, 2000  # ms a frame is shown, and the last one
+FRAMES = 60  # most frames of an animation
+SHOWN, LAST = 500, 2000  # ms that a frame is shown, and the last frame
 
 
 def film(
@@ -29,11 +29,11 @@ def film(
     cell: int = 256,
     out: str | os.PathLike[str] | None = None,
 ) -> list[Path]:
-    """Write film.png, a strip of the first `prompts` over at most `strip_epochs` evaluations, and
-    film.webp and film.gif, an animation of up to 60; returns their paths.
+    """Write the film of the first `prompts` prompts and return the paths of its files: film.png, a
+    strip of at most `strip_epochs` evaluations; film.webp and film.gif, an animation of up to 60.
 
-    cell: px of a picture. out: their folder; None = the run's. Raises ValueError for a run that
-    kept no pictures.
+    cell: px of a picture. out: folder to write to; None = the run's. Raises ValueError for a run
+    that kept no pictures.
     """
     folder, shots = Path(out or run_dir), pictures.load(run_dir)
     if not shots:
@@ -61,7 +61,7 @@ def film(
 
 
 def strip_of(shots: Sequence[Evaluated], prompts: int, cell: int) -> Image.Image:
-    """A row a prompt, a column an evaluation, the rewards under the pictures."""
+    """One row per prompt, one column per evaluation, the rewards under the pictures."""
     texts = shots[0].prompts[:prompts]
     rewards = {
         epoch_name(s.epoch): [s.notes(i).get("reward") for i in range(len(texts))] for s in shots
@@ -71,10 +71,10 @@ def strip_of(shots: Sequence[Evaluated], prompts: int, cell: int) -> Image.Image
 
 
 def frame(shot: Evaluated, prompts: int, cell: int) -> Image.Image:
-    """The pictures of one evaluation over their prompts, its epoch and mean reward on top."""
+    """The pictures of one evaluation above their prompts, its epoch and mean reward on top."""
     shown, texts = fit(shot.pictures[:prompts], cell), shot.prompts[:prompts]
-    across = math.ceil(len(shown) / math.ceil(len(shown) / 4))  # rows as even as can be
-    # no scores: they would change the height of the frames over the film
+    across = math.ceil(len(shown) / math.ceil(len(shown) / 4))  # rows as even as possible
+    # no scores: with them the frames would differ in height
     body = image_grid(shown, across, texts)
     values = [x for row in shot.scores.get("reward", []) for x in row if x is not None]
     size = min(max(body.width / 45, 14), 28)

@@ -12,7 +12,7 @@ ROLES = {"trained": "trained on", "judge": "judge, never trained on", "other": "
 
 
 def legend(runs: Sequence[Run]) -> str:
-    """What colours mean: roles of measures in one run, runs where there are several."""
+    """What colors mean: roles of measures for one run, runs if there are several."""
     if len(runs) == 1:
         shown = {"trained", *map(runs[0].role, runs[0].measures)}
         items = [f'<li class="{k}"><i></i>{text}</li>' for k, text in ROLES.items() if k in shown]
@@ -27,13 +27,13 @@ def legend(runs: Sequence[Run]) -> str:
 
 
 def curves(runs: Sequence[Run]) -> Iterator[str]:
-    """The reward in training and every measure over the run, a chart each."""
+    """One chart each for the reward in training (one run only) and every held-out measure."""
     alone, costs = len(runs) == 1, [run.cost() for run in runs]
-    # an epoch of one run may cost many of another
+    # an epoch of one run may cost as much as many of another
     by_cost = not alone and all(costs)
     warning = next(iter(runs[0].warnings), None) if alone else None
     names = dict.fromkeys(f"eval/{name}" for run in runs for name in run.measures)
-    # rewards in training are of different samplers, and not to be compared
+    # rewards in training cannot be compared: the runs may use different samplers
     for name in ["reward_mean", *names] if alone else names:
         held_out, lines = name.startswith("eval/"), []
         for i, run in enumerate(runs):

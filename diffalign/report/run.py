@@ -31,8 +31,8 @@ MEASURED = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run: `name` tells it from others, `rows` are those of metrics.jsonl. alike: it is read
-    along with runs of the same rewards and weights, or alone, so that the total may be compared."""
+    """One run. name: differs from those of the other runs. rows: those of metrics.jsonl. alike: all
+    runs of the report have the same rewards and weights, so their totals can be compared."""
 
     dir: Path
     name: str
@@ -42,7 +42,8 @@ class Run:
     alike: bool = True
 
     def setting(self, key: str, default: Any = None) -> Any:
-        """A dotted setting; configs of other versions may lack it, or mean something else by it."""
+        """The value of a dotted setting; `default` if it is missing, null or of another type, as
+        in configs of other versions."""
         value: Any = self.config
         for part in key.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
@@ -56,7 +57,7 @@ class Run:
         return [(row["step"], row[name]) for row in self.rows if name in row]
 
     def known(self, name: str) -> list[tuple[float, float]]:
-        """The same without values that were not finite."""
+        """As `column`, without values that were not finite."""
         return [(x, y) for x, y in self.column(name) if y is not None]
 
     def total(self, name: str) -> float | None:
@@ -64,7 +65,7 @@ class Run:
         return sum(values) if values else None
 
     def cost(self) -> dict[float, float]:
-        """{epoch: denoiser calls that training had made by its end}; empty where not counted."""
+        """{epoch: denoiser calls of training up to its end}; empty if they were not counted."""
         spent, so_far = {0.0: 0.0}, 0.0
         for x, y in self.known("denoiser_calls"):
             so_far += y
@@ -77,8 +78,9 @@ class Run:
 
     @property
     def measures(self) -> list[str]:
-        """What was measured on held-out prompts: the reward, its parts, judges, others. A part that
-        is the whole reward is left out; among runs that are not alike the reward is."""
+        """Names of what was measured on held-out prompts: the reward, its parts, judges, others. A
+        part that equals the reward is left out; if the runs are not `alike`, the reward is left out
+        instead."""
         names = dict.fromkeys(k[5:] for row in self.rows for k in row if k.startswith("eval/"))
         whole = self.column("eval/reward")
         if self.alike:
@@ -90,18 +92,18 @@ class Run:
 
     @property
     def scored(self) -> list[str]:
-        """Those of a single picture's worth."""
+        """The measures that each picture has by itself."""
         return [name for name in self.measures if name not in MEASURED]
 
     def role(self, name: str) -> str:
-        """trained | judge | other: how a measure stands to what was trained on."""
+        """trained | judge | other: whether a measure was trained on, judges the run, or neither."""
         if name == "reward" or name in self.setting("rewards", {}):
             return "trained"
         return "other" if name in MEASURED else "judge"
 
     @property
     def warnings(self) -> list[tuple[int, str]]:
-        """(epoch, what the guard found wrong, in a word) of the evaluations that it flagged."""
+        """(epoch, the guard's warning in a word) of the evaluations that the guard flagged."""
         found = [(row["step"], warning(row)) for row in self.rows]
         return [(epoch, WARNINGS[name]) for epoch, name in found if name]
 
@@ -111,12 +113,12 @@ class Run:
 
     @property
     def guarded(self) -> int:
-        """Evaluations that the guard saw."""
+        """Number of evaluations that the guard saw."""
         return len(self.known("over_optimised"))
 
     def change(self, name: str) -> tuple[float, float, float | None] | None:
-        """Held-out mean of a measure at the first evaluation and the last, and the standard error
-        of their difference over the prompts, where the scores of both were kept."""
+        """Held-out mean of a measure at the first evaluation and at the last, and the standard
+        error of their difference over the prompts (None unless the scores of both were kept)."""
         known = self.known(f"eval/{name}")
         if not known:
             return None
@@ -136,7 +138,7 @@ def epoch_name(epoch: float) -> str:
 
 
 def short_names(paths: Sequence[str]) -> list[str]:
-    """The ends of different paths, as short as tells them apart."""
+    """The shortest ends of the paths that tell them apart."""
     parts = [Path(p).resolve().parts for p in paths]
     for k in range(1, max(map(len, parts)) + 1):
         names = ["/".join(p[-k:]) for p in parts]
@@ -146,8 +148,8 @@ def short_names(paths: Sequence[str]) -> list[str]:
 
 
 def read(dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
-    """The runs in folders. Raises FileNotFoundError for one without metrics, ValueError for files
-    that cannot be read, or a folder given twice."""
+    """Read the runs in folders. Raises FileNotFoundError for a folder without metrics, ValueError
+    for files that cannot be read or a folder given twice."""
     names = short_names([str(d) for d in dirs])
     runs = [_read(Path(d), name) for d, name in zip(dirs, names, strict=True)]
     alike = all(run.setting("rewards") == runs[0].setting("rewards") for run in runs)
@@ -156,7 +158,7 @@ def read(dirs: Sequence[str | os.PathLike[str]]) -> list[Run]:
 
 def _read(folder: Path, name: str) -> Run:
     path = folder / "config.yaml"
-    # written by another version, it may hold secrets
+    # a config written by another version may hold secrets
     config = redact(read_sections(path)) if path.exists() else {}
     return Run(folder, name, config, read_metrics(folder), pictures.load(folder))
 

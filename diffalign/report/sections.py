@@ -1,4 +1,4 @@
-"""A report's sections in their order, and its heading; every text of a run is escaped."""
+"""A report's heading and its sections in order; every text from a run is escaped."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MEANINGS = {  # of the guard's warnings
     "collapsed": "a judge or the diversity fell, and the reward did not rise",
     "failed": "the reward fell below the base model’s",
 }
-KEPT = {  # whether there are judges, and diversities
+KEPT = {  # by whether there are judges, and diversities
     (True, True): ", and neither a judge nor the diversity was found to fall",
     (True, False): ", and no judge was found to fall",
     (False, True): ", and the diversity did not fall",
     (False, False): "",
 }
-GRIDS = 8  # runs whose grid.png is shown, where there are no single pictures
+GRIDS = 8  # most runs whose grid.png is shown if there are no single pictures
 
 
 def build(runs: Sequence[Run]) -> str:
@@ -66,7 +66,7 @@ def _charts(charts: Iterable[str], legend: str = "") -> str:
 
 
 def _header(runs: Sequence[Run]) -> str:
-    """What was run, or what several runs have in common."""
+    """The name, verdict and settings of a run; for several, the settings they share."""
     first, *others = [_facts(run) for run in runs]
     facts = {k: v for k, v in first.items() if v and all(other[k] == v for other in others)}
     known = "".join(f"<dt>{k}</dt><dd>{escape(v)}</dd>" for k, v in facts.items())
@@ -76,7 +76,7 @@ def _header(runs: Sequence[Run]) -> str:
 
 
 def _verdict(run: Run) -> str:
-    """What there is to say first."""
+    """The first two paragraphs: how the reward changed, and what the guard found."""
     found, said = run.change("reward"), f"{_progress(run)}."
     if found and run.epochs:
         said = f"Held-out reward {number(found[0])} → {number(found[1])} in {said}"
@@ -95,7 +95,7 @@ def _guard(run: Run) -> str:
         many = f"{len(epochs)} of {looks}"
         said.append(f"{word.capitalize()} from epoch {epochs[0]} ({many}): {MEANINGS[word]}.")
     judged = bool(run.setting("eval.rewards"))
-    if "improved" not in seen[-1]:  # of a version that looked for nothing else
+    if "improved" not in seen[-1]:  # by a version that looked for nothing else
         said = said or [f"Not found over-optimised in {looks}."]
     elif seen[-1]["step"] not in run.flagged:
         verdict, reward = (
@@ -152,7 +152,7 @@ def _weighted(name: str, value: Any) -> str:
 
 
 def _pictures(runs: Sequence[Run]) -> tuple[str, str]:
-    """The viewer and what it is about; for runs without single pictures their grid.png."""
+    """The viewer and a text about it; for runs without single pictures, their grid.png."""
     prompts, columns = columns_of(runs)
     if prompts:
         which = "that all runs have, " if len(runs) > 1 else ""

@@ -14,8 +14,8 @@ from .run import MEASURED, Run, epoch_name, mean
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = ()) -> str:
-    """Heads and rows of finished HTML, the first cell of a row its own heading; `words` are columns
-    of text."""
+    """A table from heads and rows of finished HTML. The first cell of a row is its heading; `words`
+    are the numbers of the text columns."""
     kinds = [' class="words"' if c in words else "" for c in range(len(heads))]
 
     def line(cells: Sequence[str], tags: Sequence[str]) -> str:
@@ -25,7 +25,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[i
     head = line(heads, ['th scope="col"'] * len(heads))
     tags = ['th scope="row"', *["td"] * (len(heads) - 1)]
     body = "".join(line(row, tags) for row in rows)
-    # it scrolls by itself where the page is narrow, and then the keyboard must reach it
+    # on a narrow page the table scrolls, so the keyboard must be able to reach it
     return (
         '<div class="wide" tabindex="0" role="region" aria-label="Table">'
         f"<table><thead>{head}</thead><tbody>{body}</tbody></table></div>"
@@ -72,7 +72,7 @@ def _meaning(run: Run, name: str) -> str:
 
 
 def compared(runs: Sequence[Run]) -> str:
-    """The last evaluations of several runs, one a row."""
+    """The last evaluations of several runs, one run per row."""
     names = list(dict.fromkeys(name for run in runs for name in run.measures))
     rows = []
     for i, run in enumerate(runs):
@@ -96,7 +96,7 @@ def _flag(run: Run) -> str:
 
 
 def prompts(run: Run) -> str:
-    """The reward and the judges of every prompt, first and last, the largest fall on top."""
+    """Every prompt's rewards and judges, first and last evaluation, the largest fall on top."""
     if len(run.shots) < 2 or run.shots[0].prompts != run.shots[-1].prompts:
         return ""
     first, last = run.shots[0], run.shots[-1]
@@ -142,7 +142,7 @@ def cost(runs: Sequence[Run]) -> str:
 
 
 def settings(runs: Sequence[Run]) -> str:
-    """The whole configuration of one run; of several what differs."""
+    """The whole configuration of one run, or the settings in which several runs differ."""
     if len(runs) == 1:
         text = yaml.safe_dump(runs[0].config, sort_keys=False, allow_unicode=True)
         whole = f"<details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>"

@@ -1,4 +1,4 @@
-"""The pictures of a report: any two evaluations, or runs, over each other, with one slider."""
+"""The pictures of a report: any two evaluations or runs laid over each other, with one slider."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from .charts import number
 from .run import Run, epoch_name
 
 PICTURES = 3_000_000  # characters of a report that its pictures may take
-SIDES = (256, 192, 128, 96, 64)  # px; the largest at which they do is used
-EXACT = 128  # px up to which pictures are kept exactly, if they fit: they are shown enlarged
-EPOCHS, EXTREMES, OTHERS = 7, 4, 8  # what is shown at most of evaluations, and of prompts
+SIDES = (256, 192, 128, 96, 64)  # px; uses the largest at which all pictures fit into that
+EXACT = 128  # px; pictures up to this side are lossless if they fit, as they are shown enlarged
+EPOCHS, EXTREMES, OTHERS = 7, 4, 8  # most evaluations, best or worst prompts, other prompts
 
 
 @dataclass(frozen=True)
 class Column:
-    """What can be chosen for the left and the right of the pictures."""
+    """A choice for the left or the right side of the pictures."""
 
     label: str
     shot: Evaluated
-    rows: list[int]  # of its pictures, one a prompt that is shown
+    rows: list[int]  # numbers of its pictures, one per prompt in common
 
 
 def columns_of(runs: Sequence[Run]) -> tuple[list[str], list[Column]]:
-    """The prompts that all runs with pictures share, and what there is to choose from: the
-    evaluations of one run, or base and last evaluation of several."""
+    """The prompts that all runs with pictures share, and the columns to choose from: evaluations of
+    one run, or the base and last evaluations of several."""
     seen = [run for run in runs if run.shots]
     if not seen:
         return [], []
@@ -54,7 +54,7 @@ def columns_of(runs: Sequence[Run]) -> tuple[list[str], list[Column]]:
 
 
 def viewer(prompts: Sequence[str], columns: Sequence[Column], names: Sequence[str]) -> str:
-    """The slider, the two choices, and a picture of every prompt that is shown, over its scores of
+    """The slider, the two choices, and the pictures of every prompt shown, above their scores of
     the `names`."""
     groups = _groups(len(prompts), columns, "reward" in names)
     sources = _encoded(columns, [i for _, rows in groups for i in rows])
@@ -92,7 +92,7 @@ def _figure(
     sources: Mapping[tuple[int, int], str],
     names: Sequence[str],
 ) -> str:
-    """The pictures of one prompt in a stack; the classes left and right say which are seen."""
+    """The pictures of one prompt in a stack; the classes left and right mark the visible ones."""
     last = len(columns) - 1
     chosen = [("left " if c == 0 else "") + ("right" if c == last else "") for c in range(last + 1)]
     scores = [column.shot.notes(column.rows[i]) for column in columns]
@@ -125,8 +125,8 @@ def _shots(run: Run) -> list[Evaluated]:
 
 
 def _groups(n: int, columns: Sequence[Column], ranked: bool) -> list[tuple[str, list[int]]]:
-    """Rows of the pictures whose reward changed most, where they are ranked by it, and the first of
-    the others."""
+    """(heading, rows) of the pictures with the best and the worst change of the reward, if they are
+    `ranked` by it, and of the first other pictures."""
     first, last = columns[0], columns[-1]
     gains = {}
     for i in range(n if ranked else 0):
