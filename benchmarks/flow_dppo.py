@@ -7,7 +7,7 @@
 flow_grpo with `trust: ratio` and with `trust: kl` at two learning rates, the same denoiser calls,
 rollouts of the same noise. The reward is that of emoji_leaderboard.py, small files that still show
 what the prompt says; the judge is never trained on. Three steps of the first half are drawn from
-the SDE and trained, as in the published recipe. No KL to the base model is penalised: how far each
+the SDE and trained, as in the published recipe. No KL to the base model is penalized: how far each
 goes for its reward is what is measured. A finished run is skipped, an interrupted one resumed.
 """
 
@@ -26,10 +26,10 @@ from matplotlib.ticker import AutoLocator
 from PIL import Image
 
 from diffalign import TrainConfig, Trainer
-from diffalign.curves import panels, picture
-from diffalign.decoding import to_json, write_atomic
+from diffalign.config.files import to_json, write_atomic
+from diffalign.drawing.curves import panels, picture
+from diffalign.drawing.grids import save_png
 from diffalign.emoji_world.evaluate import load_prompts
-from diffalign.grids import save_png
 
 LRS, SEEDS, EPOCHS, EVERY = (1e-3, 4e-3), (0, 1, 2), 16, 4
 SWEEP_SEED, SWEEP_EPOCHS = 100, 12
@@ -41,7 +41,7 @@ SWEPT: tuple[Arm, ...] = (
 )
 THRESHOLD = {"ratio": "clip_range", "kl": "kl_max"}
 CURVES = ("eval/reward", "eval/judge", "eval/kl")
-COLOURS = {"ratio": "#d55e00", "kl": "#0072b2"}
+COLORS = {"ratio": "#d55e00", "kl": "#0072b2"}
 
 
 def configured(arm: Arm, lr: float, seed: int, epochs: int, every: int, runs: Path) -> TrainConfig:
@@ -143,7 +143,7 @@ def figure(board: dict[tuple[float, Arm], list[dict[str, Any]]]) -> Image.Image:
     the seeds, and every seed thinly."""
     chart, axes = panels(2, 2, (760, 520))
     for (lr, (trust, _)), results in board.items():
-        look: Any = {"color": COLOURS[trust], "ls": "-" if lr == LRS[0] else "--"}
+        look: Any = {"color": COLORS[trust], "ls": "-" if lr == LRS[0] else "--"}
         each = [[list(p.values()) for p in r["curve"]] for r in results]
         means = [[statistics.fmean(v) for v in zip(*points, strict=True)]
                  for points in zip(*each, strict=True)]  # fmt: skip
