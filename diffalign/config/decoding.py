@@ -268,7 +268,7 @@ def fits(hint: Any, value: Any) -> bool:
         if not isinstance(value, number) or isinstance(value, bool):
             return False
         # an integer of hundreds of digits is no float
-        return origin is int or not isinstance(value, int) or abs(value) <= sys.float_info.max
+        return origin is int or not isinstance(value, int) or abs(int(value)) <= sys.float_info.max
     if origin in COLLECTIONS and isinstance(value, (list, tuple, origin)):
         kinds = _item_types(hint, len(value))
         return len(kinds) == len(value) and all(map(fits, kinds, value))
