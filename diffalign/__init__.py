@@ -27,6 +27,7 @@ MOVED = {
     "diffalign.compare": "diffalign.commands.grid",
     "diffalign.grids": "diffalign.drawing.grids",
     "diffalign.prompts": "diffalign.config.prompts",
+    "diffalign.rollout": "diffalign.sampling.adjoint",  # Surrogate and Sampling, for algorithms
 }
 """Modules that are found by the names that they had before, and the names that they have now."""
 

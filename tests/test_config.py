@@ -365,6 +365,7 @@ def test_decode_of_other_dataclasses():
 
 class Mode(Enum):
     fast = "f"
+    two = 2
 
 
 @dataclass
@@ -387,6 +388,8 @@ class Own:
     [
         ({"path": "a/b"}, Path("a/b")),
         ({"mode": "f"}, Mode.fast),
+        ({"mode": "fast"}, Mode.fast),
+        ({"mode": 2}, Mode.two),
         ({"on": "true"}, True),
         ({"size": "12"}, 12),
         ({"size": None}, None),
@@ -419,10 +422,19 @@ def test_decode_of_many_types(given, value):
         ({"scales": {"a": "x"}}, "scales={'a': 'x'} is not a mapping"),
         ({"either": 1.5}, "either=1.5 is not an int or str"),
         ({"bounded": [1]}, "bounded=[1] is not an int or null"),
+        ({"shares": {1, 2}}, "shares={1, 2} is not a list of float"),
+        ({"names": [["a"]]}, "names=[['a']] is not a list of str"),
+        ({"shares": [10**400]}, "is not a list of float"),  # a float would overflow
     ],
 )
 def test_wrong_types_of_many(given, words):
     refused(lambda: decode(Own, given), words)
+
+
+def test_members_of_an_enum_are_written_by_name(tmp_path):
+    TrainConfig(algorithm={"type": "a:B", "mode": Mode.fast}).save(tmp_path / "config.yaml")
+    config = TrainConfig.from_file(tmp_path / "config.yaml")
+    assert config.algorithm["mode"] == "fast"
 
 
 def test_numbers_of_numpy_are_written_as_numbers(tmp_path):

@@ -97,13 +97,16 @@ assert not {"torch", "diffalign.drawing"} & {*sys.modules}
 warnings.simplefilter("ignore")  # those of torch are not ours
 from diffalign.compare import compare
 from diffalign.grids import comparison_grid
+from diffalign.rollout import Sampling, Surrogate
 import diffalign.commands.cli, diffalign.commands.grid, diffalign.config.prompts
-import diffalign.drawing.grids
+import diffalign.drawing.grids, diffalign.sampling.adjoint, diffalign.sampling.rollout
 assert prompts is diffalign.config.prompts
 assert prompts.__spec__.name == prompts.__name__ == Prompt.__module__ == "diffalign.config.prompts"
 assert diffalign.cli is diffalign.commands.cli
 assert compare is diffalign.commands.grid.compare
 assert comparison_grid is diffalign.drawing.grids.comparison_grid
+assert Surrogate is diffalign.sampling.adjoint.Surrogate
+assert Sampling is diffalign.sampling.rollout.Sampling
 try:
     import diffalign.prompt
 except ModuleNotFoundError as error:

@@ -6,6 +6,7 @@ import difflib
 import numbers
 import os
 import re
+import sys
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -195,15 +196,20 @@ def converted(hint: Any, value: Any) -> Any:
         return next((new for arm, new in found if fits(arm, new)), value)
     if origin is Literal:
         new = RENAMED.get(value) if isinstance(value, str) else None
-        return new if value not in args and new in args else value
+        return new if new in args and value not in args else value
     if origin is dict and isinstance(value, Mapping):
         return {k: converted(args[1] if args else Any, v) for k, v in _numbers(value).items()}
     if origin in COLLECTIONS and isinstance(value, (list, tuple)):
         kinds = _item_types(hint, len(value))
-        return make(map(converted, kinds, value)) if len(kinds) == len(value) else value
+        try:
+            return make(map(converted, kinds, value)) if len(kinds) == len(value) else value
+        except TypeError:  # a set of lists
+            return value
     if origin is bool and isinstance(value, str):
         return {"true": True, "false": False}.get(value, value)
-    own = isinstance(origin, type) and issubclass(origin, (Path, Enum))  # in a user's algorithm
+    if isinstance(origin, type) and issubclass(origin, Enum):  # of a user's algorithm
+        return _member(origin, value)
+    own = isinstance(origin, type) and issubclass(origin, Path)
     text = isinstance(value, str) and (own or origin in (int, float))
     if text or (origin is float and isinstance(value, int) and not isinstance(value, bool)):
         try:
@@ -211,6 +217,14 @@ def converted(hint: Any, value: Any) -> Any:
         except (ValueError, OverflowError):
             return value
     return value
+
+
+def _member(kind: type[Enum], value: Any) -> Any:
+    """The member of this value, or else of this name, which is what `plain` writes."""
+    try:
+        return kind(value)
+    except ValueError:
+        return kind.__members__.get(value, value) if isinstance(value, str) else value
 
 
 def wrong_type(hint: Any, value: Any, name: str, source: str = "") -> ConfigError:
@@ -251,8 +265,11 @@ def fits(hint: Any, value: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in args)
     if origin in (int, float):
         number = numbers.Integral if origin is int else numbers.Real
-        return isinstance(value, number) and not isinstance(value, bool)
-    if origin in COLLECTIONS and isinstance(value, COLLECTIONS):
+        if not isinstance(value, number) or isinstance(value, bool):
+            return False
+        # an integer of hundreds of digits is no float
+        return origin is int or not isinstance(value, int) or abs(int(value)) <= sys.float_info.max
+    if origin in COLLECTIONS and isinstance(value, (list, tuple, origin)):
         kinds = _item_types(hint, len(value))
         return len(kinds) == len(value) and all(map(fits, kinds, value))
     if origin is dict:
@@ -341,4 +358,6 @@ def plain(value: Any) -> Any:
         return [plain(inner) for inner in value]
     if isinstance(value, numbers.Real) and not isinstance(value, bool):  # also those of NumPy
         return int(value) if isinstance(value, numbers.Integral) else float(value)
+    if isinstance(value, Enum) and not isinstance(value, str):
+        return value.name
     return os.fspath(value) if isinstance(value, os.PathLike) else value
