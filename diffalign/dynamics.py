@@ -287,11 +287,12 @@ def dpm_solver_2m(
     x = _full_precision(x)
     level, following = levels[index], levels[index + 1]
     d = pred.x0
-    if before is not None and following.sigma > 0:
+    if before is not None:
         log_snr = (levels.alpha / levels.sigma).log()
         h, h_before = (log_snr[i + 1] - log_snr[i] for i in (index, index - 1))
-        if h_before.isfinite():  # not at zero SNR
-            d = d + 0.5 * h / h_before * (d - before)
+        # infinite or NaN where h is infinite, at sigma' = 0; looking at sigma' would stall a GPU
+        ratio = (h / h_before).nan_to_num(nan=0.0, posinf=0.0)  # and 0 after zero SNR
+        d = d + 0.5 * ratio * (d - before)
     # exp(-h) = alpha sigma' / (sigma alpha'), which is 0 at the clean end
     shrink = level.alpha * following.sigma / (level.sigma * following.alpha)
     keep = following.sigma / level.sigma

@@ -80,5 +80,8 @@ def clip_pixels(
         images = images[..., top : top + size, left : left + size]
     else:
         images = resize(images, size, size, quantize)
-    mean_, std_ = (images.new_tensor(v).view(3, 1, 1) for v in (mean, std))
+    # filled on the device: new_tensor would copy them there and wait for it
+    mean_, std_ = (
+        torch.stack([images.new_full((1, 1), value) for value in values]) for values in (mean, std)
+    )
     return (images - mean_) / std_

@@ -56,7 +56,6 @@ class FlowGRPO(TrustRegion):
             log_ratio = 2 * std.square() * log_ratio
         loss, figures = self.objective(log_ratio, step, batch)
         if self.step_weight == "noise":
-            stds = batch.sampling.stds
-            loss = loss * std / stds[stds > 0].mean()
+            loss = loss * std / batch.sampling.stds[batch.sampling.drawn].mean()
         metrics |= figures
         return (loss + self.anchored(policy, batch, seen, metrics)).mean(), metrics

@@ -60,6 +60,6 @@ class GRPOGuard(TrustRegion):
         loss, figures = self.objective(log_ratio, step, batch)
         if self.reweight:
             inverse = 1 / batch.sampling.sensitivity(policy)
-            loss = loss * (inverse / inverse[batch.sampling.stochastic].mean())[batch.step]
+            loss = loss * (inverse / inverse[batch.sampling.drawn].mean())[batch.step]
         metrics |= figures
         return (loss + self.anchored(policy, batch, seen, metrics)).mean(), metrics

@@ -147,5 +147,8 @@ class UNetPolicy(Policy):
         mean, std = vae.get("latents_mean"), vae.get("latents_std")
         if type(self.pipe).__name__ != XL or mean is None or std is None:  # as its pipeline does
             return x0 / vae["scaling_factor"]
-        mean, std = (torch.tensor(v, device=x0.device).view(1, -1, 1, 1) for v in (mean, std))
+        # filled on the device: torch.tensor would copy them there and wait for it
+        mean, std = (
+            torch.stack([x0.new_full((1, 1), v) for v in values]) for values in (mean, std)
+        )
         return x0 * std / vae["scaling_factor"] + mean

@@ -72,6 +72,12 @@ class Sampling:
         """Whether each of the K steps is drawn from the kernel; the others follow the ODE."""
         return (self.stds > 0).tolist()
 
+    @cached_property
+    def drawn(self) -> Tensor:
+        """The stochastic steps, (S,) long on the device of the levels, so that looking them up in a
+        loss waits for nothing, as a mask would."""
+        return (self.stds > 0).nonzero()[:, 0]
+
     def sensitivity(self, policy: Policy) -> Tensor:
         """|∂mean/∂output| of every step, (K,): how far the network's output moves it."""
         x, one = torch.zeros_like(self.stds), torch.ones_like(self.stds)
