@@ -31,6 +31,20 @@ def scoring() -> argparse.ArgumentParser:
     return parser
 
 
+def bench() -> argparse.ArgumentParser:
+    """`diffalign bench`."""
+    parser = argparse.ArgumentParser(
+        prog="diffalign bench",
+        usage="diffalign bench CONFIG.yaml [--rounds N] [--section.key VALUE ...]",
+        description="Where the time of a run goes on this machine: a few epochs are trained, in a "
+        "folder that is then removed, and after each epoch its calls of denoiser, decoder and "
+        "rewards are made again, alone. Any setting of the file can be replaced.",
+    )
+    parser.add_argument("config", help="as for `diffalign train`")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="epochs; default: 5")
+    return parser
+
+
 def grid() -> argparse.ArgumentParser:
     """`diffalign grid`."""
     parser = argparse.ArgumentParser(

@@ -285,12 +285,31 @@ def _listing(kind: str) -> Callable[..., int]:
 
 
 evaluate = guarded(lambda a: _run(".evaluate", a, parsers.evaluation()))
+
+
+@guarded
+def bench(arguments: Sequence[str]) -> int:
+    """`diffalign bench`: where the time of a run goes; returns the exit status."""
+    args, settings = parsers.bench().parse_known_args(arguments)
+    if args.rounds < 1:
+        raise ConfigError(f"--rounds {args.rounds} measures nothing; use 1 or more")
+    config = TrainConfig.from_file(args.config, settings)
+    from ..training.plan import Plan
+
+    Plan.make(config)  # refuses what a run would refuse, before the slow imports
+    from .bench import run
+
+    print(run(config, args.rounds))
+    return 0
+
+
 grid = guarded(lambda a: _run(".grid", a, parsers.grid()))
 report = guarded(lambda a: _run("..report", a))
 film = guarded(lambda a: _run("..report.film", a))
 
 COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "train": (train, "fine-tune a model on rewards; CONFIG.yaml --dry-run says what it costs"),
+    "bench": (bench, "where the time of a run goes: its calls, alone and in the loop"),
     "sample": (sample, "draw prompts, with or without trained weights; search better pictures"),
     "grid": (grid, "models, runs, LoRA scales or seeds side by side in one picture"),
     "report": (report, "one HTML file on a run, or comparing several"),

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from diffalign.config.decoding import suggest
-from diffalign.config.files import write_atomic
-from diffalign.config.text import read_text
-from diffalign.drawing.grids import save_png
 from rewards.files import open_image
 from rewards.redaction import redact
+
+from ..config.decoding import suggest
+from ..config.files import write_atomic
+from ..config.text import read_text
+from ..drawing.grids import save_png
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,38 +101,48 @@ def worries(metrics: Mapping[str, float]) -> list[str]:
 
 
 class Meter:
-    """Running means and maxima of diagnostics over the micro-batches of an epoch."""
+    """Means and maxima of diagnostics over the micro-batches of an epoch.
+
+    Values stay on their device until `totals` reads them: to read one right away would stop the CPU
+    at every micro-batch until the device has caught up.
+    """
 
     def __init__(self) -> None:
-        self.sums: dict[str, float] = {}
-        self.counts: dict[str, int] = {}
-        self.largest: dict[str, float] = {}
+        self._parts: dict[str, list[tuple[Tensor, Tensor, int]]] = {}  # mean, largest, rows
 
     def add(self, values: Mapping[str, Tensor | float], rows: int = 1) -> None:
         """Add diagnostics of `rows` rows: each a tensor (rows,), or a scalar that is their mean."""
+        import torch
+
         for name, value in values.items():
-            import torch
+            value = torch.as_tensor(value).detach()
+            # float64 for sums of many, except on Apple's devices, which have none
+            value = value.float() if value.device.type == "mps" else value.double()
+            self._parts.setdefault(name, []).append((value.mean(), value.max(), rows))
 
-            value = torch.as_tensor(value).detach().cpu().double()
-            self.sums[name] = self.sums.get(name, 0.0) + value.mean().item() * rows
-            self.counts[name] = self.counts.get(name, 0) + rows
-            self.largest[name] = max(self.largest.get(name, -math.inf), value.max().item())
+    def totals(self) -> dict[str, tuple[float, int, float]]:
+        """Sum over the rows, their number, and the largest value of every diagnostic."""
+        import torch
 
-    @classmethod
-    def combined(cls, meters: Sequence[Meter]) -> Meter:
-        """One meter from those of all processes."""
-        total = cls()
-        for meter in meters:
-            for name, value in meter.sums.items():
-                total.sums[name] = total.sums.get(name, 0.0) + value
-                total.counts[name] = total.counts.get(name, 0) + meter.counts[name]
-                total.largest[name] = max(total.largest.get(name, -math.inf), meter.largest[name])
-        return total
+        found = {}
+        for name, parts in self._parts.items():
+            means, largest = torch.stack([torch.stack(part[:2]) for part in parts]).T.tolist()
+            rows = [part[2] for part in parts]
+            total = sum(mean * n for mean, n in zip(means, rows, strict=True))
+            found[name] = total, sum(rows), max(largest)
+        return found
 
-    def means(self) -> dict[str, float]:
-        """Mean of every diagnostic, and the largest value of those named *mismatch*."""
-        means = {name: value / self.counts[name] for name, value in self.sums.items()}
-        return means | {f"{k}_max": v for k, v in self.largest.items() if "mismatch" in k}
+    @staticmethod
+    def means(everyone: Sequence[Mapping[str, tuple[float, int, float]]]) -> dict[str, float]:
+        """From the totals of all processes the mean of every diagnostic, and the largest value of
+        those named *mismatch*."""
+        parts: dict[str, list[tuple[float, int, float]]] = {}
+        for totals in everyone:
+            for name, part in totals.items():
+                parts.setdefault(name, []).append(part)
+        found = {name: sum(p[0] for p in ps) / sum(p[1] for p in ps) for name, ps in parts.items()}
+        mismatch = {name: ps for name, ps in parts.items() if "mismatch" in name}
+        return found | {f"{name}_max": max(p[2] for p in ps) for name, ps in mismatch.items()}
 
 
 class Tracker:
@@ -238,7 +249,7 @@ class Tracker:
     def curve(self, path: str | os.PathLike[str]) -> None:
         """Draws reward_mean and every eval/ column over the steps, one panel each, as PNG."""
         if self.main:
-            from diffalign.drawing.curves import draw_curves  # imports matplotlib
+            from ..drawing.curves import draw_curves  # imports matplotlib
 
             save_png(draw_curves(self.rows), path)
 

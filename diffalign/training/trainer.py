@@ -195,7 +195,7 @@ class Trainer:
         """Encode the prompts and evaluate the base model; of a run that has nothing left to do,
         what it trained too. Returns the evaluations before and after."""
         if self.config.model.free_text_encoders:
-            self._encode_all()
+            self.encode_prompts()
             self.policy.free_text_encoders()
         # at the start the network is the base, and a reference may cost a second one
         with self.policy.reference() if self.epoch else nullcontext():
@@ -210,7 +210,7 @@ class Trainer:
                 after = self.evaluate(f"epoch {self.epoch}")
         return before, after
 
-    def _encode_all(self) -> None:
+    def encode_prompts(self) -> None:
         """Encode every text that this process will ask for, of training and evaluation."""
         epochs = range(self.epoch, self.config.train.epochs)
         ids = self.sampler.seen(epochs, self.rank, self.world)
@@ -229,7 +229,7 @@ class Trainer:
         else:
             metrics, meter, pictures = self._from_gradients(epoch, data)
         metrics |= self._teach(pictures) | constrain(self.reward, metrics)
-        metrics |= Meter.combined(gather_object([meter])).means()
+        metrics |= Meter.means(gather_object([meter.totals()]))
         metrics |= self.algorithm.end_epoch(metrics)
         for name, decay in self.copies.items():
             self.optimizer.follow(name, decay(self.optimizer.updates))
