@@ -51,8 +51,16 @@ class ModelConfig(Section):
     merge_lora: str | None = None
     """folder or hub id of a LoRA merged into the denoiser first: a Turbo, LCM or style LoRA"""
     dtype: Dtype = "float32"
-    """dtype of the denoiser and the text encoders; float16 uses loss scaling; trained weights, SDE
-    maths and VAE stay in float32"""
+    """dtype of the denoiser and the text encoders; float16 uses loss scaling; trained weights and
+    SDE maths stay in float32"""
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    """dtype that the VAE decodes in; in float16 some overflow"""
+    attention: Literal["auto", "sdpa", "math", "flash", "efficient", "cudnn", "xformers"] = "auto"
+    """attention kernel: auto | sdpa (torch's choice) | math (matrix products spelled out) | flash,
+    efficient, cudnn (torch's of that name) | xformers; auto is sdpa, but math on CPUs in half
+    precision"""
+    compile: bool = False
+    """have torch compile the denoiser at its first calls: minutes once, then faster calls"""
     resolution: int | None = None
     """side of the pictures in pixels; null = the model's own"""
     lora_rank: Natural = 8

@@ -10,6 +10,7 @@ import torch
 
 from ..config import ModelConfig
 from ..dynamics import Levels
+from .acceleration import check as check_acceleration
 from .base import Policy
 from .cond import Cond
 from .configs import pixels_per_latent, read_config, text_options
@@ -24,6 +25,7 @@ __all__ = [
     "Cond",
     "Policy",
     "check",
+    "check_acceleration",
     "check_lora",
     "check_tiny_vae",
     "family",
@@ -111,26 +113,32 @@ def load(
     resolution: int | None = None,
     train_all: bool = False,
     merge_lora: str | None = None,
+    attention: str = "auto",
+    compile: bool = False,
+    vae_dtype: str = "float32",
 ) -> Policy:
     """The policy of a local pipeline folder or a hub id such as "org/model".
 
     dtype: of the frozen network and the text encoders; float32, bfloat16 or float16. train_all:
     every weight of the denoiser trains; these weights are then float32 and run in dtype.
-    merge_lora: a LoRA that is merged into the model first. Raises what `family` raises.
+    merge_lora: a LoRA that is merged into the model first. attention and compile: see
+    `acceleration.accelerate`. vae_dtype: that the VAE decodes in. Raises what `family` raises, and
+    ConfigError for an attention kernel that cannot run.
     """
+    check_acceleration(attention, compile)
     from . import loading  # imports diffusers: seconds that a refusal need not wait for
 
     kind = family(name)
     peek(name, 1, resolution)  # refuses a bad model or size before any weights are read
     half, size = getattr(torch, dtype), resolution or resolve(name).resolution
-    # in half precision some VAEs overflow
-    dtypes = {"default": half, "vae": torch.float32}
+    dtypes = {"default": half, "vae": getattr(torch, vae_dtype)}
     if train_all:
         dtypes[kind.denoiser] = torch.float32
     policy = kind(pipeline(name, merge_lora, torch_dtype=dtypes), device, half, size)
     policy.read_base = partial(loading.denoiser, name, merge_lora, kind.denoiser)
     if train_all:
         policy.network.requires_grad_(True)
+    policy.accelerate(attention, compile)
     return policy
 
 
@@ -159,7 +167,10 @@ def prepared(model: ModelConfig, seed: int, device: torch.device | str = "cpu") 
     """The policy of a config's section `model`, ready to train either a LoRA, which the seed
     initializes, or all weights of the denoiser."""
     m = model
-    policy = load(m.name, device, m.dtype, m.resolution, not m.lora_rank, m.merge_lora)
+    policy = load(
+        m.name, device, m.dtype, m.resolution, not m.lora_rank, m.merge_lora, m.attention,
+        m.compile, m.vae_dtype,
+    )  # fmt: skip
     if m.lora_rank:
         policy.add_lora(m.lora_rank, m.lora_alpha, m.lora_targets, seed)
     if m.tiny_vae is not None:

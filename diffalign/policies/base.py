@@ -6,23 +6,23 @@ here: classifier-free guidance, prompt cache, decoding, trained weights and thei
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..dynamics import PREDICTIONS, Levels, Prediction, native_target
-from . import lora
+from .acceleration import accelerate
 from .cond import Cond
 from .configs import read_config
+from .weights import TrainedWeights
 
 
-class Policy(ABC):
+class Policy(TrainedWeights, ABC):
     """A text-to-image pipeline as a policy: what algorithms may ask of a model.
 
     Latents are float32 (n, *latent_shape); pictures are (n, 3, H, W) in [0, 1]. Frozen weights run
@@ -31,8 +31,7 @@ class Policy(ABC):
     resolution: side of the pictures in pixels, None = the model's own.
     """
 
-    denoiser: ClassVar[str] = "transformer"  # its name in the pipeline: unet | transformer
-    lora_targets: ClassVar[tuple[str, ...]]  # layers that get a LoRA where the config names none
+    repeated: ClassVar[tuple[str, ...]] = ()  # classes of the blocks to compile; () = the whole
     uses_cfg: ClassVar[bool] = True  # False: guidance is an input of the network, or there is none
     max_sequence_length: int | None = None  # T5 tokens per prompt; None = the pipeline's default
     zero_negative = False  # an empty negative prompt is zeros instead of the embedding of ""
@@ -45,15 +44,17 @@ class Policy(ABC):
         dtype: torch.dtype,
         resolution: int | None = None,
     ):
-        self.pipe: Any = pipe.to(device)
+        self.pipe = pipe.to(device)
         self.device = torch.device(device)
         self.dtype = dtype
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
-        self.network: Any = getattr(pipe, self.denoiser)  # with the adapters on it
+        self.network = getattr(pipe, self.denoiser)  # with the adapters on it
         self.vae: Any = pipe.vae
         self.tiny_vae: Any = None
+        for part in (self.network, self.vae):  # convolutions are faster in this order of memory
+            part.to(memory_format=torch.channels_last)
         scheduler = pipe.scheduler
         config = {**scheduler.config, "_class_name": type(scheduler).__name__}
         self.schedule_config = self.scheduler_config(type(pipe).__name__, config)
@@ -62,11 +63,12 @@ class Policy(ABC):
         self.decode_batch = 16
         self.calls = 0  # samples through the denoiser so far, both branches of CFG counted
         self._prompts: dict[str, dict[str, Tensor]] = {}
-        self.read_base: Callable[[], Any] = self._read_base  # the denoiser before any training
-        self._copies: dict[str, Any] = {}  # of a wholly trained network: "base", "old", ...
+        self.read_base = self._read_base
+        self.accelerated = lambda network: None
+        self._copies = {}
         self.setup()
 
-    def setup(self) -> None:  # noqa: B027  (most need nothing)
+    def setup(self) -> None:
         """Set what else a family needs; called once, at the end of `__init__`."""
 
     @classmethod
@@ -269,118 +271,14 @@ class Policy(ABC):
         from .loading import tiny_vae
 
         vae = tiny_vae(name)
-        self.tiny_vae = vae.to(self.device).requires_grad_(False).eval()
+        vae = vae.to(self.device, memory_format=torch.channels_last)
+        self.tiny_vae = vae.requires_grad_(False).eval()
 
-    def add_lora(
-        self,
-        rank: int,
-        alpha: float | None = None,
-        targets: Sequence[str] | None = None,
-        seed: int = 0,
-        name: str = "default",
-    ) -> None:
-        """Add a LoRA to be trained, see `lora.add`; targets None = the family's `lora_targets`."""
-        lora.add(self.network, rank, alpha, targets or self.lora_targets, seed, name)
-
-    @property
-    def is_lora(self) -> bool:
-        return bool(getattr(self.network, "peft_config", None))
-
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """The float32 weights that train, in a fixed order."""
-        return [p for p in self.network.parameters() if p.requires_grad]
-
-    def state_dict(self, name: str = "default") -> dict[str, Tensor]:
-        """The trained weights, or their copy `name`, on the CPU: A and B of a LoRA, or the whole
-        denoiser."""
-        if self.is_lora:
-            return lora.state_dict(self.network, name)
-        network = self.network if name == "default" else self._copies[name]
-        return {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
-
-    def load_state_dict(self, state: dict[str, Tensor], name: str = "default") -> None:
-        if self.is_lora:
-            lora.load_state_dict(self.network, state, name)
-        else:
-            network = self.network if name == "default" else self._copies[name]
-            network.load_state_dict(state)
-
-    def add_copy(self, name: str) -> None:
-        """Keep a frozen copy of the trained weights, as they are now, for `adapter(name)`.
-
-        The copy of a LoRA is small; that of a wholly trained network is as large as the network.
-        """
-        if self.is_lora:
-            config = self.network.peft_config["default"]
-            targets = sorted(config.target_modules)
-            lora.add(self.network, config.r, config.lora_alpha, targets, 0, name)
-            lora.load_state_dict(self.network, lora.state_dict(self.network), name)
-        else:
-            self._copies[name] = copy.deepcopy(self.network).requires_grad_(False)
-
-    def weights(self, name: str = "default") -> list[nn.Parameter]:
-        """The trained weights, or their copy `name`, in the order of `trainable_parameters`."""
-        if self.is_lora:
-            return [p for n, p in self.network.named_parameters() if f".{name}." in n]
-        return list((self.network if name == "default" else self._copies[name]).parameters())
-
-    @contextmanager
-    def reference(self) -> Iterator[None]:
-        """Run the base model: the LoRA is off, or the base of a wholly trained network is read
-        again.
-
-        A base that was read is a second denoiser in memory until `forget("base")`.
-        """
-        if self.is_lora:
-            with lora.disabled(self.network):
-                yield
-            return
-        if "base" not in self._copies:
-            base = self.read_base()
-            self._copies["base"] = base.to(self.network.device).requires_grad_(False).eval()
-        with self._instead(self._copies["base"]):
-            yield
-
-    def _read_base(self) -> Any:
-        return type(self.network).from_pretrained(
-            self.pipe.config._name_or_path, subfolder=self.denoiser
+    def accelerate(self, attention: str, compile: bool) -> None:
+        """Make the calls of the denoiser cheap, see `acceleration.accelerate`; for its copies
+        too."""
+        device = self.device.type
+        self.accelerated = partial(
+            accelerate, attention, compile, self.repeated, device=device, dtype=self.dtype
         )
-
-    @contextmanager
-    def adapter(self, name: str) -> Iterator[None]:
-        """Run the copy `name`, e.g. "old" or "ema", in place of the trained weights."""
-        if self.is_lora:
-            with lora.active(self.network, name):
-                yield
-        else:
-            with self._instead(self._copies[name]):
-                yield
-
-    @contextmanager
-    def _instead(self, network: Any) -> Iterator[None]:
-        # swaps the module, not the weights in it, so that graphs made inside stay valid
-        trained, self.network = self.network, network
-        try:
-            yield
-        finally:
-            self.network = trained
-
-    def forget(self, name: str) -> None:
-        """Free the copy `name` of a wholly trained network, if there is one."""
-        self._copies.pop(name, None)
-
-    def save(self, folder: Path, name: str = "default") -> Path:
-        """Write the trained weights, or their copy `name`, for diffusers; returns the path of the
-        file or folder.
-
-        A LoRA becomes the file that `pipe.load_lora_weights(folder)` reads; for a UNet there is a
-        second file in kohya's format (`export.kohya`) for other programs. A wholly trained denoiser
-        becomes a folder for `from_pretrained(folder, subfolder=self.denoiser)`.
-        """
-        from . import export
-
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.is_lora:
-            return export.save_lora(self.pipe, self.denoiser, self.network, name, folder)
-        network = self.network if name == "default" else self._copies[name]
-        return export.save_network(network, self.denoiser, folder)
+        self.accelerated(self.network)

@@ -27,6 +27,7 @@ class FluxPolicy(FlowPolicy):
     """
 
     uses_cfg = False
+    repeated = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",

@@ -102,6 +102,36 @@ def disabled(network: Any) -> Iterator[None]:
 
 
 @contextmanager
+def merged(network: Any) -> Iterator[None]:
+    """Run without gradient on W + ΔW of the active adapter, in place of W x + ΔW x: cheaper calls.
+    Inside `disabled` there is nothing to merge.
+
+    ΔW is rounded to the dtype of W, which is put back bit for bit. Needs memory for a second copy
+    of the layers that have a LoRA.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    if all(m.disable_adapters for m in layers):
+        yield
+        return
+    kept = []
+    for module in layers:
+        layer: Any = module.get_base_layer()
+        kept.append((layer, layer.weight.data))
+        with torch.no_grad():
+            for name in module.active_adapters:
+                change = module.get_delta_weight(name)  # type: ignore[operator]
+                layer.weight.data = layer.weight.data + change.to(layer.weight.dtype)
+    try:
+        with torch.no_grad(), disabled(network):
+            yield
+    finally:
+        for layer, weight in kept:
+            layer.weight.data = weight
+
+
+@contextmanager
 def active(network: Any, name: str) -> Iterator[None]:
     # set_adapter also moves requires_grad to the adapter it turns on; put both back afterwards
     before = network.active_adapters()

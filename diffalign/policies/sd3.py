@@ -20,6 +20,7 @@ class SD3Policy(FlowPolicy):
     Skip-layer guidance (SD3.5-medium) and IP-adapters are not supported.
     """
 
+    repeated = ("JointTransformerBlock",)
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",

@@ -33,9 +33,10 @@ def check_updates(config: TrainConfig, algorithm: Algorithm) -> None:
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Trackers and optimizers that are not installed."""
+    """Trackers, optimizers, attention kernels and compilers that are not installed."""
     check_trackers(config.log.trackers)
     check_optimizer(config.train.optimizer)
+    policies.check_acceleration(config.model.attention, config.model.compile)
 
 
 def check_model(config: TrainConfig) -> None:

@@ -99,7 +99,8 @@ class Evaluation:
             batch = [self.prompts[i] for i, _ in chunk]
             cond = self.policy.encode([p.text for p in batch])
             seeds = [sample_seed(c.train.seed, "eval", i, j) for i, j in chunk]
-            paths = rollout(self.policy, cond, self.sampling, seeds, batch=c.sampler.batch)
+            with self.policy.merged():
+                paths = rollout(self.policy, cond, self.sampling, seeds, batch=c.sampler.batch)
             pictures = self.policy.decode(paths.final)
             total, parts = self.reward.score(pictures, *for_rewards(batch), held_out=True)
             if self.judge is not None:
@@ -109,8 +110,9 @@ class Evaluation:
                 kl = same if label == "base" else self._distance(x, half, cond)
                 parts = parts | {"kl": kl}
             small = thumbnails(pictures)
+            values = {k: v.tolist() for k, v in {"reward": total, **parts}.items()}
             for row, (i, j) in enumerate(chunk):
-                scores = {k: v[row].item() for k, v in {"reward": total, **parts}.items()}
+                scores = {k: v[row] for k, v in values.items()}
                 rows.append((i, j, scores, small[row]))
                 if j == 0:
                     kept[i] = fitted(pictures[row], len(self.prompts))
@@ -158,7 +160,8 @@ class Evaluation:
             chunk = rows[start : start + size]
             cond = policy.encode([text for text, _ in chunk])
             own = [seed for _, seed in chunk]
-            paths = rollout(policy, cond, how, own, batch=size, store=False)
+            with policy.merged():
+                paths = rollout(policy, cond, how, own, batch=size, store=False)
             drawn += [grids.to_pil(picture) for picture in policy.decode(paths.final)]
         if read:
             policy.free_text_encoders()
