@@ -190,7 +190,8 @@ class Policy(TrainedWeights, ABC):
             return Cond(positive, {})
         if zeros:
             return Cond(positive, {k: torch.zeros_like(v) for k, v in positive.items()})
-        return Cond(positive, rows([negative] * len(prompts)))
+        one = rows([negative])  # shown for all
+        return Cond(positive, {k: v.expand(len(prompts), *v.shape[1:]) for k, v in one.items()})
 
     def knows(self, prompts: Sequence[str]) -> bool:
         """Whether `encode` can do without text encoders for these prompts."""

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,7 @@ def add(
             parameter.data = parameter.data.float()
     # add_adapter turns the new adapter on; a second one must stay off until it is asked for
     network.set_adapter(before)
+    _KNOWN.pop(network, None)
 
 
 def state_dict(network: nn.Module, name: str = "default") -> dict[str, Tensor]:
@@ -94,11 +96,8 @@ def exported(network: Any, name: str = "default") -> dict[str, Tensor]:
 
 @contextmanager
 def disabled(network: Any) -> Iterator[None]:
-    network.disable_adapters()
-    try:
+    with _switched(network, "_disable_adapters", True):
         yield
-    finally:
-        network.enable_adapters()
 
 
 @contextmanager
@@ -109,9 +108,7 @@ def merged(network: Any) -> Iterator[None]:
     ΔW is rounded to the dtype of W, which is put back bit for bit. Needs memory for a second copy
     of the layers that have a LoRA.
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    layers = _layers(network)
     if all(m.disable_adapters for m in layers):
         yield
         return
@@ -133,20 +130,40 @@ def merged(network: Any) -> Iterator[None]:
 
 @contextmanager
 def active(network: Any, name: str) -> Iterator[None]:
-    # set_adapter also moves requires_grad to the adapter it turns on; put both back afterwards
-    before = network.active_adapters()
-    network.set_adapter(name)
+    """Run the adapter `name`, which keeps its `requires_grad`: copies are frozen."""
+    with _switched(network, "_active_adapter", [name]):
+        yield
+
+
+@contextmanager
+def _switched(network: nn.Module, attribute: str, value: Any) -> Iterator[None]:
+    """Set what peft's own switches set in every layer. Those also visit each weight to turn its
+    gradient on or off, which takes milliseconds, several times in a micro-batch."""
+    layers = _layers(network)
+    before = [getattr(layer, attribute) for layer in layers]
+    for layer in layers:
+        setattr(layer, attribute, value)
     try:
         yield
     finally:
-        network.set_adapter(before)
+        for layer, kept in zip(layers, before, strict=True):
+            setattr(layer, attribute, kept)
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+
+def _layers(network: nn.Module) -> list[Any]:
+    """The layers with adapters, found once: a large model has thousands of modules."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if network not in _KNOWN:
+        _KNOWN[network] = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
+    return _KNOWN[network]
 
 
 def set_scale(network: nn.Module, scale: float) -> None:
     """Weaken or strengthen the adapter: W + scale ΔW. The product B A is scaled, not each
     factor."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    for module in network.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.set_scale("default", scale)  # type: ignore[operator]
+    for layer in _layers(network):
+        layer.set_scale("default", scale)

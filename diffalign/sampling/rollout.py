@@ -132,7 +132,10 @@ class Noise:
     def draw(self, rows: Sequence[int] | None = None) -> Tensor:
         """The next (n, *shape) draw of all samples or of `rows`, float32."""
         chosen = self.generators if rows is None else [self.generators[i] for i in rows]
-        return torch.stack([torch.randn(self.shape, generator=g) for g in chosen]).to(self.device)
+        noise = torch.stack([torch.randn(self.shape, generator=g) for g in chosen])
+        if torch.cuda.is_available():  # a copy from pinned memory does not wait for the device
+            return noise.pin_memory().to(self.device, non_blocking=True)
+        return noise.to(self.device)
 
 
 @dataclass(frozen=True)
@@ -229,25 +232,30 @@ def _chunk(policy: Policy, sampling: Sampling, wanted: _Wanted) -> Trajectories:
     states[:, 0] = x  # the only state if no step is stored
     means = x.new_zeros(n, kept, *x.shape[1:]) if wanted.means else None
     log_prob = x.new_zeros(n, kept)
+    start = window.start.tolist()
     for i in range(wanted.end):
         level, following = sampling.levels[i], sampling.levels[i + 1]
-        rows, copies = _distinct(initial, (window.start >= i).tolist(), device)
+        rows, copies = _distinct(initial, [s >= i for s in start], device)
         seen = policy.predict(x[rows], level, wanted.cond[rows], sampling.guidance)
-        mean = x_next = ode(x[rows], seen, level, following).mean[copies]
-        inside = ((window.start <= i) & (i < window.start + window.length)).nonzero()[:, 0]
-        k, inside = i - window.start[inside].to(device), inside.to(device)
-        if sampling.stochastic[i] and len(inside):
+        inside = [j for j, s in enumerate(start) if s <= i < s + window.length]
+        drawn, where, k = sampling.stochastic[i] and bool(inside), slice(None), i - start[0]
+        if len(inside) < n or len(set(start)) > 1:  # in most runs nothing is looked up
+            where = torch.tensor(inside, dtype=torch.long, device=device)
+            k = i - window.start.to(device)[where]
+        mean = x_next = x
+        if not drawn or len(inside) < n:
+            mean = x_next = ode(x[rows], seen, level, following).mean[copies]
+        if drawn:
             chance = KERNELS[sampling.kernel](x[rows], seen, level, following, sampling.eta)
-            step = Gaussian(chance.mean[copies][inside], chance.std)
-            drawn = step.sample(noise.draw(inside.tolist()))
-            mean = mean.index_copy(0, inside, step.mean)
-            x_next = x_next.index_copy(0, inside, drawn)
+            step = Gaussian(chance.mean[copies][where], chance.std)
+            sample = step.sample(noise.draw(inside))
+            mean, x_next = _put(mean, where, step.mean), _put(x_next, where, sample)
             if wanted.store:
-                log_prob[inside, k] = step.log_prob(drawn)
+                log_prob[where, k] = step.log_prob(sample)
         if wanted.store:
-            states[inside, k], states[inside, k + 1] = x[inside], x_next[inside]
+            states[where, k], states[where, k + 1] = x[where], x_next[where]
         if means is not None and wanted.store:
-            means[inside, k] = mean[inside]
+            means[where, k] = mean[where]
         x = x_next
     if wanted.finish and wanted.end < sampling.steps:
         x = _finish(policy, sampling, x, wanted)
@@ -255,6 +263,11 @@ def _chunk(policy: Policy, sampling: Sampling, wanted: _Wanted) -> Trajectories:
 
 
 Rows = slice | Tensor
+
+
+def _put(x: Tensor, rows: Rows, values: Tensor) -> Tensor:
+    """x (n, *latent) with other `values` in some rows, or in all."""
+    return values if isinstance(rows, slice) else x.index_copy(0, rows, values)
 
 
 def _distinct(

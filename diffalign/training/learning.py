@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import cast
 
 import torch
@@ -111,11 +112,13 @@ class Learner:
         self, data: Rollout, credit: Credit, mine: Tensor, on_policy: bool
     ) -> Iterator[Batch]:
         paths, device = data.paths, self.policy.device
-        steps = torch.arange(paths.log_prob.shape[1])
-        samples, index = (m.flatten() for m in torch.meshgrid(mine, steps, indexing="ij"))
+        steps, start = torch.arange(paths.log_prob.shape[1]), paths.start.to(device)
+        # once an update: a copy to the device in every micro-batch would wait for it
+        pairs = torch.meshgrid(mine, steps, indexing="ij")
+        samples, index = (m.flatten().to(device) for m in pairs)
         for pick in chunks(len(samples), self.config.train.micro_batch):
             i, k = samples[pick], index[pick]
-            step = (paths.start[i] + k).to(device)
+            step = start[i] + k
             yield Transitions(
                 sampling=self.sampling,
                 cond=data.cond[i],
@@ -143,7 +146,7 @@ class Learner:
             offsets = torch.tensor([s / 2**63 for s in seeds])
             level = matcher.levels(self.policy, self.sampling, offsets)
             noise = Noise(seeds, (times, *shape), self.policy.device).draw().flatten(0, 1)
-            i = i.repeat_interleave(times)
+            i = i.to(self.policy.device).repeat_interleave(times)
             x0 = data.paths.final[i]
             yield Matches(
                 sampling=self.sampling,
@@ -197,7 +200,8 @@ class Learner:
                     if self.reward.learns:
                         pictures += zip(images.detach().cpu(), batch, strict=True)
                     pixels, total, parts = self._pixel_gradient(images, batch)
-                    self._look_for_blame(pixels, batch)
+                    finite = pixels.isfinite().flatten(1).all(1)
+                    self.optimizer.suspects.append(partial(self._blame, finite, batch))
                     (grad,) = torch.autograd.grad(images, x0, pixels * share)
                     grad = self.optimizer.scaler.scale(grad)  # the sweep is linear in it
                     penalty = self._penalty(cond, share / len(plan.active), meter)
@@ -248,16 +252,16 @@ class Learner:
         merged = merge(torch.stack(each, 1), total.new_tensor(list(weights.values())), how)
         return merged * slope.view(-1, 1, 1, 1), total, parts
 
-    def _look_for_blame(self, pixels: Tensor, batch: Sequence[Prompt]) -> None:
-        """Note a reward's gradient (n, 3, H, W) that is not finite, for the message of the step
-        that it spoils."""
-        bad = (~pixels.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
-        if bad:
-            names = " or ".join(repr(k) for k, w in self.reward.weights.items() if w != 0)
-            self.optimizer.blame = (
-                f"the gradient of the reward {names} to the pixels is NaN or infinite for the "
-                f"prompt {batch[bad[0]].text!r}"
-            )
+    def _blame(self, finite: Tensor, batch: Sequence[Prompt]) -> str | None:
+        """What to say where the rewards' gradients to the pictures of a batch are not all `finite`
+        (n,). Read when a step is given up: to look at once would wait for the device."""
+        if finite.all():
+            return None
+        names = " or ".join(repr(k) for k, w in self.reward.weights.items() if w != 0)
+        return (
+            f"the gradient of the reward {names} to the pixels is NaN or infinite for the prompt "
+            f"{batch[finite.tolist().index(False)].text!r}"
+        )
 
     def _penalty(
         self, cond: Cond, share: float, meter: Meter

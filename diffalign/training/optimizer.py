@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -72,7 +72,8 @@ class Optimizer:
         self.updates, self.lr = 0, config.lr  # steps made, and the rate of the last one
         self.skipped = self.made = 0  # steps of this session
         self.dtype = dtype
-        self.blame: str | None = None  # what is known to have made the gradient infinite
+        # asked, if steps must be skipped, what made the gradient infinite; None = not this
+        self.suspects: list[Callable[[], str | None]] = []
         self._hopeless = 0  # skipped steps in a row that no smaller loss scale could have saved
         if config.ema:
             policy.add_copy("ema")
@@ -80,8 +81,8 @@ class Optimizer:
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()
 
-    def step(self) -> float:
-        """One step from the accumulated gradients; returns their norm before clipping.
+    def step(self) -> Tensor:
+        """One step from the accumulated gradients; returns their norm before clipping, a scalar.
 
         Where the norm is NaN or infinite no weight, average or optimizer state changes, on any
         process: it is taken after the sum over all of them. Raises NotFinite after five such steps
@@ -110,17 +111,18 @@ class Optimizer:
         self.scaler.unscale_(self.adamw)
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
         extra = torch.nn.utils.clip_grad_norm_(self.extra, self.config.max_grad_norm)
-        finite = bool(norm.isfinite() and extra.isfinite())
+        finite = bool((norm + extra).isfinite())  # waits for the device once
         if finite:
             self.scaler.step(self.adamw)
         self.scaler.update()  # in float16 a smaller scale, where a gradient has overflown
         self.adamw.zero_grad()
         self._made() if finite else self._skip()
-        return norm.item()
+        return norm
 
     def _made(self) -> None:
         self.updates += 1
-        self.made, self._hopeless, self.blame = self.made + 1, 0, None
+        self.made, self._hopeless = self.made + 1, 0
+        self.suspects.clear()
         if not torch.nn.utils.get_total_norm(self.parameters).isfinite():
             raise NotFinite(
                 f"the weights are not finite after an update with train.lr={self.lr:g} "
@@ -143,7 +145,8 @@ class Optimizer:
 
     def _stuck(self, skipped: str) -> NotFinite:
         scale = self.scaler.get_scale()
-        return unusable_gradient(skipped, self.blame, self.config.lr, self.dtype, scale)
+        blame = next((found for ask in self.suspects if (found := ask())), None)
+        return unusable_gradient(skipped, blame, self.config.lr, self.dtype, scale)
 
     @torch.no_grad()
     def follow(self, name: str, decay: float) -> None:
