@@ -90,7 +90,7 @@ def table(rounds: Sequence[Round]) -> str:
     kinds = sorted({k for r in rounds for k in r.bare}, key=lambda k: PHASES.index(k.phase))
     for kind in kinds:
         seconds = _median(r.bare.get(kind) for r in rounds)
-        name = f"{kind.part}, {WHAT[kind.gradient]}" + (", base model" if kind.base else "")
+        name = f"{kind.part}, {WHAT[kind.gradient]}" + (", without LoRA" if kind.base else "")
         share = f"{seconds / epoch:>13.0%}" if kind.phase in TRAINING else ""
         lines.append(f"{kind.phase:<11}{name:<38}{kind.rows:>5}{seconds:>9.3g}{share}")
     lines += ["", f"{'':<11}{'in the loop':<43}{'seconds':>9}{'of an epoch':>13}   over the calls"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from rewards import RewardError
@@ -246,14 +247,18 @@ def _copies(trainer: Trainer) -> list[str]:
 def _infinite(state: Mapping[str, Any]) -> list[str]:
     """The parts of a run's state whose tensors hold NaN or inf: weights, copies, optimizer."""
 
-    def finite(value: Any) -> bool:
+    def tensors(value: Any) -> Iterator[Tensor]:
         if isinstance(value, Mapping):
-            return all(map(finite, value.values()))
+            value = list(value.values())
         if isinstance(value, (list, tuple)):
-            return all(map(finite, value))
-        # 8-bit states are integers
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return not floating or bool(value.isfinite().all())
+            for part in value:
+                yield from tensors(part)
+        elif isinstance(value, Tensor) and value.is_floating_point():  # 8-bit states are integers
+            yield value
+
+    def finite(value: Any) -> bool:
+        # one wait for the device, not one for every tensor
+        return bool(torch.nn.utils.get_total_norm([t.float() for t in tensors(value)]).isfinite())
 
     parts = {"weights": "adapter", "averages": "copies", "optimizer": "optimisation"}
     return [name for name, key in parts.items() if not finite(state.get(key))]
