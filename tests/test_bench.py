@@ -31,7 +31,8 @@ def test_every_call_is_counted_and_made_again(make, algorithm):
     carried = sum(n for (_, gradient, _), n in denoiser.items() if gradient)
     assert carried > 0
     # the anchor needs the base model's output wherever there is gradient
-    assert sum(n for (_, _, base), n in denoiser.items() if base) == carried
+    updates = (k for k in recorder.counts if k.phase == "update" and k.part == "denoiser")
+    assert sum(recorder.counts[k] * k.rows for k in updates if k.base) == carried
     assert recorder.seconds.keys() == {"rollout", "update"}
     assert {kind.phase for kind in recorder.counts} <= {"rollout", "update"}
 

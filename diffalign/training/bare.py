@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 class Kind(NamedTuple):
     """What the cost of a call depends on. rows: samples. gradient: "" (none), "weights" (a backward
-    pass to the trained weights) or "input" (to the latents, or pixels, too). base: by the base
-    model, without what was trained. part: denoiser, decoder or reward."""
+    pass to the trained weights) or "input" (to the latents, or pixels, too). base: without a LoRA,
+    by the base model or with the LoRA merged. part: denoiser, decoder or reward."""
 
     phase: str
     part: str

@@ -99,8 +99,7 @@ class Evaluation:
             batch = [self.prompts[i] for i, _ in chunk]
             cond = self.policy.encode([p.text for p in batch])
             seeds = [sample_seed(c.train.seed, "eval", i, j) for i, j in chunk]
-            with self.policy.merged():
-                paths = rollout(self.policy, cond, self.sampling, seeds, batch=c.sampler.batch)
+            paths = rollout(self.policy, cond, self.sampling, seeds, batch=c.sampler.batch)
             pictures = self.policy.decode(paths.final)
             total, parts = self.reward.score(pictures, *for_rewards(batch), held_out=True)
             if self.judge is not None:
@@ -160,8 +159,7 @@ class Evaluation:
             chunk = rows[start : start + size]
             cond = policy.encode([text for text, _ in chunk])
             own = [seed for _, seed in chunk]
-            with policy.merged():
-                paths = rollout(policy, cond, how, own, batch=size, store=False)
+            paths = rollout(policy, cond, how, own, batch=size, store=False)
             drawn += [grids.to_pil(picture) for picture in policy.decode(paths.final)]
         if read:
             policy.free_text_encoders()

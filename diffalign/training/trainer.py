@@ -263,8 +263,6 @@ class Trainer:
         with (
             Scorer(self.policy, self.reward, batch, c.data.group_size) as scorer,
             self.policy.adapter(drawn_by) if drawn_by else nullcontext(),
-            # a ratio of probabilities needs the very numbers that its denominator was drawn by
-            self.policy.merged() if needs is Needs.FINAL else nullcontext(),
         ):
             paths = rollout(
                 self.policy,
