@@ -1,11 +1,12 @@
-"""The time and memory of a run, against TRL 0.23.1, the last release with DDPO and AlignProp.
+r"""The time and memory of a run, against TRL 0.23.1, the last release with DDPO and AlignProp.
 
 Both train a LoRA of rank 4 on the attention of emoji-sd, with the same prompts, steps, batches,
 guidance, reward function, optimizer and number of threads. Runs alternate, each in a process of its
 own: the ratios are those of neighbours. Time is that of an epoch, without set-up, evaluation and
 saving, after epochs to warm up. Memory is the peak of the process (its largest resident set).
 
-    pip install --no-deps --target ~/trl trl==0.23.1 datasets multiprocess dill xxhash pyarrow pandas
+    pip install --no-deps --target ~/trl trl==0.23.1 datasets multiprocess dill xxhash pyarrow \
+        pandas
     OMP_NUM_THREADS=1 python benchmarks/against_trl.py --trl ~/trl            # 30 minutes; resumes
     OMP_NUM_THREADS=1 python benchmarks/against_trl.py --trl ~/trl --curve    # 25 minutes
 
@@ -129,9 +130,7 @@ def run(trl: str, job: dict[str, Any]) -> dict[str, Any]:
         job |= {"folder": folder}
         model = shutil.copytree(ROOT / "assets/emoji-sd", Path(folder) / "model")
         config = model / "scheduler/scheduler_config.json"
-        config.write_text(
-            json.dumps(json.loads(config.read_text()) | {"set_alpha_to_one": False})
-        )
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"set_alpha_to_one": False}))
         (Path(folder) / "prompts.txt").write_text("\n".join(PROMPTS))
         path = [str(ROOT), str(ROOT / "benchmarks"), os.path.expanduser(trl)]
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "HF_HUB_OFFLINE": "1"}
@@ -167,7 +166,6 @@ def child(job: dict[str, Any]) -> None:
 def config(job: dict[str, Any]) -> Any:
     """The config of our run."""
     from diffalign.config import TrainConfig
-    from diffalign.config.reading import override
 
     plain = json.loads(json.dumps(DDPO if job["what"] == "ddpo" else ALIGNPROP))
     plain["model"]["name"] = f"{job['folder']}/model"

@@ -72,10 +72,11 @@ def measure(plan: Plan) -> Measured:
 
     c, device = plan.config, default_device()
     policy = policies.prepared(c.model, c.train.seed, device)
-    level = policy.levels(c.sampler.steps)[c.sampler.steps // 2]
+    middle = c.sampler.steps // 2
+    level = policy.levels(c.sampler.steps)[middle]
     share = max(1, plan.samples // plan.processes)
-    guidance = c.sampler.guidance
-    branches = 2 if plan.uses_cfg and guidance > 1 else 1
+    branches = plan.branches[middle]
+    guidance = c.sampler.guidance if branches > 1 or not policy.uses_cfg else 1.0
     text = plan.train_prompts[0].text
     policy.encode([text])
     if c.model.free_text_encoders:

@@ -22,9 +22,12 @@ from . import decoding
 from .decoding import (
     Bounds,
     ConfigError,
+    Count,
     Limit,
     Natural,
+    Positive,
     Section,
+    Share,
     Weight,
     bounds_of,
     choices_of,
@@ -88,6 +91,18 @@ class SamplerConfig(Section):
     """denoising steps"""
     guidance: Weight = 1.0
     """guidance scale w, also used in training; up to 1 there is no classifier-free guidance"""
+    guidance_interval: list[float] | None = None
+    """[low, high]: guide only where low < sigma/alpha <= high; null = at all noise levels"""
+    guidance_until: Share | None = None
+    """guide only in this first share of the steps; null = in all"""
+    guidance_star: bool = False
+    """scale the unconditional output first as CFG-Zero* does; for flow models"""
+    guidance_reuse: Count | None = None
+    """m: after 4 guided steps find a new direction at every m-th and reuse it at the others, which
+    are one call; not where steps are scored or differentiated"""
+    guidance_adaptive: Positive | None = None
+    """stop guiding an image once that moves its clean estimate by less than this share; not where
+    steps are scored or differentiated"""
     kernel: Literal["ddim", "ode", "flow_sde", "dance_sde", "cps"] = "ddim"
     """which noise a step adds; ode adds none"""
     eta: Weight = 1.0
@@ -189,7 +204,11 @@ class EvalConfig(Section):
     steps: int | None = None
     """denoising steps; null = sampler.steps"""
     guidance: Weight | None = None
-    """classifier-free guidance scale; null = sampler.guidance"""
+    """classifier-free guidance scale, everywhere; null = as sampler.guidance* say"""
+    guidance_reuse: Count | None = None
+    """as sampler.guidance_reuse, of evaluations; null = the sampler's"""
+    guidance_adaptive: Positive | None = None
+    """as sampler.guidance_adaptive, of evaluations; null = the sampler's"""
     rewards: dict[str, Any] = field(default_factory=dict)
     """held-out judges, never trained on; written like the section rewards"""
     guard: Literal["off", "warn", "stop"] = "warn"

@@ -95,8 +95,7 @@ class Task:
     def affordable(self, rows: Sequence[int], most: int) -> int:
         """The number of plain samples per prompt, 1 to `most`, that the budgets of all `rows`
         allow."""
-        guided = self.policy.uses_cfg and self.sampling.guidance > 1
-        each = self.sampling.steps * (2 if guided else 1)
+        each = self.sampling.steps + self.policy.uses_cfg * sum(self.sampling.guided)
         left = [self.account.left(row) for row in rows]
         allowed = [min(x["denoiser_calls"] / each, x["reward_calls"]) for x in left]
         return max(1, ceil(min(most, *allowed)))

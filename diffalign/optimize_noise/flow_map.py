@@ -72,7 +72,7 @@ def looking(task: Task, other: Policy | None, gradient: bool) -> Look:
     @torch.no_grad()
     def predicted(model, rows, x, i):
         cond = model.encode([task.prompts[j].text for j in rows])
-        return model.predict(x, sampling.levels[i], cond, sampling.guidance)
+        return sampling.predict(model, x, i, cond)
 
     def look(rows, x, i, wanted):
         model, steep = other or policy, gradient and sampling.stochastic[i]

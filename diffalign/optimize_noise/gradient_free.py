@@ -201,7 +201,7 @@ def _integrate(task: Task, rows: Sequence[int], x: Tensor, first: int, last: int
         now, cond = x[part], task.cond(rows[part])
         for i in range(first, last):
             level, following = sampling.levels[i], sampling.levels[i + 1]
-            seen = policy.predict(now, level, cond, sampling.guidance)
+            seen = sampling.predict(policy, now, i, cond)
             now = ode(now, seen, level, following).mean
         parts.append(now)
     return torch.cat(parts)
@@ -213,7 +213,7 @@ def _clean(task: Task, rows: Sequence[int], x: Tensor, i: int) -> Tensor:
     policy, sampling = task.policy, task.sampling
     return torch.cat(
         [
-            policy.predict(x[part], sampling.levels[i], task.cond(rows[part]), sampling.guidance).x0
+            sampling.predict(policy, x[part], i, task.cond(rows[part])).x0
             for part in task.batches(len(rows))
         ]
     )

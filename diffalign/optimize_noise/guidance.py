@@ -29,7 +29,7 @@ def slope(
     x = x.detach().requires_grad_(whole)
     cond = model.encode([task.prompts[j].text for j in rows])
     with torch.set_grad_enabled(whole):
-        seen = model.predict(x, sampling.levels[i], cond, sampling.guidance)
+        seen = sampling.predict(model, x, i, cond)
     _, total, _, grad = reward_gradient(task, rows, seen.x0)
     if whole:
         grad = pulled_back(seen.x0, x, grad)
@@ -119,7 +119,7 @@ def _guided(
                 else:
                     with torch.no_grad():
                         cond = task.cond(rows[part])
-                        seen = task.policy.predict(own, level, cond, sampling.guidance)
+                        seen = sampling.predict(task.policy, own, i, cond)
                 step = sampling.step(own, seen, i)
                 states.append(step.mean if z is None else step.sample(z[part]))
             x = torch.cat(states)

@@ -254,7 +254,7 @@ def denoised(task: Task) -> Look:
     @torch.no_grad()
     def look(rows, x, i, wanted):
         policy, sampling = task.policy, task.sampling
-        seen = policy.predict(x, sampling.levels[i], task.cond(rows), sampling.guidance)
+        seen = sampling.predict(policy, x, i, task.cond(rows))
         reward = task.score(policy.decode(seen.x0), rows)[0] if wanted else None
         return seen, reward, None
 

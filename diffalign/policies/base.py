@@ -19,6 +19,7 @@ from ..dynamics import PREDICTIONS, Levels, Prediction, native_target
 from .acceleration import accelerate
 from .cond import Cond
 from .configs import read_config
+from .guidance import Guidance
 from .weights import TrainedWeights
 
 
@@ -208,29 +209,45 @@ class Policy(TrainedWeights, ABC):
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def predict(self, x: Tensor, level: Levels, cond: Cond, guidance: float = 1.0) -> Prediction:
+    def predict(
+        self, x: Tensor, level: Levels, cond: Cond, guidance: float | Guidance = 1.0
+    ) -> Prediction:
         """The network's prediction for `x` (n, *latent) at `level` (one level, or one per sample).
 
-        guidance w > 1 is classifier-free guidance `u + w (c - u)` (arXiv 2207.12598) on the raw
-        output, both branches in one call; w <= 1 turns it off, as in diffusers. If `uses_cfg` is
-        False the network gets w instead. The result is float32 and carries gradient where grad is
-        enabled.
+        guidance: a scale w > 1 is classifier-free guidance `u + w (c - u)` (arXiv 2207.12598) on
+        the raw output, both branches in one call; w <= 1 turns it off, as in diffusers. A
+        `Guidance` acts at some levels, or in another form. If `uses_cfg` is False the network gets
+        w instead. The result is float32 and carries gradient where grad is enabled.
         """
-        t = level.t.to(self.device).expand(len(x)) if level.t.ndim == 0 else level.t.to(self.device)
-        guided = self.uses_cfg and guidance > 1
-        text = cond.positive
-        if guided:
-            x_in, t = torch.cat([x, x]), torch.cat([t, t])
-            text = {k: torch.cat([cond.negative[k], v]) for k, v in text.items()}
+        how = Guidance.of(guidance)
+        rows = how.rows(level, len(x)) if self.uses_cfg else None
+        if rows is None:
+            output = self.output(x, level, cond, how.scale)
         else:
-            x_in = x
-        self.calls += len(x_in)
-        with self.autocast():
-            output = self.call(x_in, t, text, guidance).float()
-        if guided:
-            unconditional, conditional = output.chunk(2)
-            output = unconditional + guidance * (conditional - unconditional)
+            u, output = self.branches(x, level, cond, rows)
+            guided = how.combine(u, output[rows])
+            output = guided if isinstance(rows, slice) else output.index_copy(0, rows, guided)
         return self.parametrize(x, output, level)
+
+    def output(self, x: Tensor, level: Levels, cond: Cond, guidance: float = 1.0) -> Tensor:
+        """The network's raw output (n, *latent) for the prompts, float32."""
+        t = level.t.to(self.device).expand(len(x))
+        self.calls += len(x)
+        with self.autocast():
+            return self.call(x, t, cond.positive, guidance).float()
+
+    def branches(
+        self, x: Tensor, level: Levels, cond: Cond, rows: slice | Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The raw outputs for the negative prompts of some `rows` (m, *latent) and for the prompts
+        of all (n, *latent), float32, in one call."""
+        t = level.t.to(self.device).expand(len(x))
+        text = {k: torch.cat([cond.negative[k][rows], v]) for k, v in cond.positive.items()}
+        x, n = torch.cat([x[rows], x]), len(x)
+        self.calls += len(x)
+        with self.autocast():
+            out = self.call(x, torch.cat([t[rows], t]), text, 1.0).float()
+        return out[:-n], out[-n:]
 
     def parametrize(self, x: Tensor, native: Tensor, level: Levels) -> Prediction:
         """The x0 and noise that the network's output `native` at x (n, *latent) implies; linear in

@@ -44,8 +44,7 @@ def reward_input(
     """The latents (n, *latent) that are decoded for the reward, from states (n, K + 1, *latent)."""
     if plan.at is None:
         return states[:, -1]
-    x, level = states[:, plan.at], sampling.levels[plan.at]
-    return policy.predict(x, level, cond, sampling.guidance).x0
+    return sampling.predict(policy, states[:, plan.at], plan.at, cond).x0
 
 
 def renoise_last(
@@ -92,7 +91,7 @@ def adjoint_sweep(
         with torch.enable_grad():
             inner = x.detach() if plan.detach else x
             if i in plan.active:
-                seen = policy.predict(inner, level, cond, sampling.guidance)
+                seen = sampling.predict(policy, inner, i, cond)
                 if plan.detach:
                     seen = policy.parametrize(x, seen.native, level)
             else:  # x̂0 and noise are affine in x, whatever the constant output

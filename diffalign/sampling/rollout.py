@@ -13,6 +13,7 @@ Gaussian and stored with the log-probability of the draw; all other steps follow
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,6 +33,8 @@ from ..dynamics import (
 )
 from ..policies.base import Policy
 from ..policies.cond import Cond
+from ..policies.guidance import Guidance
+from .guide import Guide
 
 
 def sample_seed(*parts: int | str) -> int:
@@ -43,12 +46,13 @@ def sample_seed(*parts: int | str) -> int:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How trajectories are drawn: `levels` (K + 1,), a kernel of `dynamics`, eta, CFG scale."""
+    """How trajectories are drawn: `levels` (K + 1,), a kernel of `dynamics`, eta, and guidance, a
+    scale or what `policies.guidance` makes of it."""
 
     levels: Levels
     kernel: str
     eta: float
-    guidance: float
+    guidance: float | Guidance
 
     @property
     def steps(self) -> int:
@@ -73,6 +77,19 @@ class Sampling:
         return (self.stds > 0).tolist()
 
     @cached_property
+    def guided(self) -> list[bool]:
+        """Whether classifier-free guidance acts at each of the K steps."""
+        how = Guidance.of(self.guidance)
+        return (how.inside(self.levels[:-1]) & (how.scale > 1)).tolist()
+
+    @cached_property
+    def branches(self) -> list[int]:
+        """Calls that a sample takes at each of the K steps of a model with CFG; at most, where
+        guidance adapts."""
+        again = Guidance.of(self.guidance).again
+        return [1 + (guided and again(i)) for i, guided in enumerate(self.guided)]
+
+    @cached_property
     def drawn(self) -> Tensor:
         """The stochastic steps, (S,) long on the device of the levels, so that looking them up in a
         loss waits for nothing, as a mask would."""
@@ -87,7 +104,15 @@ class Sampling:
 
     def transition(self, policy: Policy, x: Tensor, index: int | Tensor, cond: Cond) -> Gaussian:
         """p_θ(x' | x) of step `index`: an int, or one stochastic step per sample (n,)."""
-        return self.step(x, policy.predict(x, self.levels[index], cond, self.guidance), index)
+        return self.step(x, self.predict(policy, x, index, cond), index)
+
+    def predict(self, policy: Policy, x: Tensor, index: int | Tensor, cond: Cond) -> Prediction:
+        """The guided prediction for x at step `index`: an int, or one per sample (n,)."""
+        how = self.guidance
+        if isinstance(how, Guidance) and isinstance(index, int) and policy.uses_cfg:
+            # known here, where to compare levels would wait for the device
+            how = replace(how, low=0.0, high=math.inf) if self.guided[index] else 1.0
+        return policy.predict(x, self.levels[index], cond, how)
 
     def step(self, x: Tensor, seen: Prediction, index: int | Tensor) -> Gaussian:
         """The transition of step `index`, given the network's prediction `seen` for x."""
@@ -197,10 +222,11 @@ def rollout(
 
     A stored state is the very tensor that the next denoiser call saw, so scoring it again gives the
     same log-probability, but for rounding where `policy.merged` merges a LoRA: 3e-7 on EmojiWorld's
-    models (benchmarks/calls.py), as much as another batch size makes. window: the steps to draw from the kernel, while the others follow the
-    ODE; None = all steps. initial: seeds of the initial noise, if it is not that of `seeds`.
-    Samples with the same initial seed must have the same prompt; they share denoiser calls up to
-    the first step of their windows. means: also keep the means of the transitions. until: take only
+    models (benchmarks/calls.py), as much as another batch size makes. window: the steps to draw
+    from the kernel, while the others follow the ODE; None = all steps. initial: seeds of the
+    initial noise, if it is not that of `seeds`. Samples with the same initial seed must have the
+    same prompt; they share denoiser calls up to the first step of their windows. means: also keep
+    the means of the transitions. until: take only
     this many steps, all stochastic; `final` is then the state after them. store: False keeps only
     the final latents. each: called with the final latents of every chunk as soon as they are drawn.
     """
@@ -234,11 +260,13 @@ def _chunk(policy: Policy, sampling: Sampling, wanted: _Wanted) -> Trajectories:
     states[:, 0] = x  # the only state if no step is stored
     means = x.new_zeros(n, kept, *x.shape[1:]) if wanted.means else None
     log_prob = x.new_zeros(n, kept)
-    start = window.start.tolist()
+    start, guide = window.start.tolist(), Guide(policy, sampling)
+    if Guidance.of(sampling.guidance).remembers:
+        initial = None  # what is remembered is of every sample
     for i in range(wanted.end):
         level, following = sampling.levels[i], sampling.levels[i + 1]
         rows, copies = _distinct(initial, [s >= i for s in start], device)
-        seen = policy.predict(x[rows], level, wanted.cond[rows], sampling.guidance)
+        seen = guide(x[rows], i, wanted.cond[rows])
         inside = [j for j, s in enumerate(start) if s <= i < s + window.length]
         drawn, where, k = sampling.stochastic[i] and bool(inside), slice(None), i - start[0]
         if len(inside) < n or len(set(start)) > 1:  # in most runs nothing is looked up
@@ -260,7 +288,7 @@ def _chunk(policy: Policy, sampling: Sampling, wanted: _Wanted) -> Trajectories:
             means[where, k] = mean[where]
         x = x_next
     if wanted.finish and wanted.end < sampling.steps:
-        x = _finish(policy, sampling, x, wanted)
+        x = _finish(guide, x, wanted)
     return Trajectories(window.start, states, log_prob, x, means)
 
 
@@ -289,17 +317,17 @@ def _distinct(
     return torch.tensor(rows, device=device), torch.tensor(copies, device=device)
 
 
-def _finish(policy: Policy, sampling: Sampling, x: Tensor, wanted: _Wanted) -> Tensor:
+def _finish(guide: Guide, x: Tensor, wanted: _Wanted) -> Tensor:
     """The deterministic steps after the windows: all of them, or the `tail` that replaces them."""
-    levels, first, cond, tail = sampling.levels, wanted.end, wanted.cond, wanted.window.tail
+    steps, levels = guide.sampling.steps, guide.sampling.levels
+    first, cond, tail = wanted.end, wanted.cond, wanted.window.tail
     if tail is None:
-        for i in range(first, sampling.steps):
-            seen = policy.predict(x, levels[i], cond, sampling.guidance)
-            x = ode(x, seen, levels[i], levels[i + 1]).mean
+        for i in range(first, steps):
+            x = ode(x, guide(x, i, cond), levels[i], levels[i + 1]).mean
         return x
-    index = torch.linspace(first, sampling.steps, min(tail, sampling.steps - first) + 1)
-    levels, before = levels[index.round().long()], None
-    for i in range(len(levels) - 1):
-        seen = policy.predict(x, levels[i], cond, sampling.guidance)
+    index = torch.linspace(first, steps, min(tail, steps - first) + 1).round().long()
+    levels, before = levels[index], None
+    for i, step in enumerate(index[:-1].tolist()):
+        seen = guide(x, step, cond)
         x, before = dpm_solver_2m(seen, x, before, levels, i), seen.x0
     return x

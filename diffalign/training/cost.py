@@ -36,21 +36,20 @@ class Cost:
     def of(cls, plan: Plan) -> Cost:
         c, n = plan.config, plan.samples
         sampled, learned, carried, what = _calls(plan)
-        branches = 2 if plan.uses_cfg and c.sampler.guidance > 1 else 1
         sampled, learned, carried = (
-            n * branches * calls
+            n * calls
             for calls in (sampled, c.train.inner_epochs * learned, c.train.inner_epochs * carried)
         )
         epochs = c.train.epochs
         if c.train.max_denoiser_calls is not None:
             epochs = min(epochs, math.ceil(c.train.max_denoiser_calls / (sampled + learned)))
         pictures = len(plan.eval_prompts) * c.eval.images_per_prompt
-        branches = 2 if plan.uses_cfg and c.eval_guidance > 1 else 1
+        half = plan.eval_branches[c.eval_steps // 2] if plan.eval_prompts else 1
         return cls(
             sampled, learned, carried, what, epochs, n,
             1 + math.ceil(epochs / (c.eval.every or epochs)),
-            pictures, pictures * c.eval_steps * branches,
-            2 * pictures * branches if c.model.lora_rank else 0,
+            pictures, pictures * sum(plan.eval_branches),
+            2 * pictures * half if c.model.lora_rank else 0,
         )  # fmt: skip
 
     @property
@@ -76,8 +75,8 @@ class Cost:
 
 
 def _calls(plan: Plan) -> tuple[float, float, float, str]:
-    """Denoiser calls for a sample: of its rollout, of each time it is learnt from, and of these
-    with gradient; and what is learnt, in words."""
+    """Denoiser calls for a sample, both branches of guidance counted: of its rollout, of each time
+    it is learnt from, and of these with gradient; and what is learnt, in words."""
     import torch
 
     from ..algorithms import Needs
@@ -88,13 +87,16 @@ def _calls(plan: Plan) -> tuple[float, float, float, str]:
     frozen = algorithm.frozen_calls(c.train.updates_per_epoch * c.train.inner_epochs)
     if algorithm.needs is Needs.FINAL:
         times = cast("Matcher", algorithm).times
-        return steps, times * (1 + frozen), times, f"{times} noise levels"
+        calls = times * sum(plan.branches) / steps
+        return sum(plan.branches), calls * (1 + frozen), calls, f"{times} noise levels"
     if algorithm.needs is Needs.TRAJECTORY:
         low, high = windows.bounds(c.sampler, plan.stochastic)
         trained = c.sampler.window or high - low
         share = plan.samples // plan.processes
         sampled = windows.calls_per_sample(c.sampler, plan.stochastic, c.data.group_size, share)
-        return sampled, trained * (1 + frozen), trained, f"{trained} of {steps} steps"
+        sampled *= sum(plan.branches) / steps
+        calls = trained * sum(plan.branches[low:high]) / (high - low)
+        return sampled, calls * (1 + frozen), calls, f"{trained} of {steps} steps"
     generator = torch.Generator()
     gradient = cast("GradientAlgorithm", algorithm)
     draws = [gradient.surrogate(steps, generator) for _ in range(DRAWS)]
@@ -102,10 +104,13 @@ def _calls(plan: Plan) -> tuple[float, float, float, str]:
     def mean(values: Sequence[float]) -> float:
         return sum(values) / DRAWS
 
+    branches = plan.branches
     active = mean([len(d.active) for d in draws])
-    sampled = mean([steps if d.at is None else d.at for d in draws])
-    carried = mean([(1 + d.renoised) * len(d.active) for d in draws])
-    others = mean([d.renoised + (d.at is not None) for d in draws])
+    sampled = mean([sum(branches[: d.at]) for d in draws])
+    carried = mean([(1 + d.renoised) * sum(branches[i] for i in d.active) for d in draws])
+    others = mean(
+        [d.renoised * branches[-1] + (0 if d.at is None else branches[d.at]) for d in draws]
+    )
     # every update draws its own
     sampled *= c.train.inner_epochs
     return sampled, carried * (1 + frozen) + others, carried, f"{active:g} of {steps} steps"

@@ -19,6 +19,7 @@ from ..config import TrainConfig
 from ..config.prompts import Prompt, for_judges, for_rewards
 from ..drawing import grids
 from ..policies import Cond, Policy, read_text_encoders
+from ..policies.guidance import of_evaluation
 from ..record.pictures import fitted
 from ..record.pictures import save as save_pictures
 from ..sampling.rollout import Sampling, rollout, sample_seed
@@ -49,7 +50,8 @@ class Evaluation:
         self.main = accelerator.is_main_process
         pictures = [(i, j) for j in range(e.images_per_prompt) for i in range(len(prompts))]
         self.mine = pictures[accelerator.process_index :: accelerator.num_processes]
-        self.sampling = Sampling(policy.levels(config.eval_steps), "ode", 0.0, config.eval_guidance)
+        levels = policy.levels(config.eval_steps)
+        self.sampling = Sampling(levels, "ode", 0.0, of_evaluation(config, levels))
         self.guard = Guard(e.guard_drop, e.guard_diversity, list(e.rewards))
         self.scores: dict[str, list[float]] = {}  # of every picture of the last evaluation
         self.drawn: list[str] = []  # and its prompt
@@ -175,10 +177,9 @@ class Evaluation:
 
     def _distance(self, x: Tensor, step: int, cond: Cond) -> Tensor:
         """mean_D (f_θ - f_ref)² of the network's outputs at x (n, *latent), (n,)."""
-        level, guidance = self.sampling.levels[step], self.sampling.guidance
-        seen = self.policy.predict(x, level, cond, guidance).native
+        seen = self.sampling.predict(self.policy, x, step, cond).native
         with self.policy.reference():
-            base = self.policy.predict(x, level, cond, guidance).native
+            base = self.sampling.predict(self.policy, x, step, cond).native
         return (seen - base).square().flatten(1).mean(1)
 
     def _draw_grid(self, label: str, images: list[tuple[Tensor, dict[str, float]]]) -> None:

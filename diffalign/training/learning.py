@@ -274,14 +274,14 @@ class Learner:
         weight = self.algorithm.kl_weight * share
 
         def penalty(x: Tensor, seen: Prediction, i: int) -> Tensor:
-            level, moves = self.sampling.levels[i], x.requires_grad
+            moves = x.requires_grad
             state = x.detach().requires_grad_(moves)
 
             def scaled(distance: Tensor) -> Tensor:
                 return self.optimizer.scaler.scale(weight * distance.sum())
 
             with torch.set_grad_enabled(moves), self.policy.reference():
-                base = self.policy.predict(state, level, cond, self.sampling.guidance).native
+                base = self.sampling.predict(self.policy, state, i, cond).native
                 pull = None
                 if moves:  # here, since checkpointing calls the network again to differentiate it
                     apart = (base - seen.native.detach()).square().flatten(1).mean(1)

@@ -33,7 +33,8 @@ class Plan:
     eval_prompts: list[Prompt]
     stochastic: list[bool]  # of the K transitions of the sampler
     latent_shape: tuple[int, ...]
-    uses_cfg: bool  # guidance doubles the denoiser calls
+    branches: list[int]  # denoiser calls of each step: two where classifier-free guidance acts
+    eval_branches: list[int]
     processes: int
 
     @classmethod
@@ -60,6 +61,7 @@ class Plan:
         config, method = _with_algorithm(config, algorithm)
         from .. import policies
         from ..algorithms.base import Needs
+        from ..policies.guidance import of_evaluation, of_sampler
         from ..sampling.rollout import Sampling
         from . import checks
 
@@ -71,11 +73,16 @@ class Plan:
         checks.check_rewards(rewards, config.eval.rewards, trained, held_out)
         name, resolution, s = config.model.name, config.model.resolution, config.sampler
         levels, shape = policies.peek(name, s.steps, resolution)
-        if held_out:
-            policies.peek(name, config.eval_steps, resolution)
-        checks.check_guidance(config)
+        looked_at = policies.peek(name, config.eval_steps, resolution)[0] if held_out else levels
+        checks.check_guidance(config, method.needs)
         checks.check_tiny_vae(config)
-        stochastic = Sampling(levels, s.kernel, s.eta, guidance=1.0).stochastic
+        sampling = Sampling(levels, s.kernel, s.eta, of_sampler(s, levels))
+        evaluated = Sampling(looked_at, "ode", 0.0, of_evaluation(config, looked_at))
+        stochastic = sampling.stochastic
+
+        def called(how: Sampling) -> list[int]:
+            return how.branches if policies.family(name).uses_cfg else [1] * how.steps
+
         checks.check_steps(config, method, stochastic, rewards)
         return cls(
             config=config,
@@ -84,8 +91,9 @@ class Plan:
             train_prompts=trained,
             eval_prompts=held_out,
             stochastic=stochastic,
+            branches=called(sampling),
+            eval_branches=called(evaluated),
             latent_shape=shape,
-            uses_cfg=policies.family(name).uses_cfg,
             processes=processes,
         )
 

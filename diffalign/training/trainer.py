@@ -21,6 +21,7 @@ from .. import policies
 from ..algorithms.base import Algorithm, Needs
 from ..config import LogConfig, TrainConfig
 from ..config.prompts import Given, Prompt, PromptSampler, collect
+from ..policies.guidance import of_sampler
 from ..record import checkpoint
 from ..record.metrics import Meter, worries
 from ..sampling.rollout import Sampling, rollout, sample_seed
@@ -100,7 +101,8 @@ class Trainer:
         judge = reward_library.build(c.eval.rewards).to(device) if c.eval.rewards else None
         self.policy = policies.prepared(c.model, c.train.seed, device)
         s = c.sampler
-        self.sampling = Sampling(self.policy.levels(s.steps), s.kernel, s.eta, s.guidance)
+        levels = self.policy.levels(s.steps)
+        self.sampling = Sampling(levels, s.kernel, s.eta, of_sampler(s, levels))
         self.sampler = PromptSampler(len(self.plan.train_prompts), c.data.groups, c.train.seed)
         self.history = PromptTracker(c.advantage.buffer_size, c.advantage.min_count)
         self.algorithm.setup(self.policy)
