@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -19,6 +19,9 @@ from .lora_files import check as check_lora
 from .run_folder import resolve
 from .sd3 import SD3Policy
 from .unet import UNetPolicy
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 __all__ = [
     "FAMILIES",
@@ -36,6 +39,8 @@ __all__ = [
     "pipeline",
     "prepared",
     "read_text_encoders",
+    "resolve",
+    "skeleton",
     "text_options",
 ]
 
@@ -171,10 +176,40 @@ def prepared(model: ModelConfig, seed: int, device: torch.device | str = "cpu") 
         m.name, device, m.dtype, m.resolution, not m.lora_rank, m.merge_lora, m.attention,
         m.compile, m.vae_dtype,
     )  # fmt: skip
-    if m.lora_rank:
-        policy.add_lora(m.lora_rank, m.lora_alpha, m.lora_targets, seed)
     if m.tiny_vae is not None:
         policy.add_tiny_vae(m.tiny_vae)
+    return _ready(policy, m, seed)
+
+
+def skeleton(
+    model: ModelConfig, fake: FakeTensorMode, device: torch.device | str = "cpu"
+) -> tuple[Policy, int]:
+    """A policy like that of `prepared`, made from configs alone, to be called under `fake`, and the
+    bytes of its text encoders."""
+    from . import loading  # imports diffusers: seconds that a refusal need not wait for
+
+    m, kind = model, family(model.name)
+    half, pipe = getattr(torch, m.dtype), loading.skeleton(m.name)
+    encoders = [v for k, v in pipe.components.items() if "text_encoder" in k and v is not None]
+    for part in (*encoders, *([getattr(pipe, kind.denoiser)] if m.lora_rank else [])):
+        part.to(half)
+    pipe.vae.to(getattr(torch, m.vae_dtype))
+    policy = kind(pipe, "meta", half, m.resolution or resolve(m.name).resolution)
+    policy.network.requires_grad_(not m.lora_rank)
+    _ready(policy, m, 0)
+    for part in (policy.network, policy.vae):
+        loading.fake_weights(part, fake, device)
+    policy.device = torch.device(device)
+    if isinstance(ids := getattr(policy, "time_ids", None), torch.Tensor):
+        policy.time_ids = torch.zeros(ids.shape, device=device)  # type: ignore[attr-defined]
+    policy.accelerate(m.attention, compile=False)
+    return policy, sum(p.nbytes for e in encoders for p in e.parameters())
+
+
+def _ready(policy: Policy, m: ModelConfig, seed: int) -> Policy:
+    """Add what trains, and set how it is called."""
+    if m.lora_rank:
+        policy.add_lora(m.lora_rank, m.lora_alpha, m.lora_targets, seed)
     policy.decode_batch = m.decode_batch
     policy.max_sequence_length = m.max_sequence_length
     if m.gradient_checkpointing:

@@ -7,7 +7,7 @@ import sys
 import warnings
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import diffusers
 import torch
@@ -20,6 +20,9 @@ from rewards.loading import LoadingError, pretrained, reading
 from . import lora_files
 from .configs import read_config
 from .run_folder import DENOISERS, resolve, trained_denoiser
+
+if TYPE_CHECKING:
+    from torch._subclasses.fake_tensor import FakeTensorMode
 
 XL = "StableDiffusionXLPipeline"
 
@@ -102,6 +105,50 @@ def _whole(run: str, part: str, index: Any, options: dict[str, Any]) -> Any:
     dtype = dtypes.get(part, dtypes["default"]) if isinstance(dtypes, dict) else dtypes
     option = f"the run {run!r}"
     return pretrained(kind.from_pretrained, option, run, subfolder=part, torch_dtype=dtype)
+
+
+def skeleton(name: str) -> Any:
+    """The pipeline of a model by its configs, on the meta device and without tokenizers."""
+    base = resolve(name).base
+    index = read_config(base, "model_index.json")
+    parts: dict[str, Any] = {}
+    for key, value in index.items():
+        if not isinstance(value, list):
+            continue
+        kind, parts[key] = value[1], None
+        if kind is None:
+            continue
+        if (text := "text_encoder" in key) or key in ("unet", "transformer", "vae"):
+            made, config = (
+                getattr(transformers if text else diffusers, kind),
+                read_config(base, f"{key}/config.json"),
+            )
+            with torch.device("meta"):
+                if text:
+                    parts[key] = made(made.config_class.from_dict(config))
+                else:
+                    parts[key] = made.from_config(config)
+        elif key == "scheduler":
+            config = read_config(base, "scheduler/scheduler_config.json")
+            parts[key] = getattr(diffusers, kind).from_config(config)
+    options = {
+        "StableDiffusionPipeline": {"requires_safety_checker": False},
+        XL: {"add_watermarker": False},
+    }
+    kind = index["_class_name"]
+    return getattr(diffusers, kind)(**parts, **options.get(kind, {}))
+
+
+def fake_weights(module: nn.Module, fake: FakeTensorMode, device: torch.device | str) -> None:
+    """Give a module of the meta device weights and buffers of `fake` on another."""
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):
+            for name, value in held.items():
+                if value is not None:
+                    with fake:
+                        made = torch.empty_like(value, device=device)
+                    weight = isinstance(value, nn.Parameter)
+                    held[name] = nn.Parameter(made, value.requires_grad) if weight else made  # type: ignore[index]
 
 
 def tiny_vae(name: str) -> Any:
