@@ -1,9 +1,9 @@
 """The memory that `--dry-run` prints, against what a run of the same config holds.
 
-Measured are the tensors of a real run, under a reward that takes none: those alive when training starts, without those of rewards,
-and the most that are alive beside them during two epochs, counted at every operation. Also given is
-by how much the process grew meanwhile (its largest resident set), which has what the allocator
-keeps for later, and the scratch memory of kernels.
+Measured are the tensors of a real run, under a reward that takes none: those alive when training
+starts, without those of rewards, and the most that are alive beside them during two epochs, counted
+at every operation. Also given is by how much the process grew meanwhile (its largest resident set),
+which has what the allocator keeps for later, and the scratch memory of kernels.
 
     OMP_NUM_THREADS=1 python benchmarks/memory.py       # 3 minutes
 

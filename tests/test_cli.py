@@ -135,6 +135,7 @@ def test_dry_run_measures_a_call(config, capsys):
     )
     assert found, text
     assert all(float(found[i]) > 0 for i in (1, 3, 4, 6, 7, 8))
+    assert re.search(r"memory +(\S+) MiB of tensors at most, in the update", text), text
 
 
 def test_dry_run_says_what_cannot_be_measured(config, monkeypatch, capsys):
@@ -144,7 +145,9 @@ def test_dry_run_says_what_cannot_be_measured(config, monkeypatch, capsys):
     monkeypatch.setattr(timing, "measure", poor)
     monkeypatch.setattr(sys, "argv", ["timing", str(config)])
     timing.main()
-    assert capsys.readouterr().out == "time       not measured: not enough memory\n"
+    memory, _, time = capsys.readouterr().out.partition("time")
+    assert memory.startswith("memory     ")
+    assert time == "       not measured: not enough memory\n"
     monkeypatch.setattr(timing.sys, "executable", "/bin/false")
     assert timing.measured([str(config)]) == "time       not measured: status 1"
 

@@ -1,4 +1,5 @@
-"""How long a run takes on this machine, estimated from one denoiser call for `--dry-run`.
+"""What memory a run needs and how long it takes on this machine, for `--dry-run`: the one from the
+configs of its model, the other from one denoiser call.
 
     python -m diffalign.commands.timing CONFIG.yaml [--section.key VALUE ...]
 
@@ -104,29 +105,40 @@ def measure(plan: Plan) -> Measured:
 
 
 def measured(settings: Sequence[str]) -> str:
-    """The lines about time, from a separate process. settings: CONFIG.yaml and the options that
-    replace its settings."""
+    """The lines about memory and time, from a separate process. settings: CONFIG.yaml and the
+    options that replace its settings."""
     root = str(Path(__file__).parents[2])  # so that a child process finds this package too
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-m", "diffalign.commands.timing", *settings], stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL, text=True, env=os.environ | {"PYTHONPATH": paths},
     )  # fmt: skip
-    found = done.stdout.rpartition("time  ")
+    found = done.stdout.partition("memory  ")
     return "".join(found[1:]).rstrip() or f"time       not measured: status {done.returncode}"
 
 
 def main() -> None:
-    try:
-        from ..algorithms import Needs
-        from ..training.plan import Plan
+    from ..algorithms import Needs
+    from ..training.plan import Plan
 
-        plan = Plan.make(TrainConfig.from_file(sys.argv[1], sys.argv[2:]))
+    plan = Plan.make(TrainConfig.from_file(sys.argv[1], sys.argv[2:]))
+    try:
+        from rewards.device import default_device
+
+        from ..training.memory import need
+
+        print(need(plan, default_device()).describe())
+    except Exception as error:  # the plan stands without it
+        print(f"memory     not known: {_first(error)}")
+    try:
         found = measure(plan)
         print(found.describe(Cost.of(plan), plan.algorithm.needs is Needs.GRADIENT))
-    except Exception as error:  # such as too little memory: the plan stands without it
-        first = str(error).partition("\n")[0] or type(error).__name__
-        print(f"time       not measured: {first}")
+    except Exception as error:  # such as too little memory
+        print(f"time       not measured: {_first(error)}")
+
+
+def _first(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .. import policies
-from ..algorithms.base import Needs
+from ..algorithms.base import Matcher, Needs
 from ..config import ModelConfig
 from ..dynamics import Levels
 from ..policies import Cond, Policy
@@ -83,8 +83,8 @@ class Need:
         ]
         for name, parts in {"always": self.always, **self.phases}.items():
             held = ", ".join(f"{what} {words(size)}" for what, size in parts.items() if size)
-            lines.append(f"           {name}: {held}" if held else "")
-        return "\n".join(filter(None, lines))
+            lines += [f"           {name}: {held}"] if held else []
+        return "\n".join(lines)
 
 
 def words(size: float) -> str:
@@ -114,6 +114,8 @@ def need(plan: Plan, device: str) -> Need:
         n = max(1, plan.samples // plan.processes)
         stored, cond = made.stored(n), made.cond(n)
         batch, rows = min(c.sampler.batch, n), min(c.train.micro_batch, n * made.per_sample)
+        if kind is Needs.FINAL:  # whole samples
+            rows = max(1, rows // made.per_sample) * made.per_sample
         decoded = min(c.model.decode_batch, batch)
         update = {"stored states": stored, "text": cond}
         phases: dict[str, dict[str, int]] = {}
@@ -177,8 +179,11 @@ class _Made:
 
     @property
     def per_sample(self) -> int:
-        """Rows that an epoch learns from of each sample."""
-        return max(1, self.plan.config.sampler.steps)
+        """Rows that an epoch learns from of each sample, at most."""
+        algorithm = self.plan.algorithm
+        if algorithm.needs is Needs.FINAL:
+            return cast(Matcher, algorithm).times
+        return self.plan.config.sampler.steps
 
     def text(self, n: int) -> Cond:
         """Embeddings of n prompts."""

@@ -127,8 +127,6 @@ class Plan:
         ragged = "" if last == size else f", the last of {last}"
         rank = c.model.lora_rank
         trained_weights = f"LoRA rank {rank}" if rank else "all weights of the denoiser"
-        kept = share if needs is Needs.GRADIENT else n  # those of one update
-        stored = kept * (c.sampler.steps + 1) * math.prod(self.latent_shape) * 4 / 2**20
         lines = [
             f"run        {c.log.dir}",
             f"model      {c.model.name}, {trained_weights}, {c.model.dtype}",
@@ -145,7 +143,6 @@ class Plan:
             f"{cost.evaluations} times: {cost.evaluated:,.0f} denoiser calls each",
             f"whole run  {cost.epochs} epochs: {cost.whole:,.0f} denoiser calls, "
             f"evaluation about {cost.share:.0%} of the work",
-            f"memory     {stored:.1f} MiB of stored trajectories, beside model and activations",
         ]
         return "\n".join([*lines, *([f"note       {tip}"] if (tip := advice(cost.share)) else [])])
 
