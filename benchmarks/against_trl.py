@@ -8,7 +8,7 @@ saving, after epochs to warm up. Memory is the peak of the process (its largest 
     pip install --no-deps --target ~/trl trl==0.23.1 datasets multiprocess dill xxhash pyarrow \
         pandas
     OMP_NUM_THREADS=1 python benchmarks/against_trl.py --trl ~/trl            # 30 minutes; resumes
-    OMP_NUM_THREADS=1 python benchmarks/against_trl.py --trl ~/trl --curve    # 25 minutes
+    OMP_NUM_THREADS=1 python benchmarks/against_trl.py --trl ~/trl --curve    # 6 minutes
 
 What is changed so that both compute the same: the scheduler ends at the first training timestep, as
 Stable Diffusion's does (with emoji-sd's own TRL divides by a standard deviation of 0 in the last
@@ -114,11 +114,12 @@ def pairs(args: argparse.Namespace, found: dict[str, Any]) -> Any:
 
 
 def curves(args: argparse.Namespace, found: dict[str, Any]) -> Any:
+    """Reward by epoch of AlignProp, which learns in a few minutes, at the same maths."""
     for seed in range(3):
         for who in ("ours", "trl"):
             done = found.setdefault("curves", {}).setdefault(who, {})
             if str(seed) not in done:
-                job = {"what": "ddpo", "options": {}, "epochs": 15, "seed": seed, "who": who}
+                job = {"what": "alignprop", "options": {}, "epochs": 15, "seed": seed, "who": who}
                 done[str(seed)] = run(args.trl, job | {"dtype": "no"})
                 print("curve", who, seed, done[str(seed)]["rewards"], flush=True)
                 yield
