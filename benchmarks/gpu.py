@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import rewards
 from diffalign import TrainConfig, Trainer, policies
 from diffalign.algorithms import Needs
+from diffalign.config.decoding import ConfigError
 from diffalign.config.files import write_atomic
 from diffalign.config.prompts import Prompt
 from diffalign.optimize_noise import Budget, Task, search
@@ -48,9 +49,12 @@ from rewards.device import default_device
 
 PROMPTS, IMAGES, ITERATIONS = ["a cat", "a dog"], 2, 4  # pictures a prompt; steps of ReNO
 METHODS = ("trajectory", "awm", "draft", "reno")
-# Options of the section `model`. Rows with and without compilation, and of every attention back
-# end, are more entries here: {"compile": {"compile": True}, "flash": {"attention": "flash"}, ...}
-VARIANTS: dict[str, dict[str, Any]] = {"plain": {}}
+# options of the section `model`; xformers is refused, in its row, where it is not installed
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "compile": {"compile": True},
+    **{kernel: {"attention": kernel} for kernel in ("flash", "efficient", "cudnn", "xformers")},
+}
 KEY = ("device", "model", "side", "method", "variant")
 
 
@@ -307,7 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="all; plain if --toy")
     parser.add_argument("--sides", type=int, nargs="+", help="pixels; 512 and 1024")
     parser.add_argument("--minutes", type=float, default=9, help="start no row that may not fit")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
@@ -320,7 +324,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     start, longest, bench = time.monotonic(), 0.0, Bench(args.toy)
     sides = args.sides or ([64] if args.toy else [512, 1024])
-    asked = product([bench.name], args.models, sides, args.methods, args.variants)
+    variants = args.variants or (["plain"] if args.toy else list(VARIANTS))
+    asked = product([bench.name], args.models, sides, args.methods, variants)
     for key in asked:
         if any(tuple(row[name] for name in KEY) == key for row in rows):
             continue
@@ -332,6 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = bench.measure(*key[1:])
         except torch.OutOfMemoryError:
             found = {"error": "out of memory"}
+        except ConfigError as error:
+            found = {"error": str(error)}
         gc.collect()  # models are cycles
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -54,3 +54,12 @@ def test_runs_and_goes_on_where_it_stopped(gpu, tmp_path, capsys):
     capsys.readouterr()
     gpu.main(["--out", str(out), "--report"])
     assert capsys.readouterr().out.count("| flux-dev |") == 4
+
+
+def test_what_a_device_does_not_have_is_a_row_that_says_so(gpu, tmp_path):
+    out = tmp_path / "gpu.json"
+    how = ["--toy", "--out", str(out), "--models", "flux-dev", "--methods", "draft"]
+    gpu.main([*how, "--variants", "cudnn", "flash"])
+    refused, flash = json.loads(out.read_text())
+    assert "runs on CUDA devices alone" in refused["error"]
+    assert flash["images_per_s"] > 0
