@@ -31,6 +31,7 @@ MAY_CHANGE = frozenset(
         # memory and speed: the same results
         *("train.micro_batch", "sampler.batch", "model.decode_batch"),
         *("model.gradient_checkpointing", "model.free_text_encoders"),
+        *("model.compile", "model.attention"),  # but for rounding
         # when to look, and what to say of it
         *("eval.every", "eval.grid_prompts"),
         *("eval.guard", "eval.guard_drop", "eval.guard_diversity"),
