@@ -51,6 +51,7 @@ class ToyPolicy(FlowPolicy):
         self.schedule_config, self.latent_shape = {"num_train_timesteps": 1000}, (2, 1, 1)
         self.decode_batch, self.calls = 16, 0
         self._prompts, self._copies = {}, {}
+        self.accelerated = lambda network: None
 
     @classmethod
     def shape(cls, network, vae, resolution):

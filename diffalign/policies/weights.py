@@ -75,7 +75,7 @@ class TrainedWeights:
 
     def _keep(self, name: str, network: Any) -> None:
         """Keep another denoiser beside the trained one, as fast as that is."""
-        network.to(self.network.device, memory_format=torch.channels_last)
+        network.to(self.device, memory_format=torch.channels_last)
         self.accelerated(network)
         self._copies[name] = network.requires_grad_(False).eval()
 
