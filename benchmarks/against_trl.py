@@ -8,7 +8,7 @@ saving, after epochs to warm up. Memory is the peak of the process (its largest 
     pip install --no-deps --target ~/trl trl==0.23.1 datasets multiprocess dill xxhash pyarrow \
         pandas
     OMP_NUM_THREADS=1 python benchmarks/against_trl.py --trl ~/trl            # 30 minutes; resumes
-    OMP_NUM_THREADS=1 python benchmarks/against_trl.py --trl ~/trl --curve    # 6 minutes
+    OMP_NUM_THREADS=1 python benchmarks/against_trl.py --trl ~/trl --curve    # 10 minutes
 
 What is changed so that both compute the same: the scheduler ends at the first training timestep, as
 Stable Diffusion's does (with emoji-sd's own TRL divides by a standard deviation of 0 in the last
@@ -37,7 +37,7 @@ from torch import Tensor
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 PROMPTS = ("a red heart", "a blue star", "a green leaf", "a yellow sun")
-STEPS, PICTURES, BATCH, LAST = 10, 16, 8, 4
+STEPS, PICTURES, BATCH, LAST, LR = 10, 16, 8, 4, 3e-4
 
 DDPO: dict[str, Any] = {
     "algorithm": {"type": "ddpo", "clip_range": 1e-4},
@@ -45,7 +45,7 @@ DDPO: dict[str, Any] = {
     "advantage": {"baseline": "tracker", "buffer_size": 16, "min_count": 16, "clip": 5.0},
     "sampler": {"steps": STEPS, "guidance": 3.0, "kernel": "ddim", "eta": 1.0, "batch": BATCH},
     "data": {"groups": len(PROMPTS), "group_size": PICTURES // len(PROMPTS)},
-    "train": {"epochs": 1000, "lr": 3e-4, "micro_batch": BATCH, "checkpoint_every": 0},
+    "train": {"epochs": 1000, "micro_batch": BATCH, "checkpoint_every": 0},
     "model": {"lora_rank": 4},
 }
 ALIGNPROP = {
@@ -66,6 +66,12 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (what TRL runs, what ou
     ),
     "DDPO, window of 5 steps, compile": ("ddpo", {"model.compile": True, "sampler.window": 5}),
 }
+CURVES: dict[str, tuple[str, dict[str, Any]]] = {  # name: (who, what ours has beside it)
+    "ours": ("ours", {}),
+    "ours, bfloat16, compile": ("ours", ROWS["AlignProp, bfloat16, compile"][1]),
+    "TRL": ("trl", {}),
+}
+CURVE_EPOCHS, CURVE_LR, GOAL = 18, 3e-3, 0.5
 SAME_DTYPE = {"DDPO, bfloat16, compile", "AlignProp, bfloat16, compile"}  # of TRL, a second row
 
 
@@ -78,7 +84,7 @@ darkness.differentiable = True  # type: ignore[attr-defined]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--trl", default="~/trl", help="folder that TRL was installed into")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=2, help="that are timed, after a warm-up")
@@ -114,14 +120,15 @@ def pairs(args: argparse.Namespace, found: dict[str, Any]) -> Any:
 
 
 def curves(args: argparse.Namespace, found: dict[str, Any]) -> Any:
-    """Reward by epoch of AlignProp, which learns in a few minutes, at the same maths."""
+    """Reward by epoch of AlignProp, which learns in a few minutes."""
     for seed in range(3):
-        for who in ("ours", "trl"):
-            done = found.setdefault("curves", {}).setdefault(who, {})
+        for name, (who, options) in CURVES.items():
+            done = found.setdefault("curves", {}).setdefault(name, {})
             if str(seed) not in done:
-                job = {"what": "alignprop", "options": {}, "epochs": 15, "seed": seed, "who": who}
-                done[str(seed)] = run(args.trl, job | {"dtype": "no"})
-                print("curve", who, seed, done[str(seed)]["rewards"], flush=True)
+                job = {"what": "alignprop", "options": options, "epochs": CURVE_EPOCHS}
+                job |= {"who": who, "seed": seed, "dtype": "no", "lr": CURVE_LR}
+                done[str(seed)] = run(args.trl, job)
+                print("curve", name, seed, done[str(seed)]["rewards"], flush=True)
                 yield
 
 
@@ -171,7 +178,7 @@ def config(job: dict[str, Any]) -> Any:
     plain = json.loads(json.dumps(DDPO if job["what"] == "ddpo" else ALIGNPROP))
     plain["model"]["name"] = f"{job['folder']}/model"
     plain["data"]["prompts"] = f"{job['folder']}/prompts.txt"
-    plain["train"]["seed"] = job["seed"]
+    plain["train"] |= {"seed": job["seed"], "lr": job.get("lr", LR)}
     plain |= {"eval": {"prompts": None}, "log": {"dir": f"{job['folder']}/run"}}
     for key, value in job["options"].items():
         section, name = key.split(".")
@@ -206,7 +213,7 @@ def theirs(job: dict[str, Any]) -> tuple[Any, Any]:
         "sample_num_steps": STEPS,
         "sample_guidance_scale": 3.0,
         "train_batch_size": BATCH,
-        "train_learning_rate": 3e-4,
+        "train_learning_rate": job.get("lr", LR),
         "save_freq": 10**9,
         "accelerator_kwargs": {"cpu": True},
         "project_kwargs": {"project_dir": job["folder"]},
@@ -279,18 +286,27 @@ def table(found: dict[str, Any]) -> str:
             f"{first[0]:.1f} / {first[1]:.1f}",
         )  # fmt: skip
         lines.append("| " + " | ".join(map(str, cells)) + " |")
-    curves_ = found.get("curves", {})
-    if curves_:
-        lines += ["", "| epoch | ours, three seeds | TRL, three seeds |", "|---|---|---|"]
-        runs = {who: list(curves_.get(who, {}).values()) for who in ("ours", "trl")}
-        for i in range(0, 16, 3):
-            cells = [
-                f"{statistics.mean(v):.4f} [{min(v):.4f}, {max(v):.4f}]"
-                for who in ("ours", "trl")
-                if (v := [r["rewards"][i] for r in runs[who]])
-            ]
-            lines.append(f"| {i} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" + curve_table(found.get("curves", {}))
+
+
+def curve_table(curves: dict[str, Any]) -> str:
+    """Mean reward [lowest, highest seed] by epoch, and what it takes to reach the goal."""
+    if not curves:
+        return ""
+    rows: dict[str, list[str]] = {"epoch": [], "---": []}
+    rows |= {str(i): [] for i in range(0, CURVE_EPOCHS + 1, 3)}
+    rows |= {f"epochs to {GOAL}": [], "seconds, without the first epoch": [], "that epoch": []}
+    for name, runs in curves.items():
+        of_seeds = [run["rewards"] for run in runs.values()]
+        first = [next(i for i, r in enumerate(seed) if r >= GOAL) for seed in of_seeds]
+        seconds = [sum(run["seconds"][:n]) for run, n in zip(runs.values(), first, strict=True)]
+        columns = [name, "---"]
+        columns += [spread([seed[i] for seed in of_seeds]) for i in range(0, CURVE_EPOCHS + 1, 3)]
+        columns += [spread(first), spread(seconds), spread([run["first"] for run in runs.values()])]
+        for row, cell in zip(rows.values(), columns, strict=True):
+            row.append(cell)
+    lines = ("| " + " | ".join([name, *cells]) + " |" for name, cells in rows.items())
+    return "\n" + "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":
