@@ -22,6 +22,7 @@ class TrainedWeights:
     lora_targets: ClassVar[tuple[str, ...]]  # layers that get a LoRA where the config names none
     pipe: Any
     network: Any  # the denoiser
+    device: torch.device
     read_base: Callable[[], Any]  # the denoiser before any training
     accelerated: Callable[[Any], None]  # makes the calls of a further denoiser as fast as its own
     _copies: dict[str, Any]  # of a wholly trained network: "base", "old", ...
