@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn import functional as F
 
 import rewards
 from diffalign import policies
@@ -37,7 +36,6 @@ from diffalign.emoji_world.workshop.t5 import build_t5_tokenizer
 from diffalign.emoji_world.workshop.tokenizer import LENGTH, build_tokenizer
 from diffalign.emoji_world.workshop.train_clip import build
 from diffalign.emoji_world.workshop.train_verifier import targets
-from diffalign.emoji_world.workshop.training import attention
 
 PROMPTS = ASSETS / "emoji-world" / "prompts"
 
@@ -150,14 +148,6 @@ def test_tokenizers_hold_the_world(tmp_path):
     ids = again(["a Dog on a zebra"], padding="max_length", max_length=9, truncation=True).input_ids
     words = again.convert_ids_to_tokens(ids[0])
     assert words == ["a", "dog", "on", "a", "<unk>", "</s>", "<pad>", "<pad>", "<pad>"]
-
-
-def test_plain_attention_is_attention():
-    q, k, v = (torch.randn(2, 4, 7, 8) for _ in range(3))
-    mask = torch.randn(2, 1, 7, 7)
-    for options in ({}, {"attn_mask": mask}, {"is_causal": True}, {"scale": 0.3}):
-        expected = F.scaled_dot_product_attention(q, k, v, **options)
-        torch.testing.assert_close(attention(q, k, v, **options), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_open_clip_names_cover_the_model():

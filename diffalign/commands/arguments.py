@@ -92,7 +92,8 @@ def evaluation() -> argparse.ArgumentParser:
     """`diffalign eval`."""
     parser = argparse.ArgumentParser(
         prog="diffalign eval",
-        description="EmojiEval: GenEval's six categories in EmojiWorld, read by its verifier.",
+        description="EmojiEval: GenEval's six categories in EmojiWorld, read by its verifier and "
+        "by the referee, which no reward knows; ± a standard error, clustered by prompt.",
     )
     parser.add_argument(
         "models", nargs="*", help="pipeline folders, run folders or hub ids, a column each"
@@ -103,6 +104,7 @@ def evaluation() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pictures", type=int, default=1, help="of every prompt")
     device_of(parser)
     parser.add_argument("--out", help="folder for scores.json and a grid of pictures a column")
     return parser
