@@ -41,6 +41,7 @@ from ..policies import Cond, Policy
 from ..record.metrics import Meter
 from ..sampling.adjoint import Surrogate, adjoint_sweep, renoise_last, reward_input
 from ..sampling.rollout import Noise, Sampling, Trajectories, rollout, sample_seed
+from .noise_scale import Parts
 from .optimizer import Optimizer
 from .scorer import Scores
 
@@ -98,14 +99,16 @@ class Learner:
         else:
             per_sample, batches = cast(Matcher, self.algorithm).times, self._matches
         for mine, everyone in self._updates(epoch):
-            on_policy = self.optimizer.updates == first
+            on_policy, split, done = self.optimizer.updates == first, self._parts(data, mine), 0
             for batch in batches(data, credit, mine, on_policy):
                 loss, figures = self.algorithm.loss(self.policy, batch)
                 rows = len(batch.x)
                 # each row counts alike whatever the micro-batches and processes
                 self.optimizer.backward(loss * rows / (everyone * per_sample))
                 meter.add({"loss": loss, **figures}, rows)
-            meter.add({"grad_norm": self.optimizer.step()})
+                done += rows
+                split.learnt(done / per_sample)
+            meter.add(self._step(split, everyone))
         return meter
 
     def _transitions(
@@ -182,6 +185,7 @@ class Learner:
         c, policy = self.config.train, self.policy
         for (mine, everyone), plan in zip(self._updates(epoch), plans, strict=True):
             share = 1 / (everyone * (1 + plan.renoised))
+            split = self._parts(data, mine)
             # of an update all samples may be with other processes
             drawn = self._draw(data, mine, plan) if len(mine) else torch.empty(0)
             for pick in chunks(len(mine), c.micro_batch):
@@ -210,8 +214,19 @@ class Learner:
                     meter.add({"saturated_pixels": saturated}, len(rows))
                     for name, values in {"": total, **parts}.items():
                         rewards.setdefault(name, []).append(values.detach())
-            meter.add({"grad_norm": self.optimizer.step()})
+                split.learnt(min(pick.stop, len(mine)))
+            meter.add(self._step(split, everyone))
         return meter, {name: torch.cat(values) for name, values in rewards.items()}, pictures
+
+    def _parts(self, data: Samples, mine: Tensor) -> Parts:
+        """For an update's samples here, whose gradient can be told apart prompt by prompt."""
+        prompts = [data.keys[i][:-1] for i in mine.tolist()]
+        return Parts(self.optimizer.trained, prompts, self.optimizer.scaler.get_scale())
+
+    def _step(self, split: Parts, pictures: int) -> dict[str, Tensor]:
+        norm = self.optimizer.step()
+        found = split.figures(norm, pictures, self.optimizer.accelerator)
+        return {"grad_norm": norm, **found}
 
     def _draw(self, data: Samples, rows: Tensor, plan: Surrogate) -> Tensor:
         """The states (len(rows), steps + 1, *latent) of samples, as far as `plan` looks."""

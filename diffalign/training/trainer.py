@@ -31,6 +31,7 @@ from .advantages import PromptTracker, combined_advantages, zero_variance_share
 from .evaluation import Evaluation
 from .guard import diversity
 from .learning import Credit, Learner, Rollout, Samples
+from .noise_scale import NoiseScale
 from .optimizer import Optimizer
 from .plan import Named, Plan
 from .scorer import Scorer, constrain, summary, teach
@@ -117,6 +118,7 @@ class Trainer:
             dtype=c.model.dtype,
             steps=c.train.epochs * c.train.updates_per_epoch * c.train.inner_epochs,
         )
+        self.noise_scale = NoiseScale(self.plan.samples // c.train.updates_per_epoch)
         self.learner = Learner(
             config=c,
             algorithm=self.algorithm,
@@ -236,7 +238,8 @@ class Trainer:
         for name, decay in self.copies.items():
             self.optimizer.follow(name, decay(self.optimizer.updates))
         metrics["skipped_steps"] = float(self.optimizer.skipped - skipped)
-        for worry in worries(metrics):
+        metrics |= self.noise_scale.add(metrics)
+        for worry in [*worries(metrics), *self.noise_scale.worries(metrics)]:
             self.say(f"epoch {epoch + 1}: {worry}")
         return metrics | {
             "lr": self.optimizer.lr,
