@@ -2,12 +2,19 @@
 
 import math
 
+import helpers_algorithms
 import pytest
 import torch
 from accelerate import Accelerator
+from helpers_algorithms import move
 from torch import nn
 
+from diffalign.commands import cli
+from diffalign.record.metrics import Meter
+from diffalign.training import saving
 from diffalign.training.noise_scale import HOPELESS, TELLING, NoiseScale, Parts, scale
+
+make = helpers_algorithms.make  # the fixture
 
 MEAN = torch.tensor([0.3, -0.1, 0.2, 0.0])
 COVARIANCE = torch.tensor([1.0, 2.0, 0.5, 0.25])  # a diagonal
@@ -89,3 +96,77 @@ def test_what_is_not_finite_is_left_out():
     noise_scale.add({"gradient_signal": math.nan, "gradient_noise": 1.0})
     noise_scale.add({})
     assert noise_scale.seen == []
+
+
+def summed(trainer, rows, data, credit, plan):
+    """The gradient that some of an epoch's samples have in its update."""
+    trainer.optimizer.adamw.zero_grad()
+    n = trainer.plan.samples
+    if credit is None:
+        split = trainer.learner.sweep(data, rows, n, plan, Meter(), {}, [])
+    else:
+        split = trainer.learner.accumulate(data, credit, rows, n, True, Meter())
+    return split, torch.cat([p.grad.flatten() for p in trainer.optimizer.trained])
+
+
+@pytest.mark.parametrize("algorithm", ["ddpo", "awm", "draft"])
+def test_parts_are_the_gradients_of_prompts(make, algorithm):
+    options = {
+        "ddpo": {"train.micro_batch": 8},  # 2 pictures x 4 steps
+        "awm": {"sampler.kernel": "ode", "train.micro_batch": 2},
+        "draft": {"sampler.kernel": "ode", "train.micro_batch": 2},
+    }
+    trainer = make(algorithm, **options[algorithm], **{"data.groups": 3})
+    move(trainer)
+    data, credit, plan = trainer._sample(0), None, None
+    if algorithm == "draft":
+        (plan, *_) = trainer.learner.surrogates(0)
+    else:
+        credit, _ = trainer.credit(data)
+    n = trainer.plan.samples
+    prompts = [key[1] for key in data.keys]
+    split, whole = summed(trainer, torch.arange(n), data, credit, plan)
+    ends = torch.tensor(split._pictures).cumsum(0).tolist()
+    assert len(ends) > 1
+    assert ends[-1] == n
+    assert all(e == n or prompts[e - 1] != prompts[e] for e in ends)
+    each = [
+        summed(trainer, torch.arange(a, b), data, credit, plan)[1]
+        for a, b in zip([0, *ends], ends, strict=False)
+    ]
+    torch.testing.assert_close(sum(each), whole, rtol=1e-3, atol=1e-6)
+    for found, g in zip(split._squares, each, strict=True):
+        assert found.item() == pytest.approx(g.square().sum().item(), rel=1e-3)
+
+
+def test_a_run_logs_it_and_goes_on_with_it(make):
+    trainer = make("awm", **{"sampler.kernel": "ode", "train.micro_batch": 2})
+    rows = [trainer.run_epoch(i) for i in range(3)]
+    assert all({"gradient_signal", "gradient_noise"} <= row.keys() for row in rows)
+    assert "noise_scale_least" not in rows[0]
+    seen = trainer.noise_scale.seen
+    assert seen == [(r["gradient_signal"], r["gradient_noise"]) for r in rows]
+    assert saving.state(trainer)["noise_scale"] == {"seen": seen}
+
+
+def test_the_command(pipelines, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red apple\na blue car\na green leaf\n")
+    config = tmp_path / "c.yaml"
+    config.write_text(
+        f"model: {{name: {pipelines['sd-v']}, resolution: 16}}\n"
+        "sampler: {steps: 3, batch: 4}\nrewards: {jpeg: 1.0}\n"
+        f"data: {{prompts: {prompts}, groups: 3, group_size: 4}}\n"
+        "train: {micro_batch: 4}\n"
+    )
+    assert cli.probe([str(config), "--epochs", "3"]) == 0
+    out = capsys.readouterr().out
+    for text in ("3 updates of 12 pictures (3 prompts)", "all that is trained", "step 0, sigma/"):
+        assert text in out, out
+    assert not (tmp_path / "runs").exists()
+    for options, why in (
+        (["--epochs", "1"], "leaves nothing to compare"),
+        (["--data.groups", "1", "--advantage.baseline", "batch"], "give one part of a gradient"),
+    ):
+        assert cli.probe([str(config), *options]) == 1
+        assert why in capsys.readouterr().err

@@ -45,6 +45,23 @@ def bench() -> argparse.ArgumentParser:
     return parser
 
 
+def probe() -> argparse.ArgumentParser:
+    """`diffalign probe`."""
+    parser = argparse.ArgumentParser(
+        prog="diffalign probe",
+        usage="diffalign probe CONFIG.yaml [--epochs N] [--section.key VALUE ...]",
+        description="Whether a run's updates would be signal or noise: the gradient noise scale at "
+        "the base weights, the number of pictures at which an update is half signal, with the "
+        "price of such an update. Nothing is trained. Any setting of the file can be replaced.",
+    )
+    parser.add_argument("config", help="as for `diffalign train`")
+    parser.add_argument(
+        "--epochs", type=int, default=6, metavar="N",
+        help="whose gradients are measured, each of its own prompts; default: 6",
+    )  # fmt: skip
+    return parser
+
+
 def grid() -> argparse.ArgumentParser:
     """`diffalign grid`."""
     parser = argparse.ArgumentParser(

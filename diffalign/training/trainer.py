@@ -290,12 +290,18 @@ class Trainer:
         prompt_ids = torch.tensor([i for _, i, _ in data.keys])
         spread = diversity(self._gather(scores.small), self._gather(prompt_ids))
         metrics |= {} if spread is None else {"diversity": spread}
-        groups = prompt_ids
-        if self.config.sampler.window_schedule == "branch":  # compared step by step
-            groups = prompt_ids * self.sampling.steps + data.paths.start
-        advantage, whitened, figures = self._advantages(scores.total, scores.parts, groups)
-        meter = self.learner.from_advantages(epoch, data, Credit(advantage, whitened))
+        credit, figures = self.credit(data)
+        meter = self.learner.from_advantages(epoch, data, credit)
         return metrics | figures, meter, list(zip(scores.images, data.prompts, strict=False))
+
+    def credit(self, data: Rollout) -> tuple[Credit, dict[str, float]]:
+        """What this process's samples are worth beside those of all, and metrics of that."""
+        groups = torch.tensor([i for _, i, _ in data.keys])
+        if self.config.sampler.window_schedule == "branch":  # compared step by step
+            groups = groups * self.sampling.steps + data.paths.start
+        scores = data.scores
+        advantage, whitened, figures = self._advantages(scores.total, scores.parts, groups)
+        return Credit(advantage, whitened), figures
 
     def _from_gradients(self, epoch: int, data: Samples) -> Learned:
         """Learn from the gradient of the rewards."""
