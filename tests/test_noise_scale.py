@@ -112,7 +112,7 @@ def summed(trainer, rows, data, credit, plan):
 @pytest.mark.parametrize("algorithm", ["ddpo", "awm", "draft"])
 def test_parts_are_the_gradients_of_prompts(make, algorithm):
     options = {
-        "ddpo": {"train.micro_batch": 8},  # 2 pictures x 4 steps
+        "ddpo": {"train.micro_batch": 3},  # the last of the 4 steps has no chance in it
         "awm": {"sampler.kernel": "ode", "train.micro_batch": 2},
         "draft": {"sampler.kernel": "ode", "train.micro_batch": 2},
     }
@@ -166,7 +166,7 @@ def test_the_command(pipelines, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
     for options, why in (
         (["--epochs", "1"], "leaves nothing to compare"),
-        (["--data.groups", "1", "--advantage.baseline", "batch"], "give one part of a gradient"),
+        (["--data.groups", "1"], "give one part of a gradient"),
     ):
         assert cli.probe([str(config), *options]) == 1
         assert why in capsys.readouterr().err
