@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,7 +51,9 @@ def main() -> None:
     parser.add_argument("--process", help=argparse.SUPPRESS)  # of two, the folder of the run
     args = parser.parse_args()
     if args.process:
-        print(json.dumps(epoch_times({"images": 32}, 3, args.process)))
+        seconds = epoch_times({"images": 32}, 3, args.process)
+        if os.environ["RANK"] == "0":
+            print(json.dumps(seconds))
         return
     file = Path(args.out) / "cost_curves.json"
     found = json.loads(file.read_text()) if file.exists() else {}
@@ -118,10 +121,11 @@ def times(name: str, values: list[int], epochs: int) -> dict[str, Any]:
         for one in made:
             one.tracker.close()
     medians = [median(s[1:]) for s in seconds]
-    return {"values": values, "seconds": medians, **line(values, medians)}
+    x = [1 / v for v in values] if name == "micro-batch" else values  # what a call costs by itself
+    return {"values": values, "seconds": medians, **line(x, medians)}
 
 
-def line(x: list[int], y: list[float]) -> dict[str, float]:
+def line(x: Sequence[float], y: list[float]) -> dict[str, float]:
     """Least squares of y = intercept + slope x, and R²."""
     a, b = torch.tensor(x, dtype=torch.double), torch.tensor(y, dtype=torch.double)
     slope = ((a - a.mean()) * (b - b.mean())).sum() / (a - a.mean()).square().sum()
@@ -187,7 +191,8 @@ def table(found: dict[str, Any]) -> str:
     for name, f in found.items():
         if "slope" in f:
             seconds = ", ".join(f"{s:.2f}" for s in f["seconds"])
-            fit = f"{f['intercept']:+.3f} s {f['slope']:+.4f} s × n"
+            by = "/ n" if name == "micro-batch" else "× n"
+            fit = f"{f['intercept']:+.3f} s {f['slope']:+.4f} s {by}"
             values = ", ".join(map(str, f["values"]))
             lines.append(f"| {name} | {values} | {seconds} | {fit} | {f['r2']:.4f} |")
     if rows := found.get("memory by prompts", {}).get("rows"):
