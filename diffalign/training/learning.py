@@ -254,7 +254,9 @@ class Learner:
     def _parts(self, data: Samples, mine: Tensor) -> Parts:
         """For an update's samples here, whose gradient can be told apart prompt by prompt."""
         prompts = [data.keys[i][:-1] for i in mine.tolist()]
-        return Parts(self.optimizer.trained, prompts, self.optimizer.scaler.get_scale())
+        # further gradients of a whole denoiser would not fit
+        looked_at = self.optimizer.trained if self.policy.is_lora else []
+        return Parts(looked_at, prompts, self.optimizer.scaler.get_scale())
 
     def _step(self, split: Parts, pictures: int) -> dict[str, Tensor]:
         norm = self.optimizer.step()

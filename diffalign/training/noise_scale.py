@@ -33,6 +33,8 @@ class Parts:
 
     groups: the prompt of each picture, in the order in which they are learnt from. A part ends
     where a micro-batch ends with the last picture of a prompt. scale: of the gradients, in float16.
+    Takes memory for three more gradients while it looks, and for one in between; without
+    parameters it does nothing.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], groups: Sequence[Any], scale: float):
@@ -44,13 +46,14 @@ class Parts:
     @torch.no_grad()
     def learnt(self, done: float) -> None:
         """The first `done` pictures are in the gradient, the last of them maybe in part."""
-        i = round(done)
-        if i != done or (i < len(self.groups) and self.groups[i - 1] == self.groups[i]):
+        i, groups = round(done), self.groups
+        goes_on = i < len(groups) and groups[i - 1] == groups[i]
+        if not self.parameters or i != done or goes_on:
             return
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
         now = torch.cat([g.flatten() for g in grads])
         own = now if self._before is None else now - self._before
-        self._squares.append((own / self.scale).square().sum())
+        self._squares.append((torch.linalg.vector_norm(own) / self.scale).square())
         self._pictures.append(i - self._done)
         self._before, self._done = now, i
 
@@ -58,7 +61,7 @@ class Parts:
         """{"gradient_signal": |G|², "gradient_noise": S}, scalars, unbiased, so that the first may
         be negative; nothing where there is one part. norm: of the gradient of all processes, before
         any scaling; pictures: of all."""
-        if len(self._squares) < 2 and accelerator.num_processes == 1:
+        if not self.parameters or (len(self._squares) < 2 and accelerator.num_processes == 1):
             return {}
         squares = torch.stack(self._squares).sum() if self._squares else norm.new_zeros(())
         shares = squares.new_tensor(sum((n / pictures) ** 2 for n in self._pictures))
