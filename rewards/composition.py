@@ -18,6 +18,7 @@ from .base import Reward
 from .clip import Clip
 from .loading import pretrained
 from .preprocess import quantize_pixels, resize
+from .soft_composition import Evidence, score
 
 # axis, and sign of the offset along it
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
@@ -27,6 +28,7 @@ GROUNDING_DINO = ("grounding-dino", "mm-grounding-dino")
 OWL = ("owlvit", "owlv2")
 MARGIN = 0.1  # share of the sum of the two objects' sizes
 NMS_IOU = 0.5  # if two boxes of a class overlap more, only the better one is kept
+SOFTNESS = 0.03  # of the soft form's threshold
 BATCH = 8  # images that a detector sees at once
 
 
@@ -76,14 +78,31 @@ class Composition(Reward):
     the color of a box if the detector does not, with GenEval's texts; GenEval used
     openai/clip-vit-large-patch14.
 
-    Not differentiable. Raises ValueError for bad options, for a prompt without such metadata, and
-    if a color is asked for but neither detector nor ``clip`` names colors. Source: GenEval (arXiv
-    2310.11513); "partial" follows Flow-GRPO (arXiv 2505.05470), which gives a wrong relation half
-    of its credit.
+    ``soft: true`` is the differentiable form of "partial", without thresholds. With s_j the
+    probability that place j shows the class, which adds up to a mass of M for an object, the soft
+    number is N = sum_j s_j / M, and the values of a clause are
+
+        count     1 - |N - n| / n
+        color     min(1, sum_j s_j P_j(color) / (M n))
+        position  min(1, N / n) min(1, N of the target) times the mean over pairs of places,
+                  weighted by both probabilities, of sigmoid((o - 0.1 s - |d| / 2) / 0.05), where o
+                  is the component of d in the direction; lengths in units of the picture's side
+
+    of whose mean are taken away 0.5 times the soft number of other objects, for each object asked
+    for, and 0.1 times that of doubts, sum_j h_j (1 - h_j) / M with h_j the probability of any
+    object. ``detector`` then is a ``SoftDetector``, or its ``module:function``, or one of the
+    models above, of which a box counts by sigmoid((p - threshold) / 0.03) in place of p >
+    threshold, whose ``others`` are unknown, and which names no colors.
+
+    Not differentiable unless ``soft``. Raises ValueError for bad options, for a prompt without such
+    metadata, and if a color is asked for but neither detector nor ``clip`` names colors. Source:
+    GenEval (arXiv 2310.11513); "partial" follows Flow-GRPO (arXiv 2505.05470), which gives a wrong
+    relation half of its credit; the soft form is ours, after AlignProp's remark (2310.03739) that
+    the number of objects can be a reward.
     """
 
     name = "composition"
-    gradient_hint = "it counts detected objects; choose an algorithm that needs no reward gradient"
+    gradient_hint = "use rewards.{name}.soft=true, which counts by the detector's probabilities"
 
     def __init__(
         self,
@@ -93,11 +112,13 @@ class Composition(Reward):
         counting_threshold: float | None = None,
         max_per_class: int = 16,
         clip: str | None = None,
+        soft: bool = False,
     ):
         limits = [threshold, threshold if counting_threshold is None else counting_threshold]
         options = {"threshold": limits[0], "counting_threshold": limits[1]}
-        self.check_options(detector, mode, max_per_class, clip, **options)
+        self.check_options(detector, mode, max_per_class, clip, soft, **options)
         super().__init__()
+        self.differentiable = soft
         self.detect: Any = _function(detector) or ZeroShot(str(detector), min(limits))
         self.mode, self.max_per_class = mode, max_per_class
         self.threshold, self.counting_threshold = limits
@@ -105,11 +126,17 @@ class Composition(Reward):
         self.freeze()
 
     @classmethod
+    def has_gradient(cls, soft=False, **options):
+        return soft
+
+    @classmethod
     def check_options(
-        cls, detector: Any = "", mode="partial", max_per_class=16, clip=None, **options
+        cls, detector: Any = "", mode="partial", max_per_class=16, clip=None, soft=False, **options
     ):
         if mode not in ("partial", "strict"):
             raise ValueError(f"mode={mode!r} is not one of partial, strict")
+        if soft and (mode != "partial" or clip):
+            raise ValueError(f"soft=true needs mode=partial and no clip; got {mode!r}, {clip!r}")
         for name, limit in options.items():
             unset = limit is None and name == "counting_threshold"
             if not unset and not (isinstance(limit, (int, float)) and 0 <= limit < 1):
@@ -140,9 +167,13 @@ class Composition(Reward):
     def forward(self, images, prompts, metadata=None):
         metadata = metadata or [{}] * len(prompts)
         self.check_prompts(prompts, metadata)
-        images = images.detach()
         clauses = [[*m["include"], *m.get("exclude", [])] for m in metadata]
         classes = [list(dict.fromkeys(clause["class"] for clause in c)) for c in clauses]
+        if self.differentiable:
+            soft = getattr(self.detect, "evidence", self.detect)(images, classes)
+            each = zip(soft, classes, metadata, strict=True)
+            return torch.stack([score(seen, c, m, MARGIN) for seen, c, m in each]).float()
+        images = images.detach()
         found = self.detect(images, classes)
         scores = [self._score(*item) for item in zip(images, metadata, found, strict=True)]
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
@@ -270,22 +301,58 @@ class ZeroShot(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, classes: list[list[str]]) -> list[list[Detection]]:
-        found: list[list[Detection]] = [[] for _ in classes]
+        return self._grouped(self._alike, images, classes)
+
+    def evidence(self, images: Tensor, classes: list[list[str]]) -> list[Evidence]:
+        """The same as probabilities, with gradient to the images; a place is a box."""
+        return self._grouped(self._possible, images, classes)
+
+    def _grouped(self, see: Callable, images: Tensor, classes: list[list[str]]) -> list[Any]:
+        """What `see` finds in images of the same classes at once, in the order of the images."""
+        found: list[Any] = [None] * len(classes)
         for names in {tuple(c): c for c in classes}.values():
             rows = [i for i, c in enumerate(classes) if c == names]
             for start in range(0, len(rows), BATCH):
                 some = rows[start : start + BATCH]
-                for i, one in zip(some, self._alike(images[some], names), strict=True):
+                for i, one in zip(some, see(images[some], names), strict=True):
                     found[i] = one
         return found
 
     def _alike(self, images: Tensor, names: list[str]) -> list[list[Detection]]:
         """Detections of the same classes in each of (n, 3, H, W) images."""
+        output = self._output(images, names)
+        sizes = [tuple(images.shape[-2:])] * len(images)
+        decode = self.processor.image_processor.post_process_object_detection
+        return [_detections(names, **found) for found in decode(output, self.threshold, sizes)]
+
+    def _possible(self, images: Tensor, names: list[str]) -> list[Evidence]:
+        output, found = self._output(images, names, learn=True), []
+        for p, each in zip(output.logits.sigmoid(), output.pred_boxes, strict=True):
+            x, y, w, h = each.unbind(-1)
+            boxes = torch.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], -1)
+            score, label = p.max(-1)
+            kept = _best(boxes.detach(), score.detach(), label)
+            shares = torch.zeros_like(p)
+            shares[kept, label[kept]] = ((score[kept] - self.threshold) / SOFTNESS).sigmoid()
+            found.append(Evidence(shares.T, shares.new_zeros(len(p)), boxes, {}, 1.0))
+        return found
+
+    def _output(self, images: Tensor, names: list[str], learn: bool = False) -> Any:
+        """The model's output, with logits (n, boxes, len(names))."""
         words = names if self.kind in GROUNDING_DINO else [f"a photo of a {n}" for n in names]
-        pixels = (quantize_pixels(images.float()) * 255).round().to(torch.uint8)
-        texts, sizes = [words] * len(images), [tuple(images.shape[-2:])] * len(images)
-        inputs = self.processor(images=list(pixels), text=texts, return_tensors="pt")
-        output = self.model(**inputs.to(images.device))
+        pixels = (quantize_pixels(images.detach().float()) * 255).round().to(torch.uint8)
+        inputs = self.processor(
+            images=list(pixels), text=[words] * len(images), return_tensors="pt"
+        ).to(images.device)
+        if learn:  # the processor's numbers, with the gradient of our resizing
+            own = images
+            if self.kind == "owlv2":  # pads to a square
+                side = max(own.shape[-2:])
+                own = F.pad(own, (0, side - own.shape[-1], 0, side - own.shape[-2]), value=0.5)
+            own = resize(own, *inputs["pixel_values"].shape[-2:])
+            std = own.new_tensor(self.processor.image_processor.image_std)[:, None, None]
+            inputs["pixel_values"] = inputs["pixel_values"] + (own - own.detach()) / std
+        output = self.model(**inputs)
         if self.kind in GROUNDING_DINO:  # one logit per token; full stops separate the classes
             ids, tokenizer = inputs["input_ids"][0], self.processor.tokenizer
             stop = ids == tokenizer.convert_tokens_to_ids(".")
@@ -295,13 +362,17 @@ class ZeroShot(nn.Module):
             output.logits = torch.stack(best, -1)
         if not output.logits.isfinite().all():
             raise ValueError("the detector's logits are not finite")
-        decode = self.processor.image_processor.post_process_object_detection
-        return [_detections(names, **found) for found in decode(output, self.threshold, sizes)]
+        return output
+
+
+def _best(boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+    """The boxes (m, 4) that overlap no better one of their class too much."""
+    from torchvision.ops import batched_nms
+
+    return batched_nms(boxes, scores, labels, NMS_IOU)
 
 
 def _detections(names: list[str], boxes: Tensor, scores: Tensor, labels: Tensor):
-    from torchvision.ops import batched_nms
-
-    best = batched_nms(boxes, scores, labels, NMS_IOU)
+    best = _best(boxes, scores, labels)
     rows = zip(labels[best].tolist(), scores[best].tolist(), boxes[best].tolist(), strict=True)
     return [Detection(names[k], score, tuple(box)) for k, score, box in rows]

@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.nn import functional as F
 
 import rewards
 from diffalign import policies
@@ -37,7 +36,6 @@ from diffalign.emoji_world.workshop.t5 import build_t5_tokenizer
 from diffalign.emoji_world.workshop.tokenizer import LENGTH, build_tokenizer
 from diffalign.emoji_world.workshop.train_clip import build
 from diffalign.emoji_world.workshop.train_verifier import targets
-from diffalign.emoji_world.workshop.training import attention
 
 PROMPTS = ASSETS / "emoji-world" / "prompts"
 
@@ -152,14 +150,6 @@ def test_tokenizers_hold_the_world(tmp_path):
     assert words == ["a", "dog", "on", "a", "<unk>", "</s>", "<pad>", "<pad>", "<pad>"]
 
 
-def test_plain_attention_is_attention():
-    q, k, v = (torch.randn(2, 4, 7, 8) for _ in range(3))
-    mask = torch.randn(2, 1, 7, 7)
-    for options in ({}, {"attn_mask": mask}, {"is_causal": True}, {"scale": 0.3}):
-        expected = F.scaled_dot_product_attention(q, k, v, **options)
-        torch.testing.assert_close(attention(q, k, v, **options), expected, atol=1e-5, rtol=1e-5)
-
-
 def test_open_clip_names_cover_the_model():
     open_clip = pytest.importorskip("open_clip")
     config, state = convert(build(0, 16, build_tokenizer()))
@@ -171,11 +161,42 @@ def test_open_clip_names_cover_the_model():
     assert set(missing) <= {"attn_mask"}
 
 
+@pytest.mark.parametrize("verifier", evaluate.VERIFIERS)
 @pytest.mark.parametrize("split", evaluate.SPLITS)
-def test_verifier_reads_real_scenes(split):
-    scores = evaluate.real_scenes(split, rounds=3)
+def test_verifiers_read_real_scenes(split, verifier):
+    scores = evaluate.scores(*evaluate.real_scenes(split, rounds=3), verifier)
     for category in evaluate.CATEGORIES:
-        assert scores[category] >= 0.95, scores
+        assert scores[category].value >= 0.95, (category, str(scores[category]))
+
+
+def test_errors_are_of_prompts():
+    assert evaluate.share([[True]] * 98 + [[False]] * 2).error == pytest.approx(0.0141, abs=1e-4)
+    assert evaluate.share([[True]] * 98).error == pytest.approx(0.01, abs=1e-3)  # and not 0
+    # four pictures of a prompt that are always alike tell no more than one
+    alike = evaluate.share([[True] * 4, [False] * 4] * 50)
+    assert alike.error == pytest.approx(evaluate.share([[True], [False]] * 50).error)
+    assert alike.n == 400
+    independent = evaluate.share([[True, False, True, False]] * 99 + [[True] * 4])
+    assert independent.error < 0.01
+    assert str(evaluate.Figure(0.5241, 0.0203, 600)) == "0.52 ± 0.02"
+    assert str(evaluate.Figure(0.9841, 0.0031, 600)) == "0.984 ± 0.003"
+
+
+def test_scores_are_means_over_prompts():
+    images, texts = evaluate.real_scenes("train", rounds=1)
+    few = [texts.index(t) for t in ("two cats", *texts[:3]) if t in texts]
+    found = evaluate.scores(images[few].repeat(2, 1, 1, 1), [texts[i] for i in few] * 2)
+    assert found["overall"].n == 2 * len(few)
+    each = [found[c] for c in evaluate.CATEGORIES if c in found]
+    assert found["overall"].value == pytest.approx(sum(f.value for f in each) / len(each))
+
+
+def test_the_referee_is_no_reward_and_chooses_nothing():
+    root = ASSETS.parent
+    for path in [*root.glob("configs/*.yaml"), *root.glob("benchmarks/*.py")]:
+        assert "referee" not in "\n".join(
+            line for line in path.read_text("utf-8").splitlines() if not line.startswith("#")
+        ), path
 
 
 def test_verifier_tells_right_from_wrong():
@@ -194,7 +215,8 @@ def test_verifier_tells_right_from_wrong():
 
 def test_models_fit_their_budget():
     found = {p.resolve() for p in ASSETS.glob("emoji-*/**/*.safetensors")}
-    models = [p for p in found if "emoji-verifier" not in p.parts]  # it measures, and is no reward
+    # the two that measure are no rewards
+    models = [p for p in found if not {"emoji-verifier", "emoji-referee"} & {*p.parts}]
     assert sum(p.stat().st_size for p in models) <= 45e6
 
 
@@ -215,21 +237,27 @@ def test_eval_prints_a_table(capsys, tmp_path, pipelines):
     table = capsys.readouterr().out
     assert all(c in table for c in evaluate.CATEGORIES)
     saved = json.loads((tmp_path / "scores.json").read_text())
-    assert saved["scores"]["real scenes"]["overall"] > 0.95
-    assert 0 <= saved["scores"][Path(folder).name]["overall"] < 0.1  # random weights
+    for verifier in evaluate.VERIFIERS:
+        assert saved["scores"]["real scenes"][verifier]["overall"]["value"] > 0.95
+        drawn = saved["scores"][Path(folder).name][verifier]["overall"]
+        assert 0 <= drawn["value"] < 0.1  # random weights
+        assert drawn["error"] > 0
     assert (tmp_path / f"{Path(folder).name}.png").exists()
 
 
 def test_eval_tells_models_of_one_name_apart(pipelines, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "draw", lambda _, texts, *how: torch.zeros(len(texts), 3, 8, 8))
     monkeypatch.setattr(command, "load_prompts", lambda _: ["a red dog"])
-    monkeypatch.setattr(command, "real_scenes", lambda _: {"overall": float("nan")})
+    real = torch.zeros(1, 3, 8, 8), ["a red dog"]
+    monkeypatch.setattr(command, "real_scenes", lambda _: real)
     models = [str(shutil.copytree(pipelines["sd-v"], tmp_path / k / "model")) for k in "ab"]
     out = ["--out", str(tmp_path / "new" / "out")]
     assert cli.evaluate([*models, *out]) == 0
-    assert "| | real scenes | a/model | b/model |" in capsys.readouterr().out
-    text = (tmp_path / "new" / "out" / "scores.json").read_text()
-    assert json.loads(text)["scores"]["real scenes"] == {"overall": None}
+    heads = [f"{m}, {v}" for m in ("real scenes", "a/model", "b/model")
+             for v in ("verifier", "referee")]  # fmt: skip
+    assert f"| | {' | '.join(heads)} |" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "new" / "out" / "scores.json").read_text())
+    assert saved["scores"]["real scenes"]["emoji-referee"]["overall"]["value"] == 0
     assert cli.evaluate([models[0], models[0]]) == 1
     assert "one is given twice; leave it out" in capsys.readouterr().err
     (tmp_path / "file").touch()

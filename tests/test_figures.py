@@ -36,13 +36,3 @@ def test_docs_have_the_table_of_figures():
     text = (ASSETS.parent / "docs" / "emoji_world.md").read_text("utf-8")
     for line in figures.table().splitlines():
         assert line in text, line
-
-
-def test_errors_of_figures():
-    assert figures.share([True] * 98 + [False] * 2).error == pytest.approx(0.0169, abs=1e-4)
-    assert figures.share([True] * 98).error == pytest.approx(0.01, abs=1e-3)  # and not 0
-    even = figures.categories({c: [True, False] * 50 for c in figures.evaluate.CATEGORIES})
-    assert even["overall"].value == 0.5
-    assert even["overall"].error == pytest.approx(0.05 / 6**0.5, rel=0.02)
-    assert str(figures.Figure(0.5241, 0.0203, 600)) == "0.52 ± 0.02"
-    assert str(figures.Figure(0.9841, 0.0031, 600)) == "0.984 ± 0.003"

@@ -167,9 +167,8 @@ def test_rewards(tmp_path, monkeypatch):
     refused({"aesthetic": {"head": str(tmp_path / "h.pt")}}, "head=.* is damaged")
     torch.save({"a": Path("code")}, tmp_path / "h.pt")
     refused({"aesthetic": {"head": str(tmp_path / "h.pt")}}, "head=.* Python objects beside")
-    monkeypatch.setattr(verifier, "ASSETS", tmp_path)
     with pytest.raises(ValueError, match=r"the verifier .* is incomplete"):
-        verifier.load(str(tmp_path))
+        verifier.load("emoji-verifier", tmp_path)
 
 
 def raised(kind, text="", cause=None):

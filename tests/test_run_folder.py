@@ -124,7 +124,8 @@ def test_eval_takes_runs(pipelines, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(evaluate, "draw", draw)
     monkeypatch.setattr(evaluate, "load_prompts", lambda _: ["a red dog"])
-    monkeypatch.setattr(evaluate, "real_scenes", lambda _: {"overall": 1.0})
+    real = torch.zeros(1, 3, 8, 8), ["a red dog"]
+    monkeypatch.setattr(evaluate, "real_scenes", lambda _: real)
     base = pipelines["sd-v"]
     runs = [run(tmp_path / name, base, whole) for name, whole in (("lora", 0), ("whole", 1))]
     for folder, expected in runs:
@@ -135,7 +136,7 @@ def test_eval_takes_runs(pipelines, tmp_path, monkeypatch, capsys):
         assert np.isfinite(drawn[1]).all()  # the base at its own size
         assert drawn[2].shape == drawn[1].shape
         assert not torch.equal(drawn[2], drawn[1])
-    assert "| lora |" in capsys.readouterr().out
+    assert "| lora, verifier | lora, referee |" in capsys.readouterr().out
 
 
 def test_what_is_no_run(pipelines, tmp_path):

@@ -45,6 +45,23 @@ def bench() -> argparse.ArgumentParser:
     return parser
 
 
+def probe() -> argparse.ArgumentParser:
+    """`diffalign probe`."""
+    parser = argparse.ArgumentParser(
+        prog="diffalign probe",
+        usage="diffalign probe CONFIG.yaml [--epochs N] [--section.key VALUE ...]",
+        description="Whether a run's updates would be signal or noise: the gradient noise scale at "
+        "the base weights, the number of pictures at which an update is half signal, with the "
+        "price of such an update. Nothing is trained. Any setting of the file can be replaced.",
+    )
+    parser.add_argument("config", help="as for `diffalign train`")
+    parser.add_argument(
+        "--epochs", type=int, default=6, metavar="N",
+        help="whose gradients are measured, each of its own prompts; default: 6",
+    )  # fmt: skip
+    return parser
+
+
 def grid() -> argparse.ArgumentParser:
     """`diffalign grid`."""
     parser = argparse.ArgumentParser(
@@ -92,7 +109,8 @@ def evaluation() -> argparse.ArgumentParser:
     """`diffalign eval`."""
     parser = argparse.ArgumentParser(
         prog="diffalign eval",
-        description="EmojiEval: GenEval's six categories in EmojiWorld, read by its verifier.",
+        description="EmojiEval: GenEval's six categories in EmojiWorld, read by its verifier and "
+        "by the referee, which no reward knows; ± a standard error, clustered by prompt.",
     )
     parser.add_argument(
         "models", nargs="*", help="pipeline folders, run folders or hub ids, a column each"
@@ -103,6 +121,7 @@ def evaluation() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pictures", type=int, default=1, help="of every prompt")
     device_of(parser)
     parser.add_argument("--out", help="folder for scores.json and a grid of pictures a column")
     return parser

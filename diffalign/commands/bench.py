@@ -5,7 +5,8 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -39,12 +40,19 @@ def measure(config: TrainConfig, rounds: int) -> list[Round]:
     """Train `rounds` epochs after one to warm up, in a folder that is then removed; the first of
     them is evaluated. After each its calls are made again, alone, so that a slow moment of the
     machine slows both."""
+    config.train.epochs = max(config.train.epochs, rounds + 1)  # or the schedule ends at 0
+    with temporary(config) as trainer:
+        return _rounds(trainer, rounds)
+
+
+@contextmanager
+def temporary(config: TrainConfig) -> Iterator[Trainer]:
+    """The trainer of a config, in a folder that is then removed."""
     with tempfile.TemporaryDirectory() as place:
         config.log.dir, config.log.trackers = f"{place}/run", []
-        config.train.epochs = max(config.train.epochs, rounds + 1)  # or the schedule ends at 0
         trainer = Trainer(config)
         try:
-            return _rounds(trainer, rounds)
+            yield trainer
         finally:
             trainer.tracker.close()
             folder.release(trainer.dir)

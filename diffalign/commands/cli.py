@@ -303,17 +303,36 @@ def bench(arguments: Sequence[str]) -> int:
     return 0
 
 
+@guarded
+def probe(arguments: Sequence[str]) -> int:
+    """`diffalign probe`: the gradient noise scale before a run; returns the exit status."""
+    args, settings = parsers.probe().parse_known_args(arguments)
+    if args.epochs < 2:
+        raise ConfigError(f"--epochs {args.epochs} leaves nothing to compare; use 2 or more")
+    config = TrainConfig.from_file(args.config, settings)
+    from ..training.plan import Plan
+
+    Plan.make(config)  # refuses what a run would refuse, before the slow imports
+    from .probe import run
+
+    print(run(config, args.epochs))
+    return 0
+
+
 grid = guarded(lambda a: _run(".grid", a, parsers.grid()))
 report = guarded(lambda a: _run("..report", a))
 film = guarded(lambda a: _run("..report.film", a))
+blind = guarded(lambda a: _run("..report.blind", a))
 
 COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
     "train": (train, "fine-tune a model on rewards; CONFIG.yaml --dry-run says what it costs"),
     "bench": (bench, "where the time of a run goes: its calls, alone and in the loop"),
+    "probe": (probe, "whether updates would be signal or noise, before a run"),
     "sample": (sample, "draw prompts, with or without trained weights; search better pictures"),
     "grid": (grid, "models, runs, LoRA scales or seeds side by side in one picture"),
     "report": (report, "one HTML file on a run, or comparing several"),
     "film": (film, "the evaluations of a run as a strip and an animation"),
+    "blind": (blind, "a blind test of two runs or folders of pictures, as a page"),
     "score": (score, "score finished pictures with rewards"),
     "eval": (evaluate, "EmojiEval's table of pipelines"),
     "serve-rewards": (serve_rewards, "serve rewards over HTTP"),

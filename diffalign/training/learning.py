@@ -41,6 +41,7 @@ from ..policies import Cond, Policy
 from ..record.metrics import Meter
 from ..sampling.adjoint import Surrogate, adjoint_sweep, renoise_last, reward_input
 from ..sampling.rollout import Noise, Sampling, Trajectories, rollout, sample_seed
+from .noise_scale import Parts
 from .optimizer import Optimizer
 from .scorer import Scores
 
@@ -93,26 +94,47 @@ class Learner:
     def from_advantages(self, epoch: int, data: Rollout, credit: Credit) -> Meter:
         """TRAJECTORY: loss over (sample, step) rows. FINAL: over (sample, time) rows."""
         meter, first = Meter(), self.optimizer.updates
-        if self.algorithm.needs is Needs.TRAJECTORY:
-            per_sample, batches = data.paths.log_prob.shape[1], self._transitions
-        else:
-            per_sample, batches = cast(Matcher, self.algorithm).times, self._matches
         for mine, everyone in self._updates(epoch):
             on_policy = self.optimizer.updates == first
-            for batch in batches(data, credit, mine, on_policy):
-                loss, figures = self.algorithm.loss(self.policy, batch)
-                rows = len(batch.x)
-                # each row counts alike whatever the micro-batches and processes
-                self.optimizer.backward(loss * rows / (everyone * per_sample))
-                meter.add({"loss": loss, **figures}, rows)
-            meter.add({"grad_norm": self.optimizer.step()})
+            split = self.accumulate(data, credit, mine, everyone, on_policy, meter)
+            meter.add(self._step(split, everyone))
         return meter
 
+    def accumulate(
+        self,
+        data: Rollout,
+        credit: Credit,
+        mine: Tensor,
+        everyone: int,
+        on_policy: bool,
+        meter: Meter,
+        step: int | None = None,
+    ) -> Parts:
+        """Add to the weights' `grad` that of an update's samples `mine`, of `everyone`. step: only
+        that of one of the stored steps of TRAJECTORY."""
+        if self.algorithm.needs is Needs.TRAJECTORY:
+            per_sample = data.paths.log_prob.shape[1]
+            steps = torch.arange(per_sample) if step is None else torch.tensor([step])
+            own, batches = len(steps), self._transitions(data, credit, mine, on_policy, steps)
+        else:
+            own = per_sample = cast(Matcher, self.algorithm).times
+            batches = self._matches(data, credit, mine, on_policy)
+        split, done = self._parts(data, mine), 0
+        for batch in batches:
+            loss, figures = self.algorithm.loss(self.policy, batch)
+            rows = len(batch.x)
+            # each row counts alike whatever the micro-batches and processes
+            self.optimizer.backward(loss * rows / (everyone * per_sample))
+            meter.add({"loss": loss, **figures}, rows)
+            done += rows
+            split.learnt(done / own)
+        return split
+
     def _transitions(
-        self, data: Rollout, credit: Credit, mine: Tensor, on_policy: bool
+        self, data: Rollout, credit: Credit, mine: Tensor, on_policy: bool, steps: Tensor
     ) -> Iterator[Batch]:
         paths, device = data.paths, self.policy.device
-        steps, start = torch.arange(paths.log_prob.shape[1]), paths.start.to(device)
+        start = paths.start.to(device)
         # once an update: a copy to the device in every micro-batch would wait for it
         pairs = torch.meshgrid(mine, steps, indexing="ij")
         samples, index = (m.flatten().to(device) for m in pairs)
@@ -179,39 +201,67 @@ class Learner:
         (rows,) each, and the pictures for rewards that learn.
         """
         meter, rewards, pictures = Meter(), {}, []
-        c, policy = self.config.train, self.policy
         for (mine, everyone), plan in zip(self._updates(epoch), plans, strict=True):
-            share = 1 / (everyone * (1 + plan.renoised))
-            # of an update all samples may be with other processes
-            drawn = self._draw(data, mine, plan) if len(mine) else torch.empty(0)
-            for pick in chunks(len(mine), c.micro_batch):
-                rows = mine[pick]
-                cond, states = data.cond[rows], drawn[pick]
-                seeds = [sample_seed(c.seed, *data.keys[j], "renoise") for j in rows.tolist()]
-                noise, paths = Noise(seeds, policy.latent_shape, policy.device), [states]
-                for _ in range(plan.renoised):
-                    renoised = renoise_last(policy, cond, self.sampling, states, noise.draw())
-                    paths.append(renoised)
-                for states in paths:
-                    x0 = reward_input(policy, cond, self.sampling, states, plan)
-                    x0 = x0.detach().requires_grad_()
-                    images = policy.decode(x0, differentiable=True, tiny=True)
-                    batch = [data.prompts[j] for j in rows.tolist()]
-                    if self.reward.learns:
-                        pictures += zip(images.detach().cpu(), batch, strict=True)
-                    pixels, total, parts = self._pixel_gradient(images, batch)
-                    finite = pixels.isfinite().flatten(1).all(1)
-                    self.optimizer.suspects.append(partial(self._blame, finite, batch))
-                    (grad,) = torch.autograd.grad(images, x0, pixels * share)
-                    grad = self.optimizer.scaler.scale(grad)  # the sweep is linear in it
-                    penalty = self._penalty(cond, share / len(plan.active), meter)
-                    adjoint_sweep(policy, cond, self.sampling, states, grad, plan, penalty)
-                    saturated = ((images <= 0) | (images >= 1)).float().flatten(1).mean(1)
-                    meter.add({"saturated_pixels": saturated}, len(rows))
-                    for name, values in {"": total, **parts}.items():
-                        rewards.setdefault(name, []).append(values.detach())
-            meter.add({"grad_norm": self.optimizer.step()})
+            split = self.sweep(data, mine, everyone, plan, meter, rewards, pictures)
+            meter.add(self._step(split, everyone))
         return meter, {name: torch.cat(values) for name, values in rewards.items()}, pictures
+
+    def sweep(
+        self,
+        data: Samples,
+        mine: Tensor,
+        everyone: int,
+        plan: Surrogate,
+        meter: Meter,
+        rewards: dict[str, list[Tensor]],
+        pictures: list[tuple[Tensor, Prompt]],
+    ) -> Parts:
+        """Draw an update's samples `mine`, of `everyone`, and add their gradient to the weights'
+        `grad`; their rewards and pictures are added to the last two."""
+        c, policy = self.config.train, self.policy
+        share, split = 1 / (everyone * (1 + plan.renoised)), self._parts(data, mine)
+        # of an update all samples may be with other processes
+        drawn = self._draw(data, mine, plan) if len(mine) else torch.empty(0)
+        for pick in chunks(len(mine), c.micro_batch):
+            rows = mine[pick]
+            cond, states = data.cond[rows], drawn[pick]
+            seeds = [sample_seed(c.seed, *data.keys[j], "renoise") for j in rows.tolist()]
+            noise, paths = Noise(seeds, policy.latent_shape, policy.device), [states]
+            for _ in range(plan.renoised):
+                renoised = renoise_last(policy, cond, self.sampling, states, noise.draw())
+                paths.append(renoised)
+            for states in paths:
+                x0 = reward_input(policy, cond, self.sampling, states, plan)
+                x0 = x0.detach().requires_grad_()
+                images = policy.decode(x0, differentiable=True, tiny=True)
+                batch = [data.prompts[j] for j in rows.tolist()]
+                if self.reward.learns:
+                    pictures += zip(images.detach().cpu(), batch, strict=True)
+                pixels, total, parts = self._pixel_gradient(images, batch)
+                finite = pixels.isfinite().flatten(1).all(1)
+                self.optimizer.suspects.append(partial(self._blame, finite, batch))
+                (grad,) = torch.autograd.grad(images, x0, pixels * share)
+                grad = self.optimizer.scaler.scale(grad)  # the sweep is linear in it
+                penalty = self._penalty(cond, share / len(plan.active), meter)
+                adjoint_sweep(policy, cond, self.sampling, states, grad, plan, penalty)
+                saturated = ((images <= 0) | (images >= 1)).float().flatten(1).mean(1)
+                meter.add({"saturated_pixels": saturated}, len(rows))
+                for name, values in {"": total, **parts}.items():
+                    rewards.setdefault(name, []).append(values.detach())
+            split.learnt(min(pick.stop, len(mine)))
+        return split
+
+    def _parts(self, data: Samples, mine: Tensor) -> Parts:
+        """For an update's samples here, whose gradient can be told apart prompt by prompt."""
+        prompts = [data.keys[i][:-1] for i in mine.tolist()]
+        # further gradients of a whole denoiser would not fit
+        looked_at = self.optimizer.trained if self.policy.is_lora else []
+        return Parts(looked_at, prompts, self.optimizer.scaler.get_scale())
+
+    def _step(self, split: Parts, pictures: int) -> dict[str, Tensor]:
+        norm = self.optimizer.step()
+        found = split.figures(norm, pictures, self.optimizer.accelerator)
+        return {"grad_norm": norm, **found}
 
     def _draw(self, data: Samples, rows: Tensor, plan: Surrogate) -> Tensor:
         """The states (len(rows), steps + 1, *latent) of samples, as far as `plan` looks."""

@@ -118,18 +118,19 @@ def need(plan: Plan, device: str) -> Need:
             rows = max(1, rows // made.per_sample) * made.per_sample
         decoded = min(c.model.decode_batch, batch)
         update = {"stored states": stored, "text": cond}
+        learning = update | {"a part's gradient": adapters * bool(c.model.lora_rank)}
         phases: dict[str, dict[str, int]] = {}
         if c.model.free_text_encoders:
             phases["encoding"] = {"text encoders": encoders}
         if kind is Needs.GRADIENT:
-            phases["update"] = update | {
+            phases["update"] = learning | {
                 "one micro-batch": max(
                     made.called(min(c.train.micro_batch, n), learn=True),
                     made.decoded(min(c.train.micro_batch, n), learn=True),
                 )
             }
         else:
-            phases["update"] = update | {"one micro-batch": made.called(rows, learn=True)}
+            phases["update"] = learning | {"one micro-batch": made.called(rows, learn=True)}
         merged = made.merged() if c.model.lora_rank else 0
         phases["rollout"] = update | {
             "merged LoRA": merged,

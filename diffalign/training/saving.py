@@ -29,6 +29,7 @@ DEPENDS = {
     "reward": ("rewards.",),
     "algorithm": ("algorithm.",),
     "optimisation": ("algorithm.type", "train.optimizer"),
+    "noise_scale": ("algorithm.", "rewards.", "data.", "sampler."),
 }
 """The settings that give a part's state its meaning: where one changed, the part starts anew."""
 
@@ -128,6 +129,7 @@ def parts(trainer: Trainer) -> dict[str, Any]:
         "algorithm": trainer.algorithm,
         "guard": trainer.evaluation.guard,
         "reward": trainer.reward,
+        "noise_scale": trainer.noise_scale,
     }
 
 
@@ -180,7 +182,9 @@ def restore(
         fresh = copy.deepcopy(part.state_dict())
         try:
             if not moved:
-                part.load_state_dict(copy.deepcopy(state[name]))
+                # checkpoints from before it was measured have no noise scale
+                saved = state.get(name, fresh) if name == "noise_scale" else state[name]
+                part.load_state_dict(copy.deepcopy(saved))
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             if not force:
                 raise ConfigError(

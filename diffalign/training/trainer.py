@@ -31,6 +31,7 @@ from .advantages import PromptTracker, combined_advantages, zero_variance_share
 from .evaluation import Evaluation
 from .guard import diversity
 from .learning import Credit, Learner, Rollout, Samples
+from .noise_scale import NoiseScale
 from .optimizer import Optimizer
 from .plan import Named, Plan
 from .scorer import Scorer, constrain, summary, teach
@@ -117,6 +118,7 @@ class Trainer:
             dtype=c.model.dtype,
             steps=c.train.epochs * c.train.updates_per_epoch * c.train.inner_epochs,
         )
+        self.noise_scale = NoiseScale(self.plan.samples // c.train.updates_per_epoch)
         self.learner = Learner(
             config=c,
             algorithm=self.algorithm,
@@ -236,7 +238,8 @@ class Trainer:
         for name, decay in self.copies.items():
             self.optimizer.follow(name, decay(self.optimizer.updates))
         metrics["skipped_steps"] = float(self.optimizer.skipped - skipped)
-        for worry in worries(metrics):
+        metrics |= self.noise_scale.add(metrics)
+        for worry in [*worries(metrics), *self.noise_scale.worries(metrics)]:
             self.say(f"epoch {epoch + 1}: {worry}")
         return metrics | {
             "lr": self.optimizer.lr,
@@ -287,12 +290,18 @@ class Trainer:
         prompt_ids = torch.tensor([i for _, i, _ in data.keys])
         spread = diversity(self._gather(scores.small), self._gather(prompt_ids))
         metrics |= {} if spread is None else {"diversity": spread}
-        groups = prompt_ids
-        if self.config.sampler.window_schedule == "branch":  # compared step by step
-            groups = prompt_ids * self.sampling.steps + data.paths.start
-        advantage, whitened, figures = self._advantages(scores.total, scores.parts, groups)
-        meter = self.learner.from_advantages(epoch, data, Credit(advantage, whitened))
+        credit, figures = self.credit(data)
+        meter = self.learner.from_advantages(epoch, data, credit)
         return metrics | figures, meter, list(zip(scores.images, data.prompts, strict=False))
+
+    def credit(self, data: Rollout) -> tuple[Credit, dict[str, float]]:
+        """What this process's samples are worth beside those of all, and metrics of that."""
+        groups = torch.tensor([i for _, i, _ in data.keys])
+        if self.config.sampler.window_schedule == "branch":  # compared step by step
+            groups = groups * self.sampling.steps + data.paths.start
+        scores = data.scores
+        advantage, whitened, figures = self._advantages(scores.total, scores.parts, groups)
+        return Credit(advantage, whitened), figures
 
     def _from_gradients(self, epoch: int, data: Samples) -> Learned:
         """Learn from the gradient of the rewards."""

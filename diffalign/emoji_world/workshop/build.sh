@@ -20,6 +20,7 @@ wait
 run train_clip $out/judge --seed 2 --patch 16 --steps 4000 &
 run distill $out/turbo --sd $out/sd --latents $out/latents.pt
 wait
+run train_verifier $out/referee --referee --vae $out/vae --steps 2600
 run train_preference $out/preference --clip $out/clip
 run train_aesthetic $out/aesthetic --clip $out/clip
 run install $out

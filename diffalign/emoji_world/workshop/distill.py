@@ -24,10 +24,11 @@ from torch.nn import functional as F
 
 from ...drawing.grids import image_grid
 from ...policies import lora
+from ...policies.acceleration import accelerate
 from ..scenes import BACKGROUNDS, OBJECTS, article
 from . import pipelines
-from .train_base import dataset, sampler
-from .training import fit, plain_attention
+from .train_base import FIRST, dataset, sampler
+from .training import fit
 
 GUIDANCE = 3.0
 STAGES = {8: 200, 4: 200, 2: 600}  # teacher steps: training steps
@@ -68,6 +69,7 @@ def main() -> None:
     abar = pipe.scheduler.alphas_cumprod
     student = pipe.unet.to(memory_format=torch.channels_last).requires_grad_(False)
     lora.add(student, RANK, None, TARGETS, seed=0)
+    accelerate("auto", False, (), student, "cpu", torch.bfloat16)
     args.out.mkdir(parents=True, exist_ok=True)
 
     def level(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,7 +82,7 @@ def main() -> None:
         return a2 * (a * x - s * v) + s2 * (a * v + s * x)
 
     for number, (steps, budget) in enumerate(STAGES.items()):
-        draw = sampler(rows, budget)
+        draw = sampler(rows, FIRST * budget)
         teacher = copy.deepcopy(student).eval().requires_grad_(False)
         # trailing timesteps 1000 / steps apart, and -1 for the clean end
         times = torch.arange(steps, -1, -1) * (1000 // steps) - 1
@@ -121,10 +123,9 @@ def main() -> None:
             image_grid(images, columns=8).save(args.out / f"grid_{steps}_{step:06d}.png")
             return {}
 
-        with plain_attention():
-            file = args.out / f"stage_{steps}.pt"
-            figures = fit({"unet": student}, loss, budget, 3e-4, file, ema=0.99, report=report,
-                          report_every=200)  # fmt: skip
+        file = args.out / f"stage_{steps}.pt"
+        figures = fit({"unet": student}, loss, budget, 3e-4, file, ema=0.99, report=report,
+                      report_every=200)  # fmt: skip
         print({f"{steps} -> {steps // 2}": figures}, flush=True)
     pipe.save_lora_weights(args.out, unet_lora_layers=truncated(lora.exported(student), SHIPPED))
 

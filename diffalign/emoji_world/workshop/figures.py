@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -31,6 +29,7 @@ from ... import policies
 from ...config.files import write_atomic
 from .. import evaluate
 from ..claims import parse
+from ..evaluate import Figure, share
 from ..scenes import ASSETS, KINDS, sample_scene
 from ..tensors import pixels
 from . import train_vae
@@ -41,25 +40,9 @@ from .train_preference import pairs
 FILE = ASSETS / "emoji-world" / "figures.json"
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A measured value, its standard error, and the number of pictures behind it."""
-
-    value: float
-    error: float
-    n: int
-
-    def __str__(self) -> str:
-        digits = max(1, math.ceil(-math.log10(self.error)))  # one of the error's at least
-        return f"{self.value:.{digits}f} ± {self.error:.{digits}f}"
-
-
-def share(hits: Sequence[bool]) -> Figure:
-    """The share k / n of hits. Its error is √(q (1 - q) / n), q = (k + 1) / (n + 2), which is not 0
-    where all are hits."""
-    n, k = len(hits), sum(hits)
-    q = (k + 1) / (n + 2)
-    return Figure(k / n, (q * (1 - q) / n) ** 0.5, n)
+def singles(hits: Sequence[bool]) -> Figure:
+    """The share of hits in pictures that are independent."""
+    return share([[hit] for hit in hits])
 
 
 def mean(values: Tensor) -> Figure:
@@ -81,7 +64,7 @@ def digest(model: str) -> str:
 def clip(model: str, few: bool) -> dict[str, Figure]:
     tower = rewards.Clip(str(ASSETS / model))
     hits = probes(tower.image_features, tower.text_features, 140 if few else 1400)
-    return {kind: share(found) for kind, found in hits.items()}
+    return {kind: singles(found) for kind, found in hits.items()}
 
 
 @torch.no_grad()
@@ -97,7 +80,7 @@ def preference(few: bool) -> dict[str, Figure]:
         wins = (judge(good, prompts) > judge(bad, prompts)).tolist()
         for kind, win in zip(kinds, wins, strict=True):
             hits.setdefault(kind, []).append(win)
-    return {k: share(v) for k, v in sorted(hits.items())}
+    return {k: singles(v) for k, v in sorted(hits.items())}
 
 
 @torch.no_grad()
@@ -110,21 +93,15 @@ def aesthetic(few: bool) -> dict[str, Figure]:
     return {"Spearman": Figure(rho, (1 - rho**2) / (n - 1) ** 0.5, n)}
 
 
-def categories(hits: dict[str, list[bool]]) -> dict[str, Figure]:
-    """The six categories of EmojiEval, and "overall", their mean."""
-    found = {c: share(hits[c]) for c in evaluate.CATEGORIES}
-    values, errors = [f.value for f in found.values()], [f.error for f in found.values()]
-    error = sum(e**2 for e in errors) ** 0.5 / len(errors)
-    n = sum(f.n for f in found.values())
-    return {"overall": Figure(sum(values) / len(values), error, n)} | found
+def categories(images: Tensor, texts: Sequence[str], verifier: str) -> dict[str, Figure]:
+    """EmojiEval's overall score and its six categories."""
+    found = evaluate.scores(images, texts, verifier)
+    return {k: found[k] for k in ("overall", *evaluate.CATEGORIES)}
 
 
-def verifier(few: bool) -> dict[str, Figure]:
+def verifier(name: str, few: bool) -> dict[str, Figure]:
     """EmojiEval of perfect pictures."""
-    rng = random.Random(10**6 + 5)
-    texts = evaluate.load_prompts("held_out") * (1 if few else 4)
-    images = pixels([evaluate.real_scene(t, rng) for t in texts]).float() / 255
-    return categories(evaluate.successes(images, texts))
+    return categories(*evaluate.real_scenes(rounds=1 if few else 4), name)
 
 
 def pipeline(name: str, few: bool, split: str = "held_out") -> dict[str, Figure]:
@@ -138,7 +115,11 @@ def pipeline(name: str, few: bool, split: str = "held_out") -> dict[str, Figure]
         images = evaluate.draw(policy, texts, 1, 1.0, seed=0)
     else:
         images = evaluate.draw(policies.load(str(ASSETS / name)), texts, 20, 3.0, seed=0)
-    return categories(evaluate.successes(images, texts))
+    return {
+        f"{name}{note}": figure
+        for note, one in zip(("", ", referee"), evaluate.VERIFIERS, strict=True)
+        for name, figure in categories(images, texts, one).items()
+    }
 
 
 def vae(few: bool) -> dict[str, Figure]:
@@ -159,7 +140,7 @@ PROBES: dict[str, Callable[[bool], dict[str, Figure]]] = {
     "emoji-judge": partial(clip, "emoji-judge"),
     "emoji-pickscore": preference,
     "emoji-aesthetic": aesthetic,
-    "emoji-verifier": verifier,
+    **{name: partial(verifier, name) for name in evaluate.VERIFIERS},
 }
 """Figures of every model; with True, of fewer pictures, for the tests."""
 

@@ -26,6 +26,7 @@ NAMES = {
     "preference": "emoji-pickscore",
     "aesthetic": "emoji-aesthetic",
     "verifier": "emoji-verifier",
+    "referee": "emoji-referee",
 }
 SHARED = {"sd3": ("vae",), "flux": ("vae", "text_encoder")}
 SKIP = shutil.ignore_patterns("*.pt", "*.png")

@@ -2,6 +2,7 @@
 
     python -m diffalign.emoji_world.workshop.train_base sd OUT --vae VAE --clip CLIP
     python -m diffalign.emoji_world.workshop.train_base sd3 OUT --teacher SD  # or flux
+    python -m diffalign.emoji_world.workshop.train_base sd3 OUT --teacher SD --start SD3
 
 - sd: StableDiffusionPipeline; v-prediction with zero terminal SNR (arXiv 2305.08891).
 - sd3: StableDiffusion3Pipeline; rectified flow, logit-normal times (2403.03206).
@@ -15,7 +16,8 @@ at equal alpha/sigma the latents of the two differ by a factor alone.
 VAE and CLIP text tower are frozen; with a teacher, they are the teacher's. SD3's encoders and
 FLUX's T5 are trained with the denoiser. Captions are dropped one time in ten for classifier-free
 guidance, except for flux, which needs none. For three fifths of the run nearly all scenes show a
-single object; then four in five show several.
+single object; then four in five show several, and in a run that starts from trained weights from
+its beginning.
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...drawing.grids import image_grid
+from ...policies import FAMILIES
+from ...policies.acceleration import accelerate
 from ..scenes import BACKGROUNDS, KINDS, OBJECTS, article, caption, sample_scene
 from ..tensors import pixels
 from . import pipelines
-from .training import fit, plain_attention, save, unit
+from .training import fit, save, unit
 
 SCENES = 90_000
 SHARE = {"single": 0.45, "pair": 0.15, "count": 0.18, "relation": 0.22}  # of the scenes made
@@ -60,11 +64,11 @@ def dataset(vae: Any, cache: Path) -> tuple[dict[str, Tensor], list[str], Tensor
     return rows, [caption(s) for s in scenes], torch.load(cache, weights_only=True)
 
 
-def sampler(rows: dict[str, Tensor], steps: int) -> Callable[[int, int], Tensor]:
-    """draw(step, n): rows of scenes, as EARLY for the FIRST part of the run, then as LATE."""
+def sampler(rows: dict[str, Tensor], early: float) -> Callable[[int, int], Tensor]:
+    """draw(step, n): rows of scenes, as EARLY before the step `early`, then as LATE."""
 
     def draw(step: int, n: int) -> Tensor:
-        share = EARLY if step < FIRST * steps else LATE
+        share = EARLY if step < early else LATE
         chances = torch.tensor([share[k] for k in KINDS])
         kinds = torch.multinomial(chances, n, replacement=True).tolist()
         picked = [rows[KINDS[k]] for k in kinds]
@@ -144,7 +148,9 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, help="for sd")
     parser.add_argument("--clip", type=Path, help="for sd: a CLIPModel, whose text tower it takes")
     parser.add_argument("--teacher", type=Path, help="for sd3 and flux: a trained emoji-sd")
+    parser.add_argument("--start", type=Path, help="a trained pipeline of the family to go on from")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--compile", action="store_true", help="nearly twice as fast, with g++")
     args = parser.parse_args()
     wanted = ("vae", "clip") if args.family == "sd" else ("teacher",)
     for name in ("vae", "clip", "teacher"):
@@ -164,10 +170,20 @@ def main() -> None:
     vae.requires_grad_(False)
     torch.manual_seed(0)
     pipe, trained = pipelines.BUILDERS[args.family](vae, *text)
+    if args.start:
+        begun: Any = type(pipe).from_pretrained(args.start)
+        for name, module in trained.items():
+            module.load_state_dict(getattr(begun, name).state_dict())
+    policy = FAMILIES[type(pipe).__name__]
+    for network, blocks in (
+        (getattr(pipe, policy.denoiser), policy.repeated),
+        *([(extra["teacher"].unet, ())] if extra else []),
+    ):
+        accelerate("auto", args.compile, blocks, network, "cpu", torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     args.out.mkdir(parents=True, exist_ok=True)
     rows, captions, latents = dataset(vae, args.out.parent / "latents.pt")
-    draw = sampler(rows, steps)
+    draw = sampler(rows, 0 if args.start else FIRST * steps)
 
     def loss(step: int) -> Tensor:
         pick = draw(step, batch).tolist()
@@ -190,9 +206,8 @@ def main() -> None:
             module.train()
         return {}
 
-    with plain_attention():
-        file = args.out / "training.pt"
-        print({args.family: fit(trained, loss, steps, 1e-3, file, report=report)})
+    file = args.out / "training.pt"
+    print({args.family: fit(trained, loss, steps, 1e-3, file, report=report)})
     for module in trained.values():
         module.eval().to(memory_format=torch.contiguous_format)
     pipe.save_pretrained(args.out)

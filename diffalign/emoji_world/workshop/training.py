@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +16,6 @@ from torch import Tensor, nn
 def unit(images: Tensor) -> Tensor:
     """uint8 (n, 3, H, W) -> float32 in [-1, 1], as AutoencoderKL sees pictures."""
     return images.float() / 127.5 - 1
-
-
-FUSED = nn.functional.scaled_dot_product_attention
-
-
-def attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **_):
-    """softmax(q kᵀ / √d) v, spelt out; causal attention (text towers) stays fused."""
-    if is_causal or dropout_p:
-        return FUSED(query, key, value, attn_mask, dropout_p, is_causal, scale=scale)
-    weights = query @ key.transpose(-1, -2) * (scale or query.shape[-1] ** -0.5)
-    weights = weights if attn_mask is None else weights + attn_mask
-    return weights.softmax(-1).to(value.dtype) @ value
-
-
-@contextmanager
-def plain_attention() -> Iterator[None]:
-    """Attention as three matmuls. At 64 tokens on a CPU the backward pass of the fused one takes
-    three times as long, which makes a training step 1.3 (UNet) to 1.6 times (SD3) as long."""
-    nn.functional.scaled_dot_product_attention = attention  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        nn.functional.scaled_dot_product_attention = FUSED
 
 
 def save(state: Any, path: Path) -> None:

@@ -6,6 +6,8 @@ prompts/{train,held_out}.txt: single objects, three and one prompts per object. 
 and eval_held_out (.jsonl, with "category"): EmojiEval's six categories, about 448 prompts each.
 Held-out prompts ask for combinations that `scenes.held_out` reserves, which no denoiser has been
 trained on: a colour or background of an object, a number of it, or a pair of objects.
+composition_train.jsonl: unreserved combinations of all categories, with GenEval's metadata for the
+reward `composition`.
 """
 
 from __future__ import annotations
@@ -13,8 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from dataclasses import replace
+from typing import Any
 
 from ..claims import parse
+from ..detector import metadata
 from ..scenes import (
     ASSETS,
     BACKGROUNDS,
@@ -30,6 +35,7 @@ from ..scenes import (
     sample_scene,
 )
 
+COMPOSED = {"single": 160, "pair": 240, "count": 240, "relation": 160}
 PAIRS = 56  # prompts of each category that is not one per object
 
 
@@ -56,7 +62,7 @@ def singles(rng: random.Random) -> tuple[list[str], list[str]]:
     return train, held
 
 
-def evaluation(rng: random.Random, reserved: bool) -> list[dict[str, str]]:
+def evaluation(rng: random.Random, reserved: bool) -> list[dict[str, Any]]:
     """EmojiEval's prompts of one split."""
     found: dict[str, list[str]] = {"single object": [], "colours": []}
     for name in OBJECTS:
@@ -83,7 +89,23 @@ def evaluation(rng: random.Random, reserved: bool) -> list[dict[str, str]]:
         found[category] = list(texts)
     for category, texts_of in found.items():
         assert all(parse(t).category == category for t in texts_of), category
-    return [{"prompt": t, "category": c} for c, texts_of in found.items() for t in texts_of]
+    return [
+        {"prompt": t, "category": c, **metadata(t)} for c, texts in found.items() for t in texts
+    ]
+
+
+def composition(rng: random.Random) -> list[dict[str, Any]]:
+    """Prompts that name the background three times in four, and what they ask for."""
+    texts: dict[str, None] = {}
+    for kind, n in COMPOSED.items():
+        wanted = len(texts) + n
+        while len(texts) < wanted:
+            scene = sample_scene(rng, kind)
+            scene = replace(scene, says_background=rng.random() < 0.75, says_style=False)
+            texts[caption(scene)] = None
+    found = [{"prompt": t, **metadata(t)} for t in texts]
+    rng.shuffle(found)
+    return found
 
 
 def main() -> None:
@@ -95,6 +117,8 @@ def main() -> None:
     for split, reserved in (("train", False), ("held_out", True)):
         lines = [json.dumps(line) + "\n" for line in evaluation(rng, reserved)]
         (folder / f"eval_{split}.jsonl").write_text("".join(lines), "utf-8")
+    lines = [json.dumps(line) + "\n" for line in composition(random.Random(1))]
+    (folder / "composition_train.jsonl").write_text("".join(lines), "utf-8")
 
 
 if __name__ == "__main__":
