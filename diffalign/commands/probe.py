@@ -49,9 +49,12 @@ def told(found: Probed, step: int) -> str:
     if not figures:
         return "not known from one update"
     least = figures.get("noise_scale_least")
-    if "noise_scale" not in figures or figures["noise_scale_error"] > figures["noise_scale"] / 2:
+    if "noise_scale" not in figures:
         return "not known: all is noise" if least is None else f"more than {least:,.0f}"
-    return f"{figures['noise_scale']:,.0f} ± {figures['noise_scale_error']:,.0f}"
+    about, error = figures["noise_scale"], figures["noise_scale_error"]
+    if error > about / 2 and least is not None:
+        return f"about {about:,.0f}, more than {least:,.0f}"
+    return f"{about:,.0f} ± {error:,.0f}"
 
 
 def advice(found: Probed, config: TrainConfig, cost: Cost) -> list[str]:
@@ -62,7 +65,7 @@ def advice(found: Probed, config: TrainConfig, cost: Cost) -> list[str]:
         return ["no signal was found; probe with more --epochs or data.groups"]
     update = n // config.train.updates_per_epoch
     share = update / (update + about)
-    lines = [f"an update of {update:,} pictures is {share:.1%} signal"]
+    lines = [f"an update of {update:,} pictures is about {share:.1%} signal"]
     if about > HOPELESS * update:
         lines[0] += ": expect no progress"
     groups = math.ceil(about / config.data.group_size) * config.train.updates_per_epoch
