@@ -39,12 +39,17 @@ def main() -> None:
     found: dict[str, Any] = {}
     for config in CONFIGS:
         for model in MODELS:
-            command = [sys.executable, __file__, config, model]
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found[f"{config} {model}"] = json.loads(done.stdout.splitlines()[-1])
+            found[f"{config} {model}"] = alone(config, model)
             print(config, model, found[f"{config} {model}"], flush=True)
     (RESULTS / "memory.json").write_text(json.dumps(found, indent=1))
     (RESULTS / "memory.md").write_text(table(found))
+
+
+def alone(config: str, model: str) -> dict[str, float]:
+    """`measured`, in a process that holds no other tensors."""
+    command = [sys.executable, __file__, config, model]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def settings(config: str, model: str, folder: str) -> TrainConfig:
