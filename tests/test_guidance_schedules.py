@@ -51,7 +51,7 @@ def test_a_schedule_of_all_steps_is_none_at_all(drawing):
 def test_a_schedule_of_no_step_is_no_guidance(drawing):
     policy, cond, how = drawing
     plain, calls = drawn(policy, cond, replace(how, guidance=1.0))
-    none, none_calls = drawn(policy, cond, replace(how, guidance=Guidance(3.0, high=0.0)))
+    none, none_calls = drawn(policy, cond, replace(how, guidance=Guidance(3.0, -1.0, 0.0)))
     assert torch.equal(none.final, plain.final)
     assert none_calls == calls == 3 * STEPS
 
@@ -120,6 +120,11 @@ def test_reuse_is_exact_where_the_direction_is_constant(drawing, monkeypatch):
     policy, cond, how = drawing
     reuse = replace(how, kernel="ode", guidance=Guidance(3.0, reuse=2))
     assert reuse.branches == [2, 2, 2, 2, 2, 1]
+    # the steps that count are those that are guided, wherever an interval puts them
+    ratio = (how.levels.sigma / how.levels.alpha).tolist()
+    late = replace(how, guidance=Guidance(3.0, -1.0, ratio[1], reuse=2))
+    assert late.branches == [1, 2, 2, 2, 2, 2]
+    assert drawn(policy, cond, replace(late, kernel="ode"))[1] == 3 * sum(late.branches)
     direction = torch.randn(1, *policy.latent_shape)
 
     def call(x, t, text, guidance):
@@ -161,6 +166,30 @@ def test_a_sample_that_guidance_hardly_moves_is_guided_no_more(drawing, monkeypa
     assert guide.on.tolist() == [1, 2]
 
 
+def test_what_remembers_can_be_neither_scored_nor_swept(drawing):
+    policy, cond, how = drawing
+    x = torch.randn(3, *policy.latent_shape)
+    one = replace(how, kernel="ode", guidance=Guidance(3.0, reuse=2))
+    with pytest.raises(ValueError, match="depends on earlier steps"):
+        one.transition(policy, x, 0, cond)
+    states = torch.randn(3, STEPS + 1, *policy.latent_shape)
+    with pytest.raises(ValueError, match="depends on earlier steps"):
+        adjoint_sweep(policy, cond, one, states, x, Surrogate((0, 1)))
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"low": 1.0, "high": 1.0}, "no level"),
+        ({"reuse": 0}, "reuse=0"),
+        ({"adaptive": 0.0}, "0.0"),
+    ],
+)
+def test_options_out_of_range(options, why):
+    with pytest.raises(ValueError, match=why):
+        Guidance(3.0, **options)
+
+
 @pytest.mark.parametrize(
     ("algorithm", "options", "why"),
     [
@@ -169,7 +198,21 @@ def test_a_sample_that_guidance_hardly_moves_is_guided_no_more(drawing, monkeypa
         ("awm", {"sampler.guidance": 1.0, "sampler.guidance_until": 0.5}, "there is no guidance"),
         ("awm", {"sampler.guidance": 3.0, "sampler.guidance_star": True}, "for flow models"),
         ("awm", {"sampler.guidance": 3.0, "sampler.guidance_interval": [3, 1]}, r"\[low, high\]"),
-        ("awm", {"sampler.guidance": 3.0, "sampler.guidance_interval": [1e6, 1e7]}, "none of the"),
+        (
+            "awm",
+            {"sampler.guidance": 3.0, "sampler.guidance_interval": [1e6, 1e7]},
+            r"none of sampler.steps=\d+, .*use sampler.guidance=1",
+        ),
+        (
+            "awm",
+            {"sampler.guidance": 3.0, "sampler.guidance_until": 1.5},
+            "guidance_until=1.5 is no share",
+        ),
+        (
+            "awm",
+            {"eval.guidance": 1.0, "eval.guidance_reuse": 2},
+            "eval.guidance_reuse=2 cannot be: .*eval.guidance=1",
+        ),
     ],
 )
 def test_refused(make, algorithm, options, why):

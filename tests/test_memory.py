@@ -46,8 +46,8 @@ def test_within_15_percent_of_a_run(config):
 def plan_of(model, **options):
     tree = {"model": {"name": str(model)}, "eval": {"prompts": None}, "rewards": {"jpeg": 1.0}}
     for key, value in options.items():
-        section, name = key.split("__")
-        tree.setdefault(section, {})[name] = value
+        *section, name = key.split("__")
+        (tree.setdefault(section[0], {}) if section else tree)[name] = value
     return Plan.make(TrainConfig.from_dict(tree))
 
 
@@ -104,3 +104,23 @@ def test_what_trains_has_gradients_and_an_optimizer(pipelines):
         plan_of(pipelines["sd-v"], model__resolution=8, model__dtype="bfloat16"), "cpu"
     ).always
     assert half["denoiser"] == lora["denoiser"] / 2
+
+
+def test_an_anchor_of_a_whole_network_is_measured_from_a_second_one(pipelines):
+    options = {"model__resolution": 8, "algorithm": {"type": "ddpo", "kl_weight": 0.1}}
+    tree = [{"model__lora_rank": rank, **options} for rank in (0, 4)]
+    whole, lora = (need(plan_of(pipelines["sd-v"], **t), "cpu").always for t in tree)
+    assert whole["base model"] == whole["denoiser"]
+    assert not lora["base model"]  # it is the model without its LoRA
+
+
+def test_evaluations_count_with_their_own_guidance(pipelines, tmp_path):
+    (tmp_path / "held_out.txt").write_text("a\nb\n")
+
+    def found(**options):
+        return need(plan_of(pipelines["sd-v"], model__resolution=8, **options), "cpu").phases
+
+    assert "evaluation" not in found()
+    prompts = {"eval__prompts": str(tmp_path / "held_out.txt")}
+    plain, guided = (found(**prompts, eval__guidance=g)["evaluation"] for g in (1.0, 3.0))
+    assert guided["one batch"] >= plain["one batch"] > 0

@@ -118,6 +118,16 @@ def test_what_must_stay(planned, key, value, said):
     assert changes(planned(), planned(**{key: value})) == said
 
 
+def test_a_guidance_scale_of_evaluations_leaves_the_schedule_behind(planned):
+    """So that it is another setting, though the number is that of the rollouts."""
+    rollouts = {"algorithm": {"type": "awm"}, "sampler/kernel": "ode", "sampler/guidance": 3.0}
+    same = {"eval/guidance": 3.0}
+    assert changes(planned(**rollouts), planned(**rollouts, **same)) == {}
+    rollouts["sampler/guidance_until"] = 0.5
+    found = changes(planned(**rollouts), planned(**rollouts, **same))
+    assert found == {"eval.guidance": "null -> 3.0"}
+
+
 @pytest.mark.parametrize(
     ("key", "now"), [("advantage.combine", "normalized"), ("train.gradients", "normalized")]
 )

@@ -27,7 +27,6 @@ from .decoding import (
     Natural,
     Positive,
     Section,
-    Share,
     Weight,
     bounds_of,
     choices_of,
@@ -93,8 +92,8 @@ class SamplerConfig(Section):
     """guidance scale w, also used in training; up to 1 there is no classifier-free guidance"""
     guidance_interval: list[float] | None = None
     """[low, high]: guide only where low < sigma/alpha <= high; null = at all noise levels"""
-    guidance_until: Share | None = None
-    """guide only in this first share of the steps; null = in all"""
+    guidance_until: Positive | None = None
+    """guide only in this first share of the steps, up to 1; null = in all"""
     guidance_star: bool = False
     """scale the unconditional output first as CFG-Zero* does; for flow models"""
     guidance_reuse: Count | None = None

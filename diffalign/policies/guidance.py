@@ -22,10 +22,11 @@ class Guidance:
     level of EDM, which is 0 at data and infinite at pure noise (2404.07724). star: f = s u + w (c -
     s u) with s = <c, u> / |u|² of each sample, the scale of CFG-Zero* (2503.18886), whose skipped
     first step is left out. The other two have a memory and act in rollouts alone (`Guide`).
-    reuse: m, after the first 4 steps u is called for at every m-th, and the others use c - u of the
-    last that was, as a simple LinearAG (2312.12487). adaptive: τ, a sample is guided no more once
-    (w - 1) |x̂0(c) - x̂0(u)| < τ |x̂0(c)|; Adaptive Guidance (2312.12487) compares the angle of the
-    predicted noises, which grows along the trajectories of zero-SNR and flow models.
+    reuse: m, after the first 4 guided steps u is called for at every m-th of them, and the others
+    use the last c - u again, as a simple LinearAG (2312.12487). adaptive: τ, a sample is guided no
+    more once (w - 1) |x̂0(c) - x̂0(u)| < τ |x̂0(c)|; Adaptive Guidance (2312.12487) compares the
+    angle of the predicted noises, which grows along the trajectories of zero-SNR and flow models.
+    Raises ValueError for options out of range.
     """
 
     scale: float
@@ -34,6 +35,14 @@ class Guidance:
     star: bool = False
     reuse: int | None = None
     adaptive: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"low={self.low} and high={self.high} hold no level; use low < high")
+        if self.reuse is not None and self.reuse < 1:
+            raise ValueError(f"reuse={self.reuse} is no number of steps; use 1 or more")
+        if self.adaptive is not None and not self.adaptive > 0:
+            raise ValueError(f"adaptive={self.adaptive} is no threshold; use more than 0")
 
     @classmethod
     def of(cls, guidance: float | Guidance) -> Guidance:
@@ -48,9 +57,10 @@ class Guidance:
     def remembers(self) -> bool:
         return self.reuse is not None or self.adaptive is not None
 
-    def again(self, step: int) -> bool:
-        """Whether a step that is guided calls for the negative prompt, and not only reuses."""
-        return self.reuse is None or step < FIRST or (step - FIRST) % self.reuse == 0
+    def again(self, n: int) -> bool:
+        """Whether the n-th step that is guided calls for the negative prompt, and not only
+        reuses."""
+        return self.reuse is None or n < FIRST or (n - FIRST) % self.reuse == 0
 
     def inside(self, level: Levels) -> Tensor:
         """Whether each level is one to guide at, bool, shaped as they are."""
@@ -89,12 +99,17 @@ class Guidance:
         return found
 
 
-def of_sampler(config: SamplerConfig, levels: Levels) -> float | Guidance:
-    """Guidance of a run's rollouts, over `levels` (K + 1,). Raises ValueError where no step would
-    be guided."""
-    c = config
+def scheduled(c: SamplerConfig) -> bool:
+    """Whether guidance is more than a scale that acts everywhere."""
     options = (c.guidance_interval, c.guidance_until, c.guidance_reuse, c.guidance_adaptive)
-    if not c.guidance_star and options == (None,) * 4:
+    return c.guidance_star or options != (None,) * 4
+
+
+def of_sampler(config: SamplerConfig, levels: Levels, steps: str = "sampler") -> float | Guidance:
+    """Guidance of a run's rollouts, over `levels` (K + 1,). Raises ValueError where none of these
+    `steps` would be guided."""
+    c = config
+    if not scheduled(c):
         return c.guidance
     low, high = c.guidance_interval or (0.0, math.inf)
     found = Guidance(c.guidance, low, high, c.guidance_star, c.guidance_reuse, c.guidance_adaptive)
@@ -104,8 +119,8 @@ def of_sampler(config: SamplerConfig, levels: Levels) -> float | Guidance:
         ratios = (levels.sigma / levels.alpha)[:-1]
         raise ValueError(
             f"sampler.guidance_interval={c.guidance_interval} and .guidance_until="
-            f"{c.guidance_until} hold none of the {len(ratios)} steps, whose sigma/alpha go from "
-            f"{ratios.max():.3g} to {ratios.min():.3g}; widen them, or use sampler.guidance=1"
+            f"{c.guidance_until} hold none of {steps}.steps={len(ratios)}, whose sigma/alpha go "
+            f"from {ratios.max():.3g} to {ratios.min():.3g}; widen them, or use {steps}.guidance=1"
         )
     return found
 
@@ -113,7 +128,7 @@ def of_sampler(config: SamplerConfig, levels: Levels) -> float | Guidance:
 def of_evaluation(config: TrainConfig, levels: Levels) -> float | Guidance:
     """Guidance of a run's evaluations, over `levels` (K + 1,)."""
     e = config.eval
-    found = of_sampler(config.sampler, levels) if e.guidance is None else e.guidance
+    found = of_sampler(config.sampler, levels, "eval") if e.guidance is None else e.guidance
     if e.guidance_reuse is None and e.guidance_adaptive is None:
         return found
     found = Guidance.of(found)

@@ -80,8 +80,10 @@ def adjoint_sweep(
 
     states: (n, K + 1, *latent) of a rollout; grad: (n, *latent). penalty: a function of (the
     denoiser's input, its prediction, step) whose scalar is added to L at every active step. The
-    gradient is added to the `.grad` of the policy's weights.
+    gradient is added to the `.grad` of the policy's weights. Raises ValueError for guidance that
+    remembers (`Sampling.stateless`).
     """
+    sampling.stateless()
     first = min(plan.active)
     top = sampling.steps - 1 if plan.at is None else plan.at
     for i in reversed(range(first, top + 1)):

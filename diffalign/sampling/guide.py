@@ -36,7 +36,7 @@ class Guide:
         guided = how.remembers and self.policy.uses_cfg and self.sampling.guided[i]
         if not guided:
             return self.sampling.predict(self.policy, x, i, cond)
-        if self.direction is not None and not how.again(i):
+        if self.direction is not None and not how.again(sum(self.sampling.guided[:i])):
             c = self.policy.output(x, level, cond)
             return self.policy.parametrize(x, c + (how.scale - 1) * self.direction, level)
         on = torch.arange(len(x), device=x.device) if self.on is None else self.on

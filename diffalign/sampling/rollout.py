@@ -86,8 +86,8 @@ class Sampling:
     def branches(self) -> list[int]:
         """Calls that a sample takes at each of the K steps of a model with CFG; at most, where
         guidance adapts."""
-        again = Guidance.of(self.guidance).again
-        return [1 + (guided and again(i)) for i, guided in enumerate(self.guided)]
+        again, on = Guidance.of(self.guidance).again, self.guided
+        return [1 + (guided and again(sum(on[:i]))) for i, guided in enumerate(on)]
 
     @cached_property
     def drawn(self) -> Tensor:
@@ -103,8 +103,19 @@ class Sampling:
         return KERNELS[self.kernel](x, seen, *levels, self.eta).mean.abs()
 
     def transition(self, policy: Policy, x: Tensor, index: int | Tensor, cond: Cond) -> Gaussian:
-        """p_θ(x' | x) of step `index`: an int, or one stochastic step per sample (n,)."""
+        """p_θ(x' | x) of step `index`: an int, or one stochastic step per sample (n,). Raises
+        ValueError for guidance that remembers, see `stateless`."""
+        self.stateless()
         return self.step(x, self.predict(policy, x, index, cond), index)
+
+    def stateless(self) -> None:
+        """Raises ValueError where a step depends on more than its state, so that it can be neither
+        scored nor differentiated by itself."""
+        if Guidance.of(self.guidance).remembers:
+            raise ValueError(
+                f"{self.guidance} depends on earlier steps, which are not known where a step is "
+                "scored or differentiated again; use guidance without reuse and adaptive"
+            )
 
     def predict(self, policy: Policy, x: Tensor, index: int | Tensor, cond: Cond) -> Prediction:
         """The guided prediction for x at step `index`: an int, or one per sample (n,)."""

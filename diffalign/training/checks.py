@@ -62,20 +62,30 @@ def check_guidance(config: TrainConfig, needs: Needs) -> None:
     """A guidance scale for a model that takes none, and steps without guidance that cannot be."""
     name, kind = config.model.name, policies.family(config.model.name)
     s, scored = config.sampler, needs is not Needs.FINAL
-    given = {k: v for k, v in vars(s).items() if k.startswith("guidance_") and v}
-    interval = s.guidance_interval
+    given = {
+        f"{section}.{k}": (v, scale)
+        for section, scale in (("sampler", s.guidance), ("eval", config.eval_guidance))
+        for k, v in vars(getattr(config, section)).items()
+        if k.startswith("guidance_") and v not in (None, False)
+    }
+    interval, until = s.guidance_interval, s.guidance_until
+    if until is not None and until > 1:
+        raise ConfigError(
+            f"sampler.guidance_until={until:g} is no share of the steps; use above 0, up to 1"
+        )
     if interval is not None and (len(interval) != 2 or not 0 <= interval[0] < interval[1]):
         raise ConfigError(
             f"sampler.guidance_interval={interval} is not [low, high] of noise levels sigma/alpha; "
             "use e.g. [0.28, 5.42]"
         )
-    for key, value in given.items():
+    for option, (value, scale) in given.items():
+        section, key = option.split(".")
         why, remedy = "", "leave it out"
         if not kind.uses_cfg:
             why = f"{name!r} is called once a step whatever its guidance is"
-        elif s.guidance <= 1:
-            why = f"there is no guidance with sampler.guidance={s.guidance:g}"
-        elif key in ("guidance_reuse", "guidance_adaptive") and scored:
+        elif scale <= 1:
+            why = f"there is no guidance with {section}.guidance={scale:g}"
+        elif section == "sampler" and key in ("guidance_reuse", "guidance_adaptive") and scored:
             why = (
                 f"{config.algorithm['type']} calls the denoiser at a step again, where what "
                 "earlier steps left is not known"
@@ -84,7 +94,7 @@ def check_guidance(config: TrainConfig, needs: Needs) -> None:
         elif key == "guidance_star" and getattr(kind, "predicts", None) != "flow":
             why = f"CFG-Zero* is for flow models, and {name!r} is none"
         if why:
-            raise ConfigError(f"sampler.{key}={value} cannot be: {why}; {remedy}")
+            raise ConfigError(f"{option}={value} cannot be: {why}; {remedy}")
     for section in ("sampler", "eval"):
         scale = getattr(config, section).guidance
         if scale is not None and scale > 1 and not policies.knows_guidance(name):

@@ -17,6 +17,7 @@ from ..config import TrainConfig
 from ..config.decoding import converted, setting_types
 from ..config.prompts import Prompt
 from ..config.reading import read_yaml
+from ..policies.guidance import scheduled
 
 if TYPE_CHECKING:
     from ..algorithms.base import Algorithm
@@ -65,7 +66,9 @@ def _settings(config: TrainConfig, algorithm: Algorithm, rewards: reward_library
     tree["algorithm"] = {"type": tree["algorithm"]["type"], **asdict(algorithm)}
     tree["rewards"] = _weighted(rewards)
     tree["eval"]["rewards"] = _weighted(config.eval.rewards)
-    tree["eval"] |= {"steps": config.eval_steps, "guidance": config.eval_guidance}
+    tree["eval"]["steps"] = config.eval_steps
+    if not scheduled(config.sampler):  # else null and an equal number are not the same
+        tree["eval"]["guidance"] = config.eval_guidance
     return redact(_plain({key: value for key, value in _flat(tree).items() if _stays(key)}))
 
 

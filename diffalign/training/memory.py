@@ -108,6 +108,8 @@ def need(plan: Plan, device: str) -> Need:
             "text encoders": 0 if c.model.free_text_encoders else encoders,
             "LoRA": adapters * bool(c.model.lora_rank),
             "copies": adapters * len(copies),
+            # that the anchor of a wholly trained network is measured from
+            "base model": adapters * bool(plan.algorithm.kl_weight and not c.model.lora_rank),
             "gradients and optimizer": adapters * (2 if c.train.optimizer == "adamw8bit" else 3),
             "last epoch's state": adapters * 3 if device == "cpu" else 0,
         }
@@ -138,6 +140,15 @@ def need(plan: Plan, device: str) -> Need:
                 made.called(batch, learn=False), made.decoded(decoded, learn=False) - merged
             ),
         }
+        if plan.eval_prompts:
+            n = min(c.sampler.batch, len(plan.eval_prompts) * c.eval.images_per_prompt)
+            decoded = made.decoded(min(c.model.decode_batch, n), learn=False, tiny=False)
+            scale = c.eval_guidance if max(plan.eval_branches) > 1 else 1.0
+            called = made.called(n, learn=False, guided=scale)
+            phases["evaluation"] = {
+                "merged LoRA": merged,
+                "one batch": max(called, decoded - merged),
+            }
     return Need(always, phases)
 
 
@@ -208,9 +219,11 @@ class _Made:
         means = steps * self.plan.algorithm.stores_means
         return latent * (steps + 2 + means)
 
-    def called(self, rows: int, learn: bool) -> int:
-        """One guided call of the denoiser, with its backward pass where it learns."""
-        guided = self.plan.config.sampler.guidance if max(self.plan.branches) > 1 else 1.0
+    def called(self, rows: int, learn: bool, guided: float | None = None) -> int:
+        """One call of the denoiser, with its backward pass where it learns; guided as rollouts are
+        unless given."""
+        if guided is None:
+            guided = self.plan.config.sampler.guidance if max(self.plan.branches) > 1 else 1.0
         x = torch.zeros(rows, *self.policy.latent_shape, device=self.policy.device)
         cond = self.text(rows)
 
@@ -226,13 +239,13 @@ class _Made:
         self.policy.network.zero_grad()
         return taken + x.nbytes + size(cond.positive.values()) - grads
 
-    def decoded(self, n: int, learn: bool) -> int:
+    def decoded(self, n: int, learn: bool, tiny: bool = True) -> int:
         """Decoding n latents, with the gradient to them where it learns."""
         z = torch.zeros(n, *self.policy.latent_shape, device=self.policy.device)
 
         def work() -> None:
             z.requires_grad_(learn)
-            images = self.policy.decode(z, differentiable=learn, tiny=True)
+            images = self.policy.decode(z, differentiable=learn, tiny=tiny)
             if learn:
                 images.square().mean().backward()
 
