@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -67,7 +68,7 @@ def fake_run(folder, epochs=4, prompts=6, size=(16, 16), seed=0, kl=True, verdic
 class Page(HTMLParser):
     """The text of a page and what it refers to; refuses tags that do not close, and references."""
 
-    VOID = ("meta", "img", "input", "br")
+    VOID = ("meta", "img", "input", "br", "source")
 
     def __init__(self, path):
         super().__init__()
@@ -159,7 +160,11 @@ def test_report_of_a_run(tmp_path):
     # a column for every evaluation and prompt, the first and the last chosen
     assert len(re.findall(r'<img data-column="0" class="left "', page.source)) == 6
     assert len(re.findall(r'<img data-column="4" class="right"', page.source)) == 6
-    assert page.source.count("<img") == 6 * 5
+    assert page.source.count("<img") == 6 * 5 + 1  # and the film
+    assert page.source.count("data:image/webp;base64,UklGR") == 6 * 5 + 2
+    # people would rather look: pictures are above numbers
+    order = [page.text.index(k) for k in ("Best pictures", "a judge, never", "Film, evaluation")]
+    assert order == sorted(order)
 
 
 @pytest.mark.parametrize(
@@ -535,6 +540,42 @@ CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
 )
 
+
+def test_bands_are_of_the_change_over_the_prompts(tmp_path):
+    run = read([fake_run(tmp_path / "run")])[0]
+    errors = run.errors("reward")
+    # the change of prompt i at an epoch is epoch · (i - 1) / 10
+    gains = np.arange(-1, 5) / 10
+    for epoch in range(5):
+        assert errors[epoch] == pytest.approx(epoch * gains.std(ddof=1) / 6**0.5)
+    assert run.change("reward")[2] == errors[4]
+    text = chart("a", [Line(run.column("eval/reward"), [""] * 5, "judge", errors=[0.1] * 5)], "x")
+    points = re.search(r'class="band" d="M(.*?)Z"', text)[1].split("L")
+    assert len(points) == 10
+    assert points[0].split()[0] == points[-1].split()[0]
+    assert float(points[0].split()[1]) < float(points[-1].split()[1])  # pixels count downwards
+    # points without an error are left out, and one alone is no band
+    errors = [None, None, None, None, 0.1]
+    line = Line(run.column("eval/reward"), [""] * 5, "judge", errors=errors)
+    assert line.band() == [(4, pytest.approx(0.75), pytest.approx(0.95))]
+    assert "band" not in chart("a", [line], "x")
+
+
+def test_the_noise_scale_is_a_curve(tmp_path):
+    assert "Signal or noise" not in Page(report.write([fake_run(tmp_path / "run")])).text
+    tracker = Tracker(tmp_path / "run", resume_step=4)
+    for epoch in (5, 6):
+        row = {"noise_scale": 100.0 * epoch, "noise_scale_error": 9.0 + 1e3 * (epoch == 5)}
+        row["noise_scale_least"] = 90.0 * epoch
+        tracker.log(epoch, row)
+    page = Page(report.write([tmp_path / "run"]))
+    assert "Signal or noise" in page.text
+    assert "epoch 6: noise scale 600" in page.source
+    assert "epoch 5: noise scale at least 450" in page.source
+    assert "epoch 5: noise scale 500" not in page.source  # it could be anything
+    assert "epoch 6: pictures of an update 8" in page.source  # 4 groups of 2
+
+
 PROBE = """<script>
 const range = document.querySelector("input[type=range]");
 const image = document.querySelector(".stack img.right");
@@ -554,6 +595,26 @@ right.dispatchEvent(new Event("input"));
 seen.shown = [...document.querySelectorAll("figure:has(.stack):first-of-type .stack img")]
   .map((i) => getComputedStyle(i).display);
 seen.scores = document.querySelector(".pictures li").innerText;
+const how = document.querySelector(".how");
+const choose = (value) => {
+  how.value = value;
+  how.dispatchEvent(new Event("input"));
+};
+const first = (name) => document.querySelector(`.stack img.${name}`);
+const visible = () => ["left", "right"].map((name) => getComputedStyle(first(name)).visibility);
+choose("flip");
+seen.flipped = visible();
+first("left").dispatchEvent(new PointerEvent("pointerdown", { bubbles: true, buttons: 1 }));
+seen.held = visible();
+first("left").dispatchEvent(new PointerEvent("pointerup", { bubbles: true }));
+seen.released = visible();
+const swap = document.querySelector(".swap");
+swap.dispatchEvent(new KeyboardEvent("keydown", { bubbles: true, key: " " }));
+seen.pressed = visible();
+swap.dispatchEvent(new KeyboardEvent("keyup", { bubbles: true, key: " " }));
+choose("beside");
+const [a, b] = ["left", "right"].map((name) => first(name).getBoundingClientRect());
+seen.beside = a.right <= b.left && a.top === b.top && getComputedStyle(first("right")).clipPath;
 seen.wide = document.documentElement.scrollWidth <= innerWidth;
 document.title = JSON.stringify(seen);
 console.error("the last message");
@@ -583,4 +644,7 @@ def test_in_a_browser(tmp_path):
     assert seen["dragged"] == "inset(0px 0px 0px 75%)"
     assert seen["shown"][:5] == ["block", "block", "none", "none", "none"]
     assert seen["scores"].split() == ["reward", "0.500", "0.900"]
+    assert seen["flipped"] == seen["released"] == ["visible", "hidden"]
+    assert seen["held"] == seen["pressed"] == ["visible", "visible"]
+    assert seen["beside"] == "none"
     assert seen["wide"]

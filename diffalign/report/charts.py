@@ -23,7 +23,8 @@ class Line:
     """One line of a chart.
 
     tips: tooltip of each point. tone: CSS class that gives its color. mark: text at its end.
-    ringed: numbers of the points to ring.
+    ringed: numbers of the points to ring. errors: of each point, half the height of a band around
+    the line; None for none.
     """
 
     points: Sequence[Point]
@@ -31,6 +32,12 @@ class Line:
     tone: str
     mark: str = ""
     ringed: Sequence[int] = ()
+    errors: Sequence[float | None] = ()
+
+    def band(self) -> list[tuple[float, float, float]]:
+        """(x, low, high) of the points that have an error."""
+        pairs = zip(self.points, self.errors, strict=False)
+        return [(x, y - e, y + e) for (x, y), e in pairs if y is not None and e is not None]
 
 
 def chart(
@@ -43,7 +50,8 @@ def chart(
         return ""
     ends = _ends(lines[0]) if len(lines) == 1 else ""
     x_axis = Axis([x for x, _ in known], LEFT, WIDTH - RIGHT, "inside", across == "epoch")
-    y_axis = Axis([y for _, y in known], HEIGHT - BOTTOM, TOP)
+    edges = [y for line in lines for _, *ends in line.band() for y in ends]
+    y_axis = Axis([*(y for _, y in known), *edges], HEIGHT - BOTTOM, TOP)
     parts = [_grid(x_axis, y_axis, across)]
     if warning is not None and x_axis.low <= warning[0] <= x_axis.high:
         x = x_axis(warning[0])
@@ -166,7 +174,11 @@ def _line(line: Line, x_axis: Axis, y_axis: Axis) -> str:
         if i in line.ringed:
             dots.append(f'<circle class="ring" {place} r="6"/>')
         dots.append(f'<circle {place} r="{size}"><title>{escape(line.tips[i])}</title></circle>')
-    return f'<g class="line {line.tone}"><path d="{"".join(path)}"/>{"".join(dots)}</g>'
+    band = spread(line.band(), MOST)
+    around = [(x, high) for x, _, high in band] + [(x, low) for x, low, _ in reversed(band)]
+    edge = "L".join(f"{x_axis(x):.1f} {y_axis(y):.1f}" for x, y in around)
+    shade = f'<path class="band" d="M{edge}Z"/>' if len(band) > 1 else ""
+    return f'<g class="line {line.tone}">{shade}<path d="{"".join(path)}"/>{"".join(dots)}</g>'
 
 
 def _marks(lines: Sequence[Line], x_axis: Axis, y_axis: Axis) -> list[str]:

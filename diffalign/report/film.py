@@ -47,17 +47,25 @@ def film(
     what = {"run": str(run_dir), "epochs": [s.epoch for s in shots]}
     save_png(strip, folder / "film.png", what)
     frames = [frame(shot, prompts, cell) for shot in pictures.spread(shots, FRAMES)]
-    times = [SHOWN] * (len(frames) - 1) + [LAST]
     # a GIF has 256 colours a frame; without dithering they show as bands
     dithered = [f.quantize(palette=f.quantize(256)) for f in frames]
-    for suffix, (first, *rest) in (("webp", frames), ("gif", dithered)):
-        data = io.BytesIO()
-        first.save(
-            data, suffix.upper(), save_all=True, append_images=rest, duration=times, loop=0,
-            quality=85,
-        )  # fmt: skip
-        write_atomic(folder / f"film.{suffix}", data.getvalue())
+    for suffix, images in (("webp", frames), ("gif", dithered)):
+        write_atomic(folder / f"film.{suffix}", _animated(images, suffix))
     return [folder / f"film.{suffix}" for suffix in ("png", "webp", "gif")]
+
+
+def webp(shots: Sequence[Evaluated], prompts: int, cell: int) -> bytes:
+    """The animation of some evaluations, as in film.webp."""
+    return _animated([frame(shot, prompts, cell) for shot in shots], "webp")
+
+
+def _animated(frames: Sequence[Image.Image], suffix: str) -> bytes:
+    times, data = [SHOWN] * (len(frames) - 1) + [LAST], io.BytesIO()
+    frames[0].save(
+        data, suffix.upper(), save_all=True, append_images=frames[1:], duration=times, loop=0,
+        quality=85,
+    )  # fmt: skip
+    return data.getvalue()
 
 
 def strip_of(shots: Sequence[Evaluated], prompts: int, cell: int) -> Image.Image:

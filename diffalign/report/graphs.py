@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from html import escape
 
 from .charts import Line, chart, letter, number, tone
 from .run import Point, Run, epoch_name
 
+BAND = "shaded: ± 2 standard errors of the change from the first evaluation, over the prompts"
 ROLES = {"trained": "trained on", "judge": "judge, never trained on", "other": "measured"}
 
 
@@ -23,6 +25,8 @@ def legend(runs: Sequence[Run]) -> str:
         ]
         if any(run.flagged for run in runs):
             items.append('<li class="warn"><i class="ring"></i>flagged by the guard</li>')
+    if any(any(run.errors(name).values()) for run in runs for name in run.measures):
+        items.append(f"<li>{BAND}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
@@ -43,11 +47,10 @@ def curves(runs: Sequence[Run]) -> Iterator[str]:
             if by_cost:
                 points = [(costs[i].get(x, 0.0), y) for x, y in points]
             role = run.role(name[5:]) if held_out else "trained"
-            lines.append(
-                Line(points, tips, role)
-                if alone
-                else Line(points, tips, tone(i), letter(i), ringed)
-            )
+            known = run.errors(name[5:]) if held_out else {}
+            errors = [2 * known[x] if x in known else None for x, _ in run.column(name)]
+            how = (role, "", ()) if alone else (tone(i), letter(i), ringed)
+            lines.append(Line(points, tips, *how, errors))
         title = f"held-out {name[5:]}" if held_out else "reward in training"
         yield chart(title, lines, "denoiser calls" if by_cost else "epoch", warning)
 
@@ -67,6 +70,27 @@ def against_kl(runs: Sequence[Run]) -> Iterator[str]:
             lines.append(Line(points, tips, *how, ringed))
         if any(len(line.points) > 1 for line in lines):
             yield chart(f"held-out {name}", lines, "root mean square distance (√kl)")
+
+
+def signal(run: Run) -> Iterator[str]:
+    """The noise scale of an update's gradient where it is known within its own size, what it is at
+    least, and the pictures that an update had."""
+    errors = dict(run.known("noise_scale_error"))
+    known = [(x, y) for x, y in run.known("noise_scale") if errors.get(x, y) < y]
+    least = run.known("noise_scale_least")
+    size = run.setting("data.groups", 0) * run.setting("data.group_size", 0)
+    had = [(x, size / run.setting("train.updates_per_epoch", 1)) for x, _ in least if size]
+    lines = [
+        Line(points, [f"{epoch_name(x)}: {what} {y:,.0f}" for x, y in points], tone, mark)
+        for points, what, tone, mark in (
+            (known, "noise scale", "trained", ""),
+            (least, "noise scale at least", "judge", "≥"),
+            (had, "pictures of an update", "other", ""),
+        )
+    ]
+    if least:
+        lines[0] = replace(lines[0], errors=[errors[x] for x, _ in known])
+        yield chart("pictures", lines, "epoch")
 
 
 def _tip(runs: Sequence[Run], i: int, epoch: float, value: float | None) -> str:

@@ -122,15 +122,24 @@ class Run:
         known = self.known(f"eval/{name}")
         if not known:
             return None
-        return known[0][1], known[-1][1], self._error(name, known[0][0], known[-1][0])
+        return known[0][1], known[-1][1], self.errors(name).get(known[-1][0])
 
-    def _error(self, name: str, first: float, last: float) -> float | None:
-        shots = [s for s in self.shots if s.epoch in (first, last) and name in s.scores]
-        if len(shots) != 2 or shots[0].prompts != shots[1].prompts:
-            return None
-        pairs = zip(*(map(mean, s.scores[name]) for s in shots), strict=True)
-        found = [b - a for a, b in pairs if a is not None and b is not None]
-        return statistics.stdev(found) / len(found) ** 0.5 if len(found) > 1 else None
+    def errors(self, name: str) -> dict[float, float]:
+        """{epoch: standard error, over the prompts, of a measure's change from the first evaluation
+        on}, of the evaluations whose scores were kept and are of the same prompts."""
+        known = self.known(f"eval/{name}")
+        shots = {s.epoch: s for s in self.shots if name in s.scores}
+        base = shots.get(int(known[0][0])) if known else None
+        if base is None:
+            return {}
+        before, found = [mean(row) for row in base.scores[name]], {}
+        for epoch, shot in shots.items():
+            if shot.prompts == base.prompts:
+                pairs = zip(before, map(mean, shot.scores[name]), strict=True)
+                gains = [b - a for a, b in pairs if a is not None and b is not None]
+                if len(gains) > 1:
+                    found[float(epoch)] = statistics.stdev(gains) / len(gains) ** 0.5
+        return found
 
 
 def epoch_name(epoch: float) -> str:

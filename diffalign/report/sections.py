@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import base64
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 from rewards.files import open_image
 
-from . import graphs, tables
+from ..record.pictures import spread
+from . import film, graphs, tables
 from .charts import number
 from .run import Run
 from .viewer import columns_of, data_uri, viewer
@@ -24,6 +26,7 @@ KEPT = {  # by whether there are judges, and diversities
     (False, True): ", and the diversity did not fall",
     (False, False): "",
 }
+FRAMES, FILM = 20, (6, 96)  # of a film: most evaluations; prompts, and px of a picture
 GRIDS = 8  # most runs whose grid.png is shown if there are no single pictures
 
 
@@ -33,10 +36,11 @@ def build(runs: Sequence[Run]) -> str:
     return "\n".join(
         [
             _header(runs),
+            _section("Pictures", *_pictures(runs)),
             _section(
                 "Held-out prompts", tables.held_out(runs[0]) if alone else tables.compared(runs)
             ),
-            _section("Curves", _charts(graphs.curves(runs), graphs.legend(runs))),
+            _section("Curves", _charts(_film_and_curves(runs), graphs.legend(runs))),
             _section(
                 "Distance to the base model",
                 _charts(graphs.against_kl(runs)),
@@ -45,7 +49,14 @@ def build(runs: Sequence[Run]) -> str:
                 + (" At the end of a line is its epoch." if alone else "")
                 + (" Ringed: flagged by the guard." if any(run.flagged for run in runs) else ""),
             ),
-            _section("Pictures", *_pictures(runs)),
+            _section(
+                "Signal or noise",
+                _charts(graphs.signal(runs[0]) if alone else ()),
+                "The noise scale is the number of pictures at which an update’s gradient is half "
+                "signal and half noise. Blue: where it could be told, ± a standard error; brown: "
+                "what it is at least; grey: the pictures that an update had. Far below the noise "
+                "scale an update is mostly noise, and a run learns slowly.",
+            ),
             _section("Every held-out prompt", tables.prompts(runs[0]) if alone else ""),
             _section("Cost", tables.cost(runs)),
             _section("Settings", tables.settings(runs)),
@@ -63,6 +74,22 @@ def _section(heading: str, body: str, about: str = "") -> str:
 def _charts(charts: Iterable[str], legend: str = "") -> str:
     shown = "".join(charts)
     return f'{legend}<div class="charts">{shown}</div>' if shown else ""
+
+
+def _film_and_curves(runs: Sequence[Run]) -> Iterator[str]:
+    """The film of one run beside its curves."""
+    shots = runs[0].shots if len(runs) == 1 else []
+    shots = spread([s for s in shots if s.prompts == shots[-1].prompts], FRAMES)
+    if len(shots) > 2:
+        data = base64.b64encode(film.webp(shots, *FILM)).decode()
+        still = data_uri(film.frame(shots[-1], *FILM), 1000)
+        yield (
+            '<details class="film" open><summary>Film, evaluation by evaluation</summary><picture>'
+            f'<source media="(prefers-reduced-motion: reduce)" srcset="{still}">'
+            f'<img src="data:image/webp;base64,{data}" alt="Held-out pictures over the epochs">'
+            "</picture></details>"
+        )
+    yield from graphs.curves(runs)
 
 
 def _header(runs: Sequence[Run]) -> str:
@@ -158,8 +185,9 @@ def _pictures(runs: Sequence[Run]) -> tuple[str, str]:
         which = "that all runs have, " if len(runs) > 1 else ""
         names = dict.fromkeys(name for run in runs for name in run.scored)
         return viewer(prompts, columns, list(names)), (
-            f"Held-out prompts {which}from the same noise. Choose what is left and right; drag "
-            "over a picture, or move the slider with the arrow keys."
+            f"Held-out prompts {which}from the same noise. Choose what is left and right, and how "
+            "they are compared: divided (drag over a picture, or move the slider), flipped (hold a "
+            "picture or the button to see the right one in its place), or side by side."
         )
     found = [(run, run.dir / "grid.png") for run in runs if (run.dir / "grid.png").exists()]
     grids = "".join(

@@ -50,10 +50,8 @@ def held_out(run: Run) -> str:
         if found is None:
             continue
         before, after, error = found
-        gain = _signed(after - before) if run.epochs else ""
-        if error:
-            errors, places = True, max(0, 1 - math.floor(math.log10(error)))  # two digits of it
-            gain = f"{after - before:+.{places}f} ± {error:.{places}f}".replace("-", "−")
+        errors = errors or bool(error)
+        gain = _gain(*found) if run.epochs else ""
         rows.append([escape(name), number(before), number(after), gain, _meaning(run, name)])
     if not rows:
         return ""
@@ -79,13 +77,14 @@ def compared(runs: Sequence[Run]) -> str:
         row = [run_name(runs, i)]
         for name in names:
             found = run.change(name)
-            gain = "" if found is None else f"<small>{_signed(found[1] - found[0])}</small>"
+            gain = "" if found is None else f"<small>{_gain(*found)}</small>"
             row.append("–" if found is None else f"{number(found[1])}<br>{gain}")
         rows.append([*row, _flag(run)])
     if not names:
         return ""
     return table(["run", *map(escape, names), "the guard"], rows) + about(
-        "Means at the last evaluation, and below them the change from the first."
+        "Means at the last evaluation, and below them the change from the first, ± its standard "
+        "error over the prompts where the scores of both were kept."
     )
 
 
@@ -161,6 +160,14 @@ def settings(runs: Sequence[Run]) -> str:
 
 def count(n: int, what: str) -> str:
     return f"{n:,} {what}" + ("" if n == 1 else "s")
+
+
+def _gain(before: float, after: float, error: float | None) -> str:
+    """The change, with its standard error to two digits if it has one."""
+    if not error:
+        return _signed(after - before)
+    places = max(0, 1 - math.floor(math.log10(error)))
+    return f"{after - before:+.{places}f} ± {error:.{places}f}".replace("-", "−")
 
 
 def _signed(value: float) -> str:

@@ -1,4 +1,4 @@
-"""The pictures of a report: any two evaluations or runs laid over each other, with one slider."""
+"""The pictures of a report: any two evaluations or runs, divided, flipped or side by side."""
 
 from __future__ import annotations
 
@@ -54,19 +54,22 @@ def columns_of(runs: Sequence[Run]) -> tuple[list[str], list[Column]]:
 
 
 def viewer(prompts: Sequence[str], columns: Sequence[Column], names: Sequence[str]) -> str:
-    """The slider, the two choices, and the pictures of every prompt shown, above their scores of
+    """The controls, and the pictures of every prompt shown, above their scores of
     the `names`."""
     groups = _groups(len(prompts), columns, "reward" in names)
     sources = _encoded(columns, [i for _, rows in groups for i in rows])
     last = len(columns) - 1
     choices = [_choice("Left", columns, 0), _choice("Right", columns, last)]
-    parts = ['<div class="viewer">']
+    parts = ['<div class="viewer" data-how="cut">']
     if last:
         parts.append(
-            f'<form class="controls">{choices[0]}'
+            f'<form class="controls">{choices[0]}{choices[1]}'
+            '<label>View<select aria-label="How they are compared" class="how">'
+            '<option value="cut">divided</option><option value="flip">flipped</option>'
+            '<option value="beside">side by side</option></select></label>'
             '<label class="cut">Divide<input type="range" min="0" max="100" value="50" aria-label='
             '"Where the left picture ends and the right one begins, in percent"></label>'
-            f"{choices[1]}</form>"
+            '<button type="button" class="swap">Hold to swap</button></form>'
         )
     for heading, rows in groups:
         if heading:

@@ -7,7 +7,8 @@ and eval_held_out (.jsonl, with "category"): EmojiEval's six categories, about 4
 Held-out prompts ask for combinations that `scenes.held_out` reserves, which no denoiser has been
 trained on: a colour or background of an object, a number of it, or a pair of objects.
 composition_train.jsonl: unreserved combinations of all categories, with GenEval's metadata for the
-reward `composition`.
+reward `composition`. counting_train and counting_held_out (.jsonl): the same of two to four objects
+in their own colours on a named background, every number of every object once.
 """
 
 from __future__ import annotations
@@ -108,6 +109,23 @@ def composition(rng: random.Random) -> list[dict[str, Any]]:
     return found
 
 
+def counting(rng: random.Random) -> dict[str, list[dict[str, Any]]]:
+    """Both splits. The held-out one is shorter, and is gone through twice with other backgrounds."""
+    found: dict[str, list[dict[str, Any]]] = {"train": [], "held_out": []}
+    for name in OBJECTS:
+        grounds = [b for b in BACKGROUNDS if readable(name, "glossy", b)]
+        for number in (2, 3, 4):
+            items = (Item(name, "glossy", None, 32, 32, 24),) * number
+            reserved = held_out(Scene("count", items, grounds[0]))
+            for ground in rng.sample(grounds, 2 if reserved else 1):
+                text = caption(Scene("count", items, ground))
+                line = {"prompt": text, **metadata(text)}
+                found["held_out" if reserved else "train"].append(line)
+    for lines in found.values():
+        rng.shuffle(lines)
+    return found
+
+
 def main() -> None:
     rng = random.Random(0)
     folder = ASSETS / "emoji-world" / "prompts"
@@ -119,6 +137,9 @@ def main() -> None:
         (folder / f"eval_{split}.jsonl").write_text("".join(lines), "utf-8")
     lines = [json.dumps(line) + "\n" for line in composition(random.Random(1))]
     (folder / "composition_train.jsonl").write_text("".join(lines), "utf-8")
+    for split, found in counting(random.Random(2)).items():
+        lines = [json.dumps(line) + "\n" for line in found]
+        (folder / f"counting_{split}.jsonl").write_text("".join(lines), "utf-8")
 
 
 if __name__ == "__main__":
