@@ -14,10 +14,9 @@ $(READY): pyproject.toml
 	$(PY) -m pip install --quiet -e ".[dev,ocr,server]"
 	touch $@
 
-# Align the embedded EmojiWorld pipeline to a reward, on the CPU, in a few minutes.
+# A search, a training run and a hacked run on the CPU, in five minutes, on one page.
 demo: $(READY)
-	rm -rf runs/demo
-	$(PY) train.py configs/emoji_draft_clip.yaml --log.dir runs/demo
+	$(PY) -m diffalign demo runs/demo
 
 # As many processes as JOBS, one thread each.
 test: $(READY)

@@ -35,7 +35,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "adaptive 0.08": {"adaptive": 0.08},
     "adaptive 0.15": {"adaptive": 0.15},
     "star": {"star": True},
-    "none": {"high": 0.0},
+    "none": {"low": -1.0, "high": 0.0},
 }
 SCORES = {
     "clip": {"type": "clip", "model": "assets/emoji-clip"},

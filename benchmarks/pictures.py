@@ -23,17 +23,17 @@ JUDGE = """--reward 'judge={"type": "clip", "weight": 0, "model": "assets/emoji-
 TURBO = "--model assets/emoji-sd --merge-lora assets/emoji-turbo --steps 1 --guidance 1"
 PROMPTS = '--prompts "a panda on a pink background" "a strawberry on a gray background"'
 RUNS = {
-    "runs/demo": "train.py configs/emoji_draft_clip.yaml --log.dir runs/demo",
+    "runs/demo/counting": "-m diffalign demo runs/demo",
+    "runs/emoji_draft_clip": "train.py configs/emoji_draft_clip.yaml",
     "runs/ddpo_jpeg": "train.py configs/emoji_ddpo_jpeg.yaml --log.dir runs/ddpo_jpeg "
     "--eval.every 1",
 }
 PICTURES = {
     "emoji_wall.png": "benchmarks/emoji_wall.py --out OUT",
-    "jpeg_before_after.png": "sample.py --lora runs/ddpo_jpeg --compare --seeds 0-5 "
-    f"--steps 20 --guidance 3 {PROMPTS} --grid OUT",
-    "demo_before_after.png": "sample.py --lora runs/demo --compare --seeds 0-5 --guidance 1 "
-    '--steps 10 --prompts "a dog on a yellow background" "a purple fish on a white background" '
-    "--grid OUT",
+    "counting.webp": "-m diffalign film runs/demo/counting --prompts 8 --cell 128",
+    "clip_before_after.png": "sample.py --lora runs/emoji_draft_clip --compare --seeds 0-5 "
+    '--guidance 1 --steps 10 --prompts "a dog on a yellow background" '
+    '"a purple fish on a white background" --grid OUT',
     "reno.png": f"-m diffalign grid {TURBO} --reno 10 50 {CLIP} {JUDGE} --prompts "
     '"a blue car on a green background" "a pink octopus on a white background" '
     '"a burger on a purple background" "a yellow crab on a blue background" --out OUT',
@@ -44,6 +44,7 @@ PICTURES = {
     "leaderboard.png": "benchmarks/emoji_leaderboard.py --seeds 0 --out runs/pictures",
 }
 MADE = {  # what a command without OUT writes
+    "counting.webp": "runs/demo/counting/film.webp",
     "film.webp": "runs/ddpo_jpeg/film.webp",
     "report.png": "runs/ddpo_jpeg/report.html",
     "leaderboard.png": "runs/pictures/leaderboard.png",

@@ -2,41 +2,43 @@
 
     python benchmarks/three_seeds.py configs/emoji_draft_clip.yaml [--section.key VALUE ...]
 
-Writes runs/NAME_seedS and benchmarks/results/NAME.md. Every seed changes the LoRA's initialisation,
-the prompt order and the noise, that of the evaluation too, so that "before" has a spread. Before
-and after are means ± the standard deviation over the seeds; the change is that of the same
-prompts from the same noise, ± its standard error over the prompts.
+Writes runs/NAME_seedS, which it goes on with, and benchmarks/results/NAME.md. Every seed changes
+the LoRA's initialisation, the prompt order and the noise, that of the evaluation too, so that
+"before" has a spread. Before and after are means ± the standard deviation over the seeds; the
+change is that of the same prompts from the same noise, ± its standard error over the prompts.
+referee: the share of the kept pictures, one a prompt, of which EmojiWorld's referee confirms all
+that their prompts say.
 """
 
 from __future__ import annotations
 
-import shutil
 import statistics
 import sys
-import time
 from pathlib import Path
 
 from clusters import changes, clustered
 
 from diffalign import TrainConfig, Trainer
+from diffalign.commands.demo import right
+from diffalign.report.run import read
 
 SEEDS = (0, 1, 2)
 
 
 def main() -> None:
     path, overrides = Path(sys.argv[1]), sys.argv[2:]
-    results, minutes = [], []
+    runs, results, minutes = [], [], []
     for seed in SEEDS:
         config = TrainConfig.from_file(path, overrides)
         config.train.seed = seed
         config.log.dir = f"runs/{path.stem}_seed{seed}"
-        shutil.rmtree(config.log.dir, ignore_errors=True)
-        start = time.time()
-        results.append(Trainer(config).train())
-        minutes.append((time.time() - start) / 60)
+        there = (Path(config.log.dir) / "checkpoint.pt").exists()
+        results.append(Trainer(config, resume=there).train())
+        runs.append(read([config.log.dir])[0])
+        minutes.append((runs[-1].total("seconds") or 0.0) / 60)
     lines = [
         f"`python benchmarks/three_seeds.py {' '.join(sys.argv[1:])}`, seeds {SEEDS}, "
-        f"{statistics.mean(minutes):.1f} minutes a run on two cores.",
+        f"{statistics.mean(minutes):.1f} minutes a run, evaluations left out.",
         "",
         "| held-out mean | before | after | change | change of each seed |",
         "|---|---|---|---|---|",
@@ -47,18 +49,25 @@ def main() -> None:
         change = [b - a for a, b in zip(before, after, strict=True)]
         name, mean = key.removeprefix("eval/"), f"{statistics.mean(change):+.4f}"
         if name != "diversity":  # which is no mean over pictures
-            runs = [f"runs/{path.stem}_seed{seed}" for seed in SEEDS]
-            mean += f" ± {clustered([changes(run, name) for run in runs])[1]:.4f}"
-        lines.append(
-            f"| {name} | {statistics.mean(before):.4f} ± {statistics.stdev(before):.4f} "
-            f"| {statistics.mean(after):.4f} ± {statistics.stdev(after):.4f} | {mean} | "
-            f"{', '.join(f'{c:+.4f}' for c in change)} |"
-        )
+            mean += f" ± {clustered([changes(run.dir, name) for run in runs])[1]:.4f}"
+        lines.append(row(name, before, after, mean))
+    ends = [(run.shots[0], run.shots[-1]) for run in runs]
+    hits = [[[*map(float, right(s.pictures, s.prompts))] for s in shots] for shots in ends]
+    shares = [[statistics.mean(h[k]) for h in hits] for k in (0, 1)]
+    gains = [[b - a for a, b in zip(*h, strict=True)] for h in hits]
+    mean, error = clustered(gains)
+    lines.append(row("referee", shares[0], shares[1], f"{mean:+.4f} ± {error:.4f}"))
     table = "\n".join(lines) + "\n"
     out = Path("benchmarks/results") / f"{path.stem}.md"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(table, "utf-8")
     print(table)
+
+
+def row(name: str, before: list[float], after: list[float], mean: str) -> str:
+    spreads = [f"{statistics.mean(v):.4f} ± {statistics.stdev(v):.4f}" for v in (before, after)]
+    each = ", ".join(f"{b - a:+.4f}" for a, b in zip(before, after, strict=True))
+    return f"| {name} | {spreads[0]} | {spreads[1]} | {mean} | {each} |"
 
 
 if __name__ == "__main__":

@@ -253,7 +253,8 @@ def test_readme_config_and_python(monkeypatch, tmp_path):
 def test_train_and_sample(config, tmp_path, capsys):
     assert cli.train([str(config)]) == 0
     text = capsys.readouterr().out
-    assert re.search(r"held-out prompts +before +after", text)
+    assert re.search(r"held-out prompts +before +after +change ± s.e.\nreward .* ± \d", text)
+    assert "\nThe guard: " in "\n".join(text.rstrip().splitlines()[-4:])
     run = tmp_path / "run"
     for name in ("curve.png", "grid.png"):
         assert str(run / name) in text

@@ -62,6 +62,20 @@ def probe() -> argparse.ArgumentParser:
     return parser
 
 
+def demo() -> argparse.ArgumentParser:
+    """`diffalign demo`."""
+    parser = argparse.ArgumentParser(
+        prog="diffalign demo",
+        description="The embedded model in five minutes on two cores: a search, a training run and "
+        "a hacked run, on one self-contained page. Start it in the repository.",
+    )
+    parser.add_argument(
+        "folder", nargs="?", default="runs/demo", metavar="FOLDER",
+        help="to write to; an earlier demo there is replaced; default: runs/demo",
+    )  # fmt: skip
+    return parser
+
+
 def grid() -> argparse.ArgumentParser:
     """`diffalign grid`."""
     parser = argparse.ArgumentParser(

@@ -8,6 +8,7 @@ import functools
 import importlib
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -151,17 +152,26 @@ def train(arguments: Sequence[str]) -> int:
 
 
 def summary(result: dict[str, dict[str, float]], run_dir: Path) -> str:
-    """Held-out means before and after, and where the files are."""
-    before, after = result["before"], result["after"]
-    head = f"{'held-out prompts':<28}{'before':>10}{'after':>10}"
+    """Held-out means before and after, where the files are, and last what the guard found."""
+    from ..report.run import read
+    from ..report.sections import guard
+
+    before, after, run = result["before"], result["after"], read([run_dir])[0]
+    head = f"{'held-out prompts':<28}{'before':>10}{'after':>10}{'change ± s.e.':>21}"
     lines = ["", head] if after else []
     for name in after:
-        lines.append(f"{name.removeprefix('eval/'):<28}{before[name]:>10.4f}{after[name]:>10.4f}")
+        word = name.removeprefix("eval/")
+        error = run.errors(word).get(float(run.epochs))
+        known = f" ± {error:.4f}" if error else ""
+        gain = f"{after[name] - before[name]:>+12.4f}{known}"
+        lines.append(f"{word:<28}{before[name]:>10.4f}{after[name]:>10.4f}{gain}")
     lines.append("")
     files = {"curve": "curve.png", "grid": "grid.png", "report": "report.html", "weights": ""}
     for label, name in files.items():
         if (run_dir / name).exists():  # without held-out prompts there is no grid
             lines.append(f"{label:<9}{run_dir / name}")
+    if after:
+        lines += ["", *textwrap.wrap(f"The guard: {guard(run)}", 100)]
     return "\n".join(lines)
 
 
@@ -319,12 +329,14 @@ def probe(arguments: Sequence[str]) -> int:
     return 0
 
 
+demo = guarded(lambda a: _run(".demo", a, parsers.demo()))
 grid = guarded(lambda a: _run(".grid", a, parsers.grid()))
 report = guarded(lambda a: _run("..report", a))
 film = guarded(lambda a: _run("..report.film", a))
 blind = guarded(lambda a: _run("..report.blind", a))
 
 COMMANDS: dict[str, tuple[Callable[..., int], str]] = {
+    "demo": (demo, "a search, a training run and a hacked run, on one page, in five minutes"),
     "train": (train, "fine-tune a model on rewards; CONFIG.yaml --dry-run says what it costs"),
     "bench": (bench, "where the time of a run goes: its calls, alone and in the loop"),
     "probe": (probe, "whether updates would be signal or noise, before a run"),

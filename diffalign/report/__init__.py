@@ -28,11 +28,15 @@ def write(
     check_file(path, "--out")
     found = read(runs)
     title = found[0].name if len(found) == 1 else f"{len(found)} runs"
-    page = Template(files(__name__).joinpath("page.html").read_text("utf-8"))
-    text = page.substitute(title=escape(f"{title}: diffalign"), body=sections.build(found))
-    # a prompt may hold half of a surrogate pair, which UTF-8 cannot encode
-    write_atomic(path, text.encode("utf-8", "replace"))
+    write_atomic(path, page(f"{title}: diffalign", sections.build(found)))
     return path
+
+
+def page(title: str, body: str) -> bytes:
+    """The file of a self-contained page. body: finished HTML."""
+    template = Template(files(__name__).joinpath("page.html").read_text("utf-8"))
+    # a prompt may hold half of a surrogate pair, which UTF-8 cannot encode
+    return template.substitute(title=escape(title), body=body).encode("utf-8", "replace")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

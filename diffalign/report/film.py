@@ -68,13 +68,16 @@ def _animated(frames: Sequence[Image.Image], suffix: str) -> bytes:
     return data.getvalue()
 
 
-def strip_of(shots: Sequence[Evaluated], prompts: int, cell: int) -> Image.Image:
-    """One row per prompt, one column per evaluation, the rewards under the pictures."""
-    texts = shots[0].prompts[:prompts]
-    rewards = {
-        epoch_name(s.epoch): [s.notes(i).get("reward") for i in range(len(texts))] for s in shots
-    }
-    columns = {epoch_name(s.epoch): s.pictures[: len(texts)] for s in shots}
+def strip_of(
+    shots: Sequence[Evaluated], prompts: int, cell: int, flagged: int | None = None
+) -> Image.Image:
+    """One row per prompt, one column per evaluation, the rewards under the pictures; the epoch that
+    is `flagged` says so."""
+    texts, rewards, columns = shots[0].prompts[:prompts], {}, {}
+    for s in shots:
+        name = epoch_name(s.epoch) + (": flagged" if s.epoch == flagged else "")
+        rewards[name] = [s.notes(i).get("reward") for i in range(len(texts))]
+        columns[name] = s.pictures[: len(texts)]
     return comparison_grid(columns, texts, rewards, cell)
 
 

@@ -36,47 +36,50 @@ def build(runs: Sequence[Run]) -> str:
     return "\n".join(
         [
             _header(runs),
-            _section("Pictures", *_pictures(runs)),
-            _section(
+            section("Pictures", *_pictures(runs)),
+            section(
                 "Held-out prompts", tables.held_out(runs[0]) if alone else tables.compared(runs)
             ),
-            _section("Curves", _charts(_film_and_curves(runs), graphs.legend(runs))),
-            _section(
+            section("Curves", charted(film_and_curves(runs), graphs.legend(runs))),
+            section(
                 "Distance to the base model",
-                _charts(graphs.against_kl(runs)),
+                charted(graphs.against_kl(runs)),
                 "What the reward was bought with: the further from the base model for the same "
                 "reward, the likelier it is that something else was lost."
                 + (" At the end of a line is its epoch." if alone else "")
                 + (" Ringed: flagged by the guard." if any(run.flagged for run in runs) else ""),
             ),
-            _section(
+            section(
                 "Signal or noise",
-                _charts(graphs.signal(runs[0]) if alone else ()),
+                charted(graphs.signal(runs[0]) if alone else ()),
                 "The noise scale is the number of pictures at which an update’s gradient is half "
                 "signal and half noise. Blue: where it could be told, ± a standard error; brown: "
                 "what it is at least; grey: the pictures that an update had. Far below the noise "
                 "scale an update is mostly noise, and a run learns slowly.",
             ),
-            _section("Every held-out prompt", tables.prompts(runs[0]) if alone else ""),
-            _section("Cost", tables.cost(runs)),
-            _section("Settings", tables.settings(runs)),
+            section("Every held-out prompt", tables.prompts(runs[0]) if alone else ""),
+            section("Cost", tables.cost(runs)),
+            section("Settings", tables.settings(runs)),
         ]
     )
 
 
-def _section(heading: str, body: str, about: str = "") -> str:
+def section(heading: str, body: str, about: str = "") -> str:
+    """Finished HTML under a heading and a text about it; nothing where there is no body."""
     if not body:
         return ""
     about = tables.about(about) if about else ""
-    return f"<section><h2>{escape(heading)}</h2>{about}{body}</section>"
+    head = f"<h2>{escape(heading)}</h2>" if heading else ""
+    return f"<section>{head}{about}{body}</section>"
 
 
-def _charts(charts: Iterable[str], legend: str = "") -> str:
+def charted(charts: Iterable[str], legend: str = "") -> str:
+    """Charts side by side under their legend."""
     shown = "".join(charts)
     return f'{legend}<div class="charts">{shown}</div>' if shown else ""
 
 
-def _film_and_curves(runs: Sequence[Run]) -> Iterator[str]:
+def film_and_curves(runs: Sequence[Run]) -> Iterator[str]:
     """The film of one run beside its curves."""
     shots = runs[0].shots if len(runs) == 1 else []
     shots = spread([s for s in shots if s.prompts == shots[-1].prompts], FRAMES)
@@ -108,11 +111,11 @@ def _verdict(run: Run) -> str:
     if found and run.epochs:
         said = f"Held-out reward {number(found[0])} → {number(found[1])} in {said}"
     tone = ' class="warn"' if run.warnings else ""
-    return f"<p>{escape(said)}</p><p{tone}>{escape(_guard(run))}</p>"
+    return f"<p>{escape(said)}</p><p{tone}>{escape(guard(run))}</p>"
 
 
-def _guard(run: Run) -> str:
-    """What the guard found over the run, and at its last evaluation."""
+def guard(run: Run) -> str:
+    """What the guard found over the run, and at its last evaluation, in sentences."""
     seen = [row for row in run.rows if row.get("over_optimised") is not None]
     if not seen:
         return "Over-optimisation has not been looked for."

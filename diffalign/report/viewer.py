@@ -53,20 +53,27 @@ def columns_of(runs: Sequence[Run]) -> tuple[list[str], list[Column]]:
     return prompts, [Column(k, s, [s.prompts.index(p) for p in prompts]) for k, s in shots]
 
 
-def viewer(prompts: Sequence[str], columns: Sequence[Column], names: Sequence[str]) -> str:
-    """The controls, and the pictures of every prompt shown, above their scores of
-    the `names`."""
+HOW = {"cut": "divided", "flip": "flipped", "beside": "side by side"}
+
+
+def viewer(
+    prompts: Sequence[str], columns: Sequence[Column], names: Sequence[str], how: str = "cut"
+) -> str:
+    """The controls, and the pictures of every prompt shown, above their scores of the `names`.
+    how: one of HOW, in which they are compared at first."""
     groups = _groups(len(prompts), columns, "reward" in names)
     sources = _encoded(columns, [i for _, rows in groups for i in rows])
     last = len(columns) - 1
+    views = "".join(
+        f'<option value="{k}"{" selected" if k == how else ""}>{v}</option>' for k, v in HOW.items()
+    )
     choices = [_choice("Left", columns, 0), _choice("Right", columns, last)]
-    parts = ['<div class="viewer" data-how="cut">']
+    parts = ['<div class="viewer" data-how="' + how + '">']
     if last:
         parts.append(
             f'<form class="controls">{choices[0]}{choices[1]}'
             '<label>View<select aria-label="How they are compared" class="how">'
-            '<option value="cut">divided</option><option value="flip">flipped</option>'
-            '<option value="beside">side by side</option></select></label>'
+            f"{views}</select></label>"
             '<label class="cut">Divide<input type="range" min="0" max="100" value="50" aria-label='
             '"Where the left picture ends and the right one begins, in percent"></label>'
             '<button type="button" class="swap">Hold to swap</button></form>'

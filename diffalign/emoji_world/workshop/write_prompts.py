@@ -110,7 +110,7 @@ def composition(rng: random.Random) -> list[dict[str, Any]]:
 
 
 def counting(rng: random.Random) -> dict[str, list[dict[str, Any]]]:
-    """Both splits. The held-out one is shorter, and is gone through twice with other backgrounds."""
+    """Both splits. The held-out one is shorter, so it has two backgrounds of each."""
     found: dict[str, list[dict[str, Any]]] = {"train": [], "held_out": []}
     for name in OBJECTS:
         grounds = [b for b in BACKGROUNDS if readable(name, "glossy", b)]
