@@ -40,7 +40,8 @@ def test_the_page_of_the_demo(tmp_path, monkeypatch, capsys):
     text = Page(page).text
     heads = ["A search, without training", "A training run: counting", "A hacked run"]
     assert sorted(heads, key=text.index) == heads
-    assert re.search(r"finds \d of the first pictures right and \d of the last, [+-]\d.\d+ ±", text)
+    assert re.search(r"finds \d of the first pictures right and \d of the last: [+-]\d.\d+ ±", text)
+    assert "2 epochs of 2 pictures" in text
     assert "two dogs on a gray background" in text
 
 

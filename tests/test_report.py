@@ -147,7 +147,7 @@ def test_report_of_a_run(tmp_path):
         "Over-optimised from epoch 3 (1 of 4 evaluations)",
         "ddpo (clip_range 0.001)",
         "LoRA of rank 8",
-        "a judge, never trained on",
+        "a judge, no part of the reward",
         # of the changes of -0.4, 0, ..., 1.6 there are six
         "+0.60 ± 0.31",
         "Best pictures: the reward rose most from base to epoch 4 prompt 5",
@@ -163,7 +163,7 @@ def test_report_of_a_run(tmp_path):
     assert page.source.count("<img") == 6 * 5 + 1  # and the film
     assert page.source.count("data:image/webp;base64,UklGR") == 6 * 5 + 2
     # people would rather look: pictures are above numbers
-    order = [page.text.index(k) for k in ("Best pictures", "a judge, never", "Film, evaluation")]
+    order = [page.text.index(k) for k in ("Best pictures", "a judge, no part", "Film, evaluation")]
     assert order == sorted(order)
 
 
@@ -543,12 +543,13 @@ CHROMIUM = next(
 
 def test_bands_are_of_the_change_over_the_prompts(tmp_path):
     run = read([fake_run(tmp_path / "run")])[0]
-    errors = run.errors("reward")
+    found = run.gains("reward")
     # the change of prompt i at an epoch is epoch · (i - 1) / 10
     gains = np.arange(-1, 5) / 10
     for epoch in range(5):
-        assert errors[epoch] == pytest.approx(epoch * gains.std(ddof=1) / 6**0.5)
-    assert run.change("reward")[2] == errors[4]
+        error = epoch * gains.std(ddof=1) / 6**0.5
+        assert found[epoch] == pytest.approx((epoch * gains.mean(), error))
+    assert run.change("reward")[2:] == found[4]
     text = chart("a", [Line(run.column("eval/reward"), [""] * 5, "judge", errors=[0.1] * 5)], "x")
     points = re.search(r'class="band" d="M(.*?)Z"', text)[1].split("L")
     assert len(points) == 10
@@ -561,6 +562,21 @@ def test_bands_are_of_the_change_over_the_prompts(tmp_path):
     assert "band" not in chart("a", [line], "x")
 
 
+def test_a_change_is_of_the_prompts_that_both_evaluations_scored(tmp_path):
+    folder = fake_run(tmp_path / "run")
+    path = folder / "pictures" / "epoch_0004.json"
+    table = json.loads(path.read_text())
+    table["scores"]["reward"][0] = [None, None]  # the only one that fell
+    path.write_text(json.dumps(table))
+    change = read([folder])[0].change("reward")
+    assert change.gain == pytest.approx(4 * np.arange(5).mean() / 10)
+    # a measure stands under the evaluation that it is of, or not at all
+    rows = (folder / "metrics.jsonl").read_text().splitlines()
+    rows[-1] = rows[-1].replace("eval/judge", "another")
+    (folder / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    assert read([folder])[0].change("judge") == (0.5, None, 0.0, 0.0)
+
+
 def test_the_noise_scale_is_a_curve(tmp_path):
     assert "Signal or noise" not in Page(report.write([fake_run(tmp_path / "run")])).text
     tracker = Tracker(tmp_path / "run", resume_step=4)
@@ -570,10 +586,10 @@ def test_the_noise_scale_is_a_curve(tmp_path):
         tracker.log(epoch, row)
     page = Page(report.write([tmp_path / "run"]))
     assert "Signal or noise" in page.text
-    assert "epoch 6: noise scale 600" in page.source
-    assert "epoch 5: noise scale at least 450" in page.source
-    assert "epoch 5: noise scale 500" not in page.source  # it could be anything
-    assert "epoch 6: pictures of an update 8" in page.source  # 4 groups of 2
+    assert "epoch 6: noise scale: 600" in page.source
+    assert "epoch 5: what it is at least: 450" in page.source
+    assert "epoch 5: noise scale: 500" not in page.source  # it could be anything
+    assert "epoch 6: pictures of an update: 8" in page.source  # 4 groups of 2
 
 
 PROBE = """<script>
@@ -609,9 +625,9 @@ seen.held = visible();
 first("left").dispatchEvent(new PointerEvent("pointerup", { bubbles: true }));
 seen.released = visible();
 const swap = document.querySelector(".swap");
-swap.dispatchEvent(new KeyboardEvent("keydown", { bubbles: true, key: " " }));
-seen.pressed = visible();
-swap.dispatchEvent(new KeyboardEvent("keyup", { bubbles: true, key: " " }));
+swap.click();
+seen.pressed = [...visible(), swap.ariaPressed];
+swap.click();
 choose("beside");
 const [a, b] = ["left", "right"].map((name) => first(name).getBoundingClientRect());
 seen.beside = a.right <= b.left && a.top === b.top && getComputedStyle(first("right")).clipPath;
@@ -645,6 +661,7 @@ def test_in_a_browser(tmp_path):
     assert seen["shown"][:5] == ["block", "block", "none", "none", "none"]
     assert seen["scores"].split() == ["reward", "0.500", "0.900"]
     assert seen["flipped"] == seen["released"] == ["visible", "hidden"]
-    assert seen["held"] == seen["pressed"] == ["visible", "visible"]
+    assert seen["held"] == ["visible", "visible"]
+    assert seen["pressed"] == ["visible", "visible", "true"]
     assert seen["beside"] == "none"
     assert seen["wide"]

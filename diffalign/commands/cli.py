@@ -6,6 +6,7 @@ import argparse
 import errno
 import functools
 import importlib
+import math
 import os
 import sys
 import textwrap
@@ -156,21 +157,26 @@ def summary(result: dict[str, dict[str, float]], run_dir: Path) -> str:
     from ..report.run import read
     from ..report.sections import guard
 
-    before, after, run = result["before"], result["after"], read([run_dir])[0]
+    before, after = result["before"], result["after"]
+    try:
+        run = read([run_dir])[0]
+    except (OSError, ValueError):  # a report that cannot be written says why
+        run = None
     head = f"{'held-out prompts':<28}{'before':>10}{'after':>10}{'change ± s.e.':>21}"
     lines = ["", head] if after else []
     for name in after:
         word = name.removeprefix("eval/")
-        error = run.errors(word).get(float(run.epochs))
-        known = f" ± {error:.4f}" if error else ""
-        gain = f"{after[name] - before[name]:>+12.4f}{known}"
-        lines.append(f"{word:<28}{before[name]:>10.4f}{after[name]:>10.4f}{gain}")
+        change = run.change(word) if run else None
+        ends = f" {before.get(name, math.nan):>9.4f} {after[name]:>9.4f}"
+        gain = f" {change.gain:>+11.4f}" if change and change.gain is not None else ""
+        error = f" ± {change.error:.4f}" if change and change.error else ""
+        lines.append(f"{word:<28}{ends}{gain}{error}")
     lines.append("")
     files = {"curve": "curve.png", "grid": "grid.png", "report": "report.html", "weights": ""}
     for label, name in files.items():
         if (run_dir / name).exists():  # without held-out prompts there is no grid
             lines.append(f"{label:<9}{run_dir / name}")
-    if after:
+    if after and run:
         lines += ["", *textwrap.wrap(f"The guard: {guard(run)}", 100)]
     return "\n".join(lines)
 

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import statistics
+import subprocess
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import to_tensor
 
 import rewards as reward_library
+from rewards.device import default_device
 
 from .. import policies, report
-from ..config import TrainConfig
 from ..config.files import check_folder, write_atomic
 from ..config.prompts import load as load_prompts
 from ..drawing.grids import comparison_grid, to_pil
 from ..emoji_world.detector import metadata
 from ..emoji_world.scenes import ASSETS
-from ..emoji_world.verifier import findings, load
+from ..emoji_world.verifier import right
 from ..optimize_noise import build, sampling_for
 from ..optimize_noise.base import Result, Task, search
 from ..optimize_noise.options import Budget
@@ -32,10 +34,10 @@ from ..report import film, graphs, tables
 from ..report.run import Run, read
 from ..report.sections import charted, film_and_curves, guard, section
 from ..report.viewer import columns_of, data_uri, viewer
-from ..training.trainer import Trainer
 from . import arguments as arguments_of
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+ROOT = Path(__file__).parents[2]
+CONFIGS = ROOT / "configs"
 WANTED = (  # of the search: prompts whose first picture with SEED is wrong
     "two cats on a green background",
     "two pizzas on a blue background",
@@ -64,11 +66,12 @@ def searched(folder: Path) -> str:
     print(f"1 of 3: the best of {TRIED} pictures of each of {len(WANTED)} prompts", flush=True)
     start, how = time.perf_counter(), {"detector": DETECTOR, "soft": True}
     lines = [json.dumps({"prompt": text, **metadata(text)}) + "\n" for text in WANTED]
-    write_atomic(folder / "search.jsonl", "".join(lines).encode())
+    asked = str(folder / "search.jsonl")
+    write_atomic(asked, "".join(lines).encode())
     policy = policies.load(str(ASSETS / "emoji-sd"))
     sampling = sampling_for("best_of_n", policy.levels(8), 2.0)
     reward, seeds = reward_library.build({"composition": how}), [SEED] * len(WANTED)
-    task = Task(policy, reward, load_prompts(folder / "search.jsonl"), sampling, seeds, 32)
+    task = Task(policy, reward, load_prompts(asked), sampling, seeds, 32)
     plain: list[Result] = []
 
     def keep(found: Sequence[Result]) -> None:
@@ -84,26 +87,28 @@ def searched(folder: Path) -> str:
         "A search, without training",
         f'<div class="grids"><img alt="Every prompt before and after" src="{image}"></div>'
         "<p>Again: <code>python sample.py --best-of-n --best-of-n.n "
-        f"{TRIED} --seeds {SEED} --steps 8 --guidance 2 --prompts {folder}/search.jsonl "
+        f"{TRIED} --seeds {SEED} --steps 8 --guidance 2 --prompts {escape(shlex.quote(asked))} "
         f"--rewards.composition.soft true --rewards.composition.detector {DETECTOR}</code></p>",
         f"{TRIED} pictures of each prompt from other noises, of which the reward kept the best, in "
         f"{time.perf_counter() - start:.0f} s. A referee that no reward knows finds {before} of "
-        f"{len(WANTED)} right before and {after} after. The prompts are ones whose first picture "
-        "is wrong.",
+        f"{len(WANTED)} right before and {after} after. The prompts were chosen because their "
+        "first picture is wrong.",
     )
 
 
-def right(pictures: Sequence[Image.Image], texts: Sequence[str]) -> list[bool]:
-    """Whether the referee confirms everything that the prompt of a picture says."""
-    images = torch.stack([to_tensor(picture) for picture in pictures])
-    found = findings(images, list(texts), load("emoji-referee"))
-    return [all(said.values()) for said in found]
-
-
 def run(config: Path, folder: Path) -> Run:
-    """Train as a config says, in a new folder."""
-    trainer = Trainer(TrainConfig.from_file(config, ["--log.dir", str(folder)]), overwrite=True)
-    trainer.train()
+    """Train as a config says, in a new folder; on CPUs by two processes, which share their work
+    better than two threads do. Raises ValueError where that fails."""
+    command = ["train", str(config), "--log.dir", str(folder.resolve()), "--overwrite"]
+    two, threads = default_device() == "cpu", max(1, (os.cpu_count() or 1) // 2)
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "--module"]
+    extra = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads)} if two else {}
+    module = [*(launch if two else []), "diffalign", *command]
+    done = subprocess.run(
+        [sys.executable, "-m", *module], cwd=ROOT, env=os.environ | extra, check=False
+    )
+    if done.returncode:
+        raise ValueError(f"{config} was not trained; what went wrong is said above")
     return read([folder])[0]
 
 
@@ -111,19 +116,23 @@ def trained(run: Run) -> str:
     """Held-out pictures before and after, what the referee says of them, and the curves."""
     first, last = run.shots[0], run.shots[-1]
     before, after = (right(s.pictures, s.prompts) for s in (first, last))
-    gains = [b - a for a, b in zip(before, after, strict=True)]
-    error = statistics.stdev(gains) / len(gains) ** 0.5
-    minutes = (run.total("seconds") or 0.0) / 60
+    gains: dict[str, list[int]] = defaultdict(list)  # by number and object: prompts share them
+    for text, a, b in zip(first.prompts, before, after, strict=True):
+        gains[text.partition(" on ")[0]].append(b - a)
+    means = [statistics.fmean(each) for each in gains.values()]
+    error = statistics.stdev(means) / len(means) ** 0.5
+    pictures = run.setting("data.groups", 0) * run.setting("data.group_size", 0)
     prompts, columns = columns_of([run])
-    shown = viewer(prompts, columns, ["reward", "judge"], "beside")
     said = (
-        f"{run.epochs} epochs of 32 pictures, {minutes:.1f} minutes. The reward reads numbers of "
-        "objects from a verifier and sends its gradient back through all eight steps. Numbers and "
-        f"objects of these {len(prompts)} prompts were never shown together, to the base model or "
-        "in this run. A referee that no reward knows finds "
-        f"{sum(before)} of the first pictures right and {sum(after)} of the last, "
-        f"{statistics.fmean(gains):+.2f} ± {error:.2f} (a standard error over the prompts) of all."
+        f"{run.epochs} epochs of {pictures} pictures, {(run.total('seconds') or 0) / 60:.1f} "
+        "minutes. The reward reads the objects in a picture by a verifier, and their look by a "
+        "CLIP; its gradient goes back through all eight steps. No denoiser was shown the numbers "
+        f"of objects that these {len(prompts)} prompts ask for. A referee, which no reward knows, "
+        f"finds {sum(before)} of the first pictures right and {sum(after)} of the last: "
+        f"{statistics.fmean(means):+.2f} ± {error:.2f} of all (a standard error over {len(means)} "
+        f"numbers of objects). The guard: {guard(run)}"
     )
+    shown = viewer(prompts, columns, ["reward", "judge"], "beside")
     return (
         section("A training run: counting", shown, said)
         + section("What was measured", tables.held_out(run))
@@ -135,14 +144,18 @@ def hacked(run: Run) -> str:
     """A strip over the epochs, and the guard's verdict where one should have stopped."""
     prompts, epochs, cell = STRIP
     strip = film.strip_of(spread(run.shots, epochs), prompts, cell, *run.flagged[:1])
+    said = "The reward is how blue a picture is, and nothing else."
+    if run.flagged:
+        said += (
+            " It rises, the pictures are lost, and a judge that is no part of it sees that. The "
+            "first flag is where one should have stopped; eval.guard=stop does."
+        )
     return section(
         "A hacked run",
         f'<p class="warn">{escape(guard(run))}</p><img class="strip" src="'
-        f'{data_uri(strip, 1600)}" alt="The same prompts over the epochs, turning blue">'
+        f'{data_uri(strip, 1600)}" alt="The same prompts over the epochs">'
         + charted(graphs.curves([run]), graphs.legend([run])),
-        "The reward is how blue a picture is, and nothing else. It rises all the way, the pictures "
-        "are lost, and a judge that was never trained on sees it. With eval.guard=stop the run "
-        "would have ended there; the best weights by the judge are kept in any case.",
+        said,
     )
 
 
@@ -154,7 +167,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for n, (name, shown) in enumerate({"counting": trained, "hacked": hacked}.items(), start=2):
         print(f"{n} of 3: configs/emoji_{name}.yaml", flush=True)
         done = run(CONFIGS / f"emoji_{name}.yaml", folder / name)
-        print(f"The guard: {guard(done)}")
         parts.append(shown(done))
     minutes = (time.perf_counter() - start) / 60
     parts.insert(0, f"<header><h1>diffalign in {minutes:.0f} minutes</h1><p>{ABOUT}</p></header>")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,17 +42,21 @@ class Line:
 
 
 def chart(
-    title: str, lines: Sequence[Line], across: str, warning: tuple[float, str] | None = None
+    title: str,
+    lines: Sequence[Line],
+    across: str,
+    warning: tuple[float, str] | None = None,
+    log: bool = False,
 ) -> str:
     """A <figure>: a heading with the first and last value, axes, lines. across: label of the x
-    axis. warning: x and text of a vertical line."""
+    axis. warning: x and text of a vertical line. log: a logarithmic y axis, for values above 0."""
     known = [(x, y) for line in lines for x, y in line.points if y is not None]
     if not known:
         return ""
     ends = _ends(lines[0]) if len(lines) == 1 else ""
     x_axis = Axis([x for x, _ in known], LEFT, WIDTH - RIGHT, "inside", across == "epoch")
     edges = [y for line in lines for _, *ends in line.band() for y in ends]
-    y_axis = Axis([*(y for _, y in known), *edges], HEIGHT - BOTTOM, TOP)
+    y_axis = Axis([*(y for _, y in known), *edges], HEIGHT - BOTTOM, TOP, log=log)
     parts = [_grid(x_axis, y_axis, across)]
     if warning is not None and x_axis.low <= warning[0] <= x_axis.high:
         x = x_axis(warning[0])
@@ -105,7 +110,12 @@ class Axis:
         end: float,
         ticks: str = "around",
         integer: bool = False,
+        log: bool = False,
     ):
+        """integer: ticks at integers only. log: data are positive, ticks are powers of ten."""
+        self.log = log
+        if log:
+            values, integer = [math.log10(v) for v in values], True
         low, high = min(values), max(values)
         if high - low <= 1e-12 * max(abs(low), abs(high)):
             room = abs(low) / 10 or 1.0
@@ -122,10 +132,13 @@ class Axis:
         self.decimals = next((d for d in range(7) if abs(round(step, d) - step) < step / 100), 7)
 
     def __call__(self, value: float) -> float:
+        value = math.log10(value) if self.log else value
         share = (value - self.low) / (self.high - self.low)
         return self.start + share * (self.end - self.start)
 
     def label(self, tick: float) -> str:
+        if self.log:
+            return f"{10**tick:,.6g}"
         if self.decimals > 4 or max(map(abs, self.ticks)) >= 1e7:
             return number(tick)
         text = f"{abs(tick):,.{self.decimals}f}"
@@ -136,7 +149,7 @@ def _grid(x_axis: Axis, y_axis: Axis, across: str) -> str:
     bottom = HEIGHT - BOTTOM
     parts = ['<g class="axes">']
     for t in y_axis.ticks:
-        y = y_axis(t)
+        y = y_axis(10**t if y_axis.log else t)
         parts.append(
             f'<path d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>'
             f'<text x="{LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{y_axis.label(t)}</text>'

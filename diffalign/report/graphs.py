@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from html import escape
 
 from .charts import Line, chart, letter, number, tone
 from .run import Point, Run, epoch_name
 
 BAND = "shaded: ± 2 standard errors of the change from the first evaluation, over the prompts"
-ROLES = {"trained": "trained on", "judge": "judge, never trained on", "other": "measured"}
+ROLES = {"trained": "trained on", "judge": "judge, no part of the reward", "other": "measured"}
 
 
 def legend(runs: Sequence[Run]) -> str:
@@ -25,7 +24,7 @@ def legend(runs: Sequence[Run]) -> str:
         ]
         if any(run.flagged for run in runs):
             items.append('<li class="warn"><i class="ring"></i>flagged by the guard</li>')
-    if any(any(run.errors(name).values()) for run in runs for name in run.measures):
+    if any(error for run in runs for name in run.measures for _, error in run.gains(name).values()):
         items.append(f"<li>{BAND}</li>")
     return f'<ul class="legend">{"".join(items)}</ul>'
 
@@ -47,8 +46,9 @@ def curves(runs: Sequence[Run]) -> Iterator[str]:
             if by_cost:
                 points = [(costs[i].get(x, 0.0), y) for x, y in points]
             role = run.role(name[5:]) if held_out else "trained"
-            known = run.errors(name[5:]) if held_out else {}
-            errors = [2 * known[x] if x in known else None for x, _ in run.column(name)]
+            known = run.gains(name[5:]) if held_out else {}
+            found = [known[x][1] if x in known else None for x, _ in run.column(name)]
+            errors = [None if error is None else 2 * error for error in found]
             how = (role, "", ()) if alone else (tone(i), letter(i), ringed)
             lines.append(Line(points, tips, *how, errors))
         title = f"held-out {name[5:]}" if held_out else "reward in training"
@@ -72,25 +72,40 @@ def against_kl(runs: Sequence[Run]) -> Iterator[str]:
             yield chart(f"held-out {name}", lines, "root mean square distance (√kl)")
 
 
-def signal(run: Run) -> Iterator[str]:
-    """The noise scale of an update's gradient where it is known within its own size, what it is at
-    least, and the pictures that an update had."""
-    errors = dict(run.known("noise_scale_error"))
+SIGNAL = {  # lines of `signal`
+    "trained": "noise scale, where its standard error is smaller than itself",
+    "judge": "what it is at least",
+    "other": "pictures of an update",
+}
+
+
+def signal(run: Run) -> tuple[str, str]:
+    """The chart of the noise scale of updates beside the pictures that they had, and its legend;
+    two empty texts where it was not measured."""
+    errors, least = dict(run.known("noise_scale_error")), run.known("noise_scale_least")
     known = [(x, y) for x, y in run.known("noise_scale") if errors.get(x, y) < y]
-    least = run.known("noise_scale_least")
     size = run.setting("data.groups", 0) * run.setting("data.group_size", 0)
     had = [(x, size / run.setting("train.updates_per_epoch", 1)) for x, _ in least if size]
-    lines = [
-        Line(points, [f"{epoch_name(x)}: {what} {y:,.0f}" for x, y in points], tone, mark)
-        for points, what, tone, mark in (
-            (known, "noise scale", "trained", ""),
-            (least, "noise scale at least", "judge", "≥"),
-            (had, "pictures of an update", "other", ""),
+    told = dict(known)
+    lines = {
+        "trained": [(x, told.get(x)) for x, _ in run.known("noise_scale")] if known else [],
+        "judge": least,
+        "other": had,
+    }
+    shown = [
+        Line(
+            points,
+            [f"epoch {x:g}: {SIGNAL[tone].split(',')[0]}: {number(y)}" for x, y in points],
+            tone,
         )
+        for tone, points in lines.items()
+        if points
     ]
-    if least:
-        lines[0] = replace(lines[0], errors=[errors[x] for x, _ in known])
-        yield chart("pictures", lines, "epoch")
+    if not least:
+        return "", ""
+    items = "".join(f'<li class="{x.tone}"><i></i>{SIGNAL[x.tone]}</li>' for x in shown)
+    legend = f'<ul class="legend">{items}</ul>'
+    return chart("pictures", shown, "epoch", log=True), legend
 
 
 def _tip(runs: Sequence[Run], i: int, epoch: float, value: float | None) -> str:

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rewards.redaction import redact
 
@@ -27,6 +27,16 @@ MEASURED = {
     "kl": "mean square difference of the network's outputs to the base model's",
     "diversity": "mean distance of two pictures of a prompt, 0 to 1",
 }
+
+
+class Change(NamedTuple):
+    """Means of a measure at the first and the last evaluation. gain: mean change, of the prompts
+    that both scored where their scores were kept. error: its standard error over those."""
+
+    before: float | None
+    after: float | None
+    gain: float | None
+    error: float | None
 
 
 @dataclass(frozen=True)
@@ -116,29 +126,33 @@ class Run:
         """Number of evaluations that the guard saw."""
         return len(self.known("over_optimised"))
 
-    def change(self, name: str) -> tuple[float, float, float | None] | None:
-        """Held-out mean of a measure at the first evaluation and at the last, and the standard
-        error of their difference over the prompts (None unless the scores of both were kept)."""
-        known = self.known(f"eval/{name}")
-        if not known:
+    def change(self, name: str) -> Change | None:
+        """How a measure changed from the run's first evaluation to its last; None where neither has
+        it."""
+        epochs = [row["step"] for row in self.rows if any(k.startswith("eval/") for k in row)]
+        known = dict(self.known(f"eval/{name}"))
+        if not epochs or known.keys().isdisjoint({epochs[0], epochs[-1]}):
             return None
-        return known[0][1], known[-1][1], self.errors(name).get(known[-1][0])
+        before, after = known.get(epochs[0]), known.get(epochs[-1])
+        gain, error = self.gains(name).get(epochs[-1], (None, None))
+        if gain is None and before is not None and after is not None:
+            gain = after - before
+        return Change(before, after, gain, error)
 
-    def errors(self, name: str) -> dict[float, float]:
-        """{epoch: standard error, over the prompts, of a measure's change from the first evaluation
-        on}, of the evaluations whose scores were kept and are of the same prompts."""
-        known = self.known(f"eval/{name}")
-        shots = {s.epoch: s for s in self.shots if name in s.scores}
-        base = shots.get(int(known[0][0])) if known else None
-        if base is None:
-            return {}
-        before, found = [mean(row) for row in base.scores[name]], {}
-        for epoch, shot in shots.items():
-            if shot.prompts == base.prompts:
-                pairs = zip(before, map(mean, shot.scores[name]), strict=True)
-                gains = [b - a for a, b in pairs if a is not None and b is not None]
-                if len(gains) > 1:
-                    found[float(epoch)] = statistics.stdev(gains) / len(gains) ** 0.5
+    def gains(self, name: str) -> dict[float, tuple[float, float | None]]:
+        """{epoch: a measure's mean change from the first evaluation on, and its standard error over
+        the prompts (None for one)}, of prompts whose scores of both evaluations were kept; without
+        evaluations of other prompts."""
+        base = self.shots[0] if self.shots and name in self.shots[0].scores else None
+        found: dict[float, tuple[float, float | None]] = {}
+        for shot in self.shots:
+            if base is None or name not in shot.scores or shot.prompts != base.prompts:
+                continue
+            pairs = zip(map(mean, base.scores[name]), map(mean, shot.scores[name]), strict=True)
+            gains = [b - a for a, b in pairs if a is not None and b is not None]
+            if gains:
+                error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
+                found[float(shot.epoch)] = statistics.fmean(gains), error
         return found
 
 

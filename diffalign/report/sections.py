@@ -51,11 +51,11 @@ def build(runs: Sequence[Run]) -> str:
             ),
             section(
                 "Signal or noise",
-                charted(graphs.signal(runs[0]) if alone else ()),
+                charted(*graphs.signal(runs[0])) if alone else "",
                 "The noise scale is the number of pictures at which an update’s gradient is half "
-                "signal and half noise. Blue: where it could be told, ± a standard error; brown: "
-                "what it is at least; grey: the pictures that an update had. Far below the noise "
-                "scale an update is mostly noise, and a run learns slowly.",
+                "signal and half noise, over the last twenty epochs. Where it could be told it was "
+                "a low one that was seen, so the truth may be above. An update of far fewer "
+                "pictures is mostly noise, and a run learns slowly.",
             ),
             section("Every held-out prompt", tables.prompts(runs[0]) if alone else ""),
             section("Cost", tables.cost(runs)),
@@ -73,7 +73,7 @@ def section(heading: str, body: str, about: str = "") -> str:
     return f"<section>{head}{about}{body}</section>"
 
 
-def charted(charts: Iterable[str], legend: str = "") -> str:
+def charted(charts: str | Iterable[str], legend: str = "") -> str:
     """Charts side by side under their legend."""
     shown = "".join(charts)
     return f'{legend}<div class="charts">{shown}</div>' if shown else ""
@@ -109,7 +109,7 @@ def _verdict(run: Run) -> str:
     """The first two paragraphs: how the reward changed, and what the guard found."""
     found, said = run.change("reward"), f"{_progress(run)}."
     if found and run.epochs:
-        said = f"Held-out reward {number(found[0])} → {number(found[1])} in {said}"
+        said = f"Held-out reward {number(found.before)} → {number(found.after)} in {said}"
     tone = ' class="warn"' if run.warnings else ""
     return f"<p>{escape(said)}</p><p{tone}>{escape(guard(run))}</p>"
 
@@ -185,13 +185,16 @@ def _pictures(runs: Sequence[Run]) -> tuple[str, str]:
     """The viewer and a text about it; for runs without single pictures, their grid.png."""
     prompts, columns = columns_of(runs)
     if prompts:
-        which = "that all runs have, " if len(runs) > 1 else ""
+        which = " that all runs have" if len(runs) > 1 else ""
+        noise = ", from the same noise" if len({r.setting("train.seed") for r in runs}) == 1 else ""
         names = dict.fromkeys(name for run in runs for name in run.scored)
-        return viewer(prompts, columns, list(names)), (
-            f"Held-out prompts {which}from the same noise. Choose what is left and right, and how "
-            "they are compared: divided (drag over a picture, or move the slider), flipped (hold a "
-            "picture or the button to see the right one in its place), or side by side."
+        how = (
+            " Choose what is left and right, and how they are compared: divided (drag over a "
+            "picture, or move the slider), flipped (hold a picture, or press the button, to see "
+            "the right one in its place), or side by side."
         )
+        about = f"Held-out prompts{which}{noise}.{how if len(columns) > 1 else ''}"
+        return viewer(prompts, columns, list(names)), about
     found = [(run, run.dir / "grid.png") for run in runs if (run.dir / "grid.png").exists()]
     grids = "".join(
         f'<figure><img src="{data_uri(open_image(path), 2400)}" '

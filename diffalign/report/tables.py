@@ -10,7 +10,7 @@ import yaml
 
 from ..record.metrics import _flat
 from .charts import letter, number, tone
-from .run import MEASURED, Run, epoch_name, mean
+from .run import MEASURED, Change, Run, epoch_name, mean
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], words: Sequence[int] = ()) -> str:
@@ -49,15 +49,16 @@ def held_out(run: Run) -> str:
         found = run.change(name)
         if found is None:
             continue
-        before, after, error = found
-        errors = errors or bool(error)
-        gain = _gain(*found) if run.epochs else ""
-        rows.append([escape(name), number(before), number(after), gain, _meaning(run, name)])
+        errors = errors or bool(found.error)
+        gain = _gain(found) if run.epochs else ""
+        ends = number(found.before), number(found.after)
+        rows.append([escape(name), *ends, gain, _meaning(run, name)])
     if not rows:
         return ""
     epochs = [row["step"] for row in run.rows if any(k.startswith("eval/") for k in row)]
     heads = ["mean of", epoch_name(epochs[0]), epoch_name(epochs[-1]), "change", "which is"]
-    note = about("±: standard error of the change, over the prompts.") if errors else ""
+    note = "±: standard error of the change, over the prompts that both evaluations scored."
+    note = about(note) if errors else ""
     return table(heads, rows, [4]) + note
 
 
@@ -66,7 +67,7 @@ def _meaning(run: Run, name: str) -> str:
         return MEASURED[name]
     if name == "reward":
         return "what was trained on"
-    return "part of the reward" if run.role(name) == "trained" else "a judge, never trained on"
+    return "part of the reward" if run.role(name) == "trained" else "a judge, no part of the reward"
 
 
 def compared(runs: Sequence[Run]) -> str:
@@ -77,8 +78,8 @@ def compared(runs: Sequence[Run]) -> str:
         row = [run_name(runs, i)]
         for name in names:
             found = run.change(name)
-            gain = "" if found is None else f"<small>{_gain(*found)}</small>"
-            row.append("–" if found is None else f"{number(found[1])}<br>{gain}")
+            gain = "" if found is None else f"<small>{_gain(found)}</small>"
+            row.append("–" if found is None else f"{number(found.after)}<br>{gain}")
         rows.append([*row, _flag(run)])
     if not names:
         return ""
@@ -162,12 +163,14 @@ def count(n: int, what: str) -> str:
     return f"{n:,} {what}" + ("" if n == 1 else "s")
 
 
-def _gain(before: float, after: float, error: float | None) -> str:
-    """The change, with its standard error to two digits if it has one."""
-    if not error:
-        return _signed(after - before)
-    places = max(0, 1 - math.floor(math.log10(error)))
-    return f"{after - before:+.{places}f} ± {error:.{places}f}".replace("-", "−")
+def _gain(change: Change) -> str:
+    """The gain, with its standard error to two digits if it has one."""
+    if change.gain is None:
+        return "–"
+    if not change.error:
+        return _signed(change.gain)
+    places = max(0, 1 - math.floor(math.log10(change.error)))
+    return f"{change.gain:+.{places}f} ± {change.error:.{places}f}".replace("-", "−")
 
 
 def _signed(value: float) -> str:

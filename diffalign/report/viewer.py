@@ -76,7 +76,7 @@ def viewer(
             f"{views}</select></label>"
             '<label class="cut">Divide<input type="range" min="0" max="100" value="50" aria-label='
             '"Where the left picture ends and the right one begins, in percent"></label>'
-            '<button type="button" class="swap">Hold to swap</button></form>'
+            '<button type="button" class="swap" aria-pressed="false">Swap</button></form>'
         )
     for heading, rows in groups:
         if heading:
@@ -123,7 +123,8 @@ def _figure(
     )
     return (
         f'<figure><div class="stack">{stack}</div>'
-        f"<figcaption>{escape(prompt)}<ul>{lines}</ul></figcaption></figure>"
+        f'<figcaption><div class="prompt">{escape(prompt)}</div><ul>{lines}</ul></figcaption>'
+        "</figure>"
     )
 
 
