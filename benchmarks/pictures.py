@@ -40,13 +40,13 @@ PICTURES = {
     "scales.png": "-m diffalign grid --runs runs/ddpo_jpeg --lora-scales 0 0.5 1 1.5 "
     f"--reward jpeg {PROMPTS} --out OUT",
     "film.webp": "-m diffalign film runs/ddpo_jpeg --prompts 4 --cell 128",
-    "report.png": "-m diffalign report runs/ddpo_jpeg",
+    "report.png": "-m diffalign report runs/demo/counting",
     "leaderboard.png": "benchmarks/emoji_leaderboard.py --seeds 0 --out runs/pictures",
 }
 MADE = {  # what a command without OUT writes
     "counting.webp": "runs/demo/counting/film.webp",
     "film.webp": "runs/ddpo_jpeg/film.webp",
-    "report.png": "runs/ddpo_jpeg/report.html",
+    "report.png": "runs/demo/counting/report.html",
     "leaderboard.png": "runs/pictures/leaderboard.png",
 }
 
@@ -65,7 +65,7 @@ def make(name: str) -> None:
     made = Path(MADE.get(name, out))
     if made.suffix == ".html":
         browser = shutil.which("chromium") or shutil.which("chromium-browser") or "google-chrome"
-        how = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1200,1720"]
+        how = ["--headless", "--no-sandbox", "--hide-scrollbars", "--window-size=1200,2400"]
         subprocess.run([browser, *how, f"--screenshot={out}", made.resolve().as_uri()], check=True)
     elif made != out:
         shutil.copy(made, out)

@@ -597,6 +597,13 @@ const range = document.querySelector("input[type=range]");
 const image = document.querySelector(".stack img.right");
 const seen = {};
 const look = (name) => (seen[name] = getComputedStyle(image).clipPath);
+seen.how = document.querySelector(".how").value;
+const choose = (value) => {
+  how.value = value;
+  how.dispatchEvent(new Event("input"));
+};
+const how = document.querySelector(".how");
+choose("cut");
 look("at first");
 range.value = 20;
 range.dispatchEvent(new Event("input"));
@@ -611,11 +618,6 @@ right.dispatchEvent(new Event("input"));
 seen.shown = [...document.querySelectorAll("figure:has(.stack):first-of-type .stack img")]
   .map((i) => getComputedStyle(i).display);
 seen.scores = document.querySelector(".pictures li").innerText;
-const how = document.querySelector(".how");
-const choose = (value) => {
-  how.value = value;
-  how.dispatchEvent(new Event("input"));
-};
 const first = (name) => document.querySelector(`.stack img.${name}`);
 const visible = () => ["left", "right"].map((name) => getComputedStyle(first(name)).visibility);
 choose("flip");
@@ -655,6 +657,7 @@ def test_in_a_browser(tmp_path):
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stdout[:500]
     seen = json.loads(title[1].replace("&gt;", ">"))
+    assert seen["how"] == "beside"
     assert seen["at first"] == "inset(0px 0px 0px 50%)"
     assert seen["moved"] == "inset(0px 0px 0px 20%)"
     assert seen["dragged"] == "inset(0px 0px 0px 75%)"

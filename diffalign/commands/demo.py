@@ -132,7 +132,7 @@ def trained(run: Run) -> str:
         f"{statistics.fmean(means):+.2f} ± {error:.2f} of all (a standard error over {len(means)} "
         f"numbers of objects). The guard: {guard(run)}"
     )
-    shown = viewer(prompts, columns, ["reward", "judge"], "beside")
+    shown = viewer(prompts, columns, ["reward", "judge"])
     return (
         section("A training run: counting", shown, said)
         + section("What was measured", tables.held_out(run))

@@ -189,9 +189,9 @@ def _pictures(runs: Sequence[Run]) -> tuple[str, str]:
         noise = ", from the same noise" if len({r.setting("train.seed") for r in runs}) == 1 else ""
         names = dict.fromkeys(name for run in runs for name in run.scored)
         how = (
-            " Choose what is left and right, and how they are compared: divided (drag over a "
-            "picture, or move the slider), flipped (hold a picture, or press the button, to see "
-            "the right one in its place), or side by side."
+            " Choose what is left and right, and how they are compared: side by side, flipped "
+            "(hold a picture, or press the button, to see the right one in its place), or divided "
+            "(drag over a picture, or move the slider)."
         )
         about = f"Held-out prompts{which}{noise}.{how if len(columns) > 1 else ''}"
         return viewer(prompts, columns, list(names)), about

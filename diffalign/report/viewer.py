@@ -53,22 +53,17 @@ def columns_of(runs: Sequence[Run]) -> tuple[list[str], list[Column]]:
     return prompts, [Column(k, s, [s.prompts.index(p) for p in prompts]) for k, s in shots]
 
 
-HOW = {"cut": "divided", "flip": "flipped", "beside": "side by side"}
+HOW = {"beside": "side by side", "flip": "flipped", "cut": "divided"}  # at first, the first
 
 
-def viewer(
-    prompts: Sequence[str], columns: Sequence[Column], names: Sequence[str], how: str = "cut"
-) -> str:
-    """The controls, and the pictures of every prompt shown, above their scores of the `names`.
-    how: one of HOW, in which they are compared at first."""
+def viewer(prompts: Sequence[str], columns: Sequence[Column], names: Sequence[str]) -> str:
+    """The controls, and the pictures of every prompt shown, above their scores of the `names`."""
     groups = _groups(len(prompts), columns, "reward" in names)
     sources = _encoded(columns, [i for _, rows in groups for i in rows])
     last = len(columns) - 1
-    views = "".join(
-        f'<option value="{k}"{" selected" if k == how else ""}>{v}</option>' for k, v in HOW.items()
-    )
+    views = "".join(f'<option value="{k}">{v}</option>' for k, v in HOW.items())
     choices = [_choice("Left", columns, 0), _choice("Right", columns, last)]
-    parts = ['<div class="viewer" data-how="' + how + '">']
+    parts = ['<div class="viewer" data-how="beside">']
     if last:
         parts.append(
             f'<form class="controls">{choices[0]}{choices[1]}'
