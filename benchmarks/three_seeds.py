@@ -19,7 +19,7 @@ from pathlib import Path
 from clusters import changes, clustered
 
 from diffalign import TrainConfig, Trainer
-from diffalign.emoji_world.verifier import right
+from diffalign.emoji_world.evaluate import right
 from diffalign.report.run import read
 
 SEEDS = (0, 1, 2)

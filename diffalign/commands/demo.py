@@ -24,8 +24,8 @@ from ..config.files import check_folder, write_atomic
 from ..config.prompts import load as load_prompts
 from ..drawing.grids import comparison_grid, to_pil
 from ..emoji_world.detector import metadata
+from ..emoji_world.evaluate import right
 from ..emoji_world.scenes import ASSETS
-from ..emoji_world.verifier import right
 from ..optimize_noise import build, sampling_for
 from ..optimize_noise.base import Result, Task, search
 from ..optimize_noise.options import Budget

@@ -15,7 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_tensor
 
 from .. import policies
 from ..config import prompts
@@ -88,6 +90,12 @@ def scores(
     value = sum(f.value for f in each.values()) / len(each)
     error = sum(f.error**2 for f in each.values()) ** 0.5 / len(each)
     return {"overall": Figure(value, error, len(texts))} | each | details
+
+
+def right(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[bool]:
+    """Whether the referee confirms everything that the prompt of a picture says."""
+    images = torch.stack([to_tensor(picture) for picture in pictures])
+    return [all(said.values()) for said in findings(images, list(prompts), load("emoji-referee"))]
 
 
 def real_scene(text: str, rng: random.Random) -> Scene:

@@ -9,17 +9,14 @@ learnt of the verifier's faults does not count; no reward may use it, and no cho
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.transforms.functional import to_tensor
 
 from rewards.loading import reading
 
@@ -165,12 +162,6 @@ def findings(
         judge(claim, reading.things, reading.background)
         for claim, reading in zip(claims, read(images, model), strict=True)
     ]
-
-
-def right(pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[bool]:
-    """Whether the referee confirms everything that the prompt of a picture says."""
-    images = torch.stack([to_tensor(picture) for picture in pictures])
-    return [all(said.values()) for said in findings(images, list(prompts), load("emoji-referee"))]
 
 
 def verify(images: Tensor, prompts: list[str]) -> Tensor:
