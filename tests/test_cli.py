@@ -483,3 +483,14 @@ def test_bad_sampling_files_are_refused_before_the_pipeline_is_loaded(
     monkeypatch.setattr("diffalign.policies.pipeline", refuse)
     assert cli.sample(["--model", pipelines["sd-epsilon"], "--prompts", "a cat", *arguments]) == 1
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_the_summary_of_a_run_whose_report_cannot_be_read(tmp_path):
+    """Training is done: means and paths are printed all the same."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/reward": 1.0}\n')
+    (tmp_path / "pictures" / "epoch_0000.json").write_text("{")
+    (tmp_path / "pictures" / "epoch_0000.webp").touch()
+    text = cli.summary({"before": {}, "after": {"eval/reward": 2.0}}, tmp_path)
+    assert re.search(r"reward +nan +2.0000\n", text)
+    assert text.rstrip().endswith(f"weights  {tmp_path}")
