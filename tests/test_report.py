@@ -570,6 +570,13 @@ def test_a_change_is_of_the_prompts_that_both_evaluations_scored(tmp_path):
     path.write_text(json.dumps(table))
     change = read([folder])[0].change("reward")
     assert change.gain == pytest.approx(4 * np.arange(5).mean() / 10)
+    # without the pictures of the first evaluation there is no pair to compare
+    assert read([folder])[0].gains("jpeg")[2][1] > 0
+    (folder / "pictures" / "epoch_0000.json").rename(folder / "base.json")
+    alone = read([folder])[0]
+    assert alone.gains("jpeg") == {}
+    assert alone.change("jpeg")[2:] == (pytest.approx(0.6), None)
+    (folder / "base.json").rename(folder / "pictures" / "epoch_0000.json")
     # a measure stands under the evaluation that it is of, or not at all
     rows = (folder / "metrics.jsonl").read_text().splitlines()
     rows[-1] = rows[-1].replace("eval/judge", "another")

@@ -32,7 +32,7 @@ from ..optimize_noise.options import Budget
 from ..record.pictures import spread
 from ..report import film, graphs, tables
 from ..report.run import Run, read
-from ..report.sections import charted, film_and_curves, guard, section
+from ..report.sections import charted, film_and_curves, guarded, section
 from ..report.viewer import columns_of, data_uri, viewer
 from . import arguments as arguments_of
 
@@ -96,7 +96,7 @@ def searched(folder: Path) -> str:
     )
 
 
-def run(config: Path, folder: Path) -> Run:
+def train(config: Path, folder: Path) -> Run:
     """Train as a config says, in a new folder; on CPUs by two processes, which share their work
     better than two threads do. Raises ValueError where that fails."""
     command = ["train", str(config), "--log.dir", str(folder.resolve()), "--overwrite"]
@@ -130,11 +130,11 @@ def trained(run: Run) -> str:
         f"of objects that these {len(prompts)} prompts ask for. A referee, which no reward knows, "
         f"finds {sum(before)} of the first pictures right and {sum(after)} of the last: "
         f"{statistics.fmean(means):+.2f} ± {error:.2f} of all (a standard error over {len(means)} "
-        f"numbers of objects). The guard: {guard(run)}"
+        "numbers of objects)."
     )
     shown = viewer(prompts, columns, ["reward", "judge"])
     return (
-        section("A training run: counting", shown, said)
+        section("A training run: counting", guarded(run) + shown, said)
         + section("What was measured", tables.held_out(run))
         + section("", charted(film_and_curves([run]), graphs.legend([run])))
     )
@@ -152,9 +152,8 @@ def hacked(run: Run) -> str:
         )
     return section(
         "A hacked run",
-        f'<p class="warn">{escape(guard(run))}</p><img class="strip" src="'
-        f'{data_uri(strip, 1600)}" alt="The same prompts over the epochs">'
-        + charted(graphs.curves([run]), graphs.legend([run])),
+        f'{guarded(run)}<img class="strip" src="{data_uri(strip, 1600)}" alt="The same prompts '
+        'over the epochs">' + charted(graphs.curves([run]), graphs.legend([run])),
         said,
     )
 
@@ -166,8 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parts = [searched(folder)]
     for n, (name, shown) in enumerate({"counting": trained, "hacked": hacked}.items(), start=2):
         print(f"{n} of 3: configs/emoji_{name}.yaml", flush=True)
-        done = run(CONFIGS / f"emoji_{name}.yaml", folder / name)
-        parts.append(shown(done))
+        parts.append(shown(train(CONFIGS / f"emoji_{name}.yaml", folder / name)))
     minutes = (time.perf_counter() - start) / 60
     parts.insert(0, f"<header><h1>diffalign in {minutes:.0f} minutes</h1><p>{ABOUT}</p></header>")
     path = folder / "index.html"

@@ -79,10 +79,12 @@ SIGNAL = {  # lines of `signal`
 }
 
 
-def signal(run: Run) -> tuple[str, str]:
+def signal(run: Run) -> tuple[list[str], str]:
     """The chart of the noise scale of updates beside the pictures that they had, and its legend;
-    two empty texts where it was not measured."""
+    no chart where it was not measured."""
     errors, least = dict(run.known("noise_scale_error")), run.known("noise_scale_least")
+    if not least:
+        return [], ""
     known = [(x, y) for x, y in run.known("noise_scale") if errors.get(x, y) < y]
     size = run.setting("data.groups", 0) * run.setting("data.group_size", 0)
     had = [(x, size / run.setting("train.updates_per_epoch", 1)) for x, _ in least if size]
@@ -101,11 +103,9 @@ def signal(run: Run) -> tuple[str, str]:
         for tone, points in lines.items()
         if points
     ]
-    if not least:
-        return "", ""
     items = "".join(f'<li class="{x.tone}"><i></i>{SIGNAL[x.tone]}</li>' for x in shown)
     legend = f'<ul class="legend">{items}</ul>'
-    return chart("pictures", shown, "epoch", log=True), legend
+    return [chart("pictures", shown, "epoch", log=True)], legend
 
 
 def _tip(runs: Sequence[Run], i: int, epoch: float, value: float | None) -> str:

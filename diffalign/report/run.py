@@ -87,6 +87,10 @@ class Run:
         return max((row["step"] for row in self.rows), default=0)
 
     @property
+    def evaluated(self) -> list[int]:
+        return [row["step"] for row in self.rows if any(k.startswith("eval/") for k in row)]
+
+    @property
     def measures(self) -> list[str]:
         """Names of what was measured on held-out prompts: the reward, its parts, judges, others. A
         part that equals the reward is left out; if the runs are not `alike`, the reward is left out
@@ -129,8 +133,7 @@ class Run:
     def change(self, name: str) -> Change | None:
         """How a measure changed from the run's first evaluation to its last; None where neither has
         it."""
-        epochs = [row["step"] for row in self.rows if any(k.startswith("eval/") for k in row)]
-        known = dict(self.known(f"eval/{name}"))
+        epochs, known = self.evaluated, dict(self.known(f"eval/{name}"))
         if not epochs or known.keys().isdisjoint({epochs[0], epochs[-1]}):
             return None
         before, after = known.get(epochs[0]), known.get(epochs[-1])
@@ -143,7 +146,8 @@ class Run:
         """{epoch: a measure's mean change from the first evaluation on, and its standard error over
         the prompts (None for one)}, of prompts whose scores of both evaluations were kept; without
         evaluations of other prompts."""
-        base = self.shots[0] if self.shots and name in self.shots[0].scores else None
+        first = [s for s in self.shots[:1] if [s.epoch] == self.evaluated[:1] and name in s.scores]
+        base = first[0] if first else None
         found: dict[float, tuple[float, float | None]] = {}
         for shot in self.shots:
             if base is None or name not in shot.scores or shot.prompts != base.prompts:

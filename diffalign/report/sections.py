@@ -53,8 +53,8 @@ def build(runs: Sequence[Run]) -> str:
                 "Signal or noise",
                 charted(*graphs.signal(runs[0])) if alone else "",
                 "The noise scale is the number of pictures at which an update’s gradient is half "
-                "signal and half noise, over the last twenty epochs. Where it could be told it was "
-                "a low one that was seen, so the truth may be above. An update of far fewer "
+                "signal and half noise, by the last twenty epochs. It is told where it is small "
+                "enough to be known, so what is shown is rather too low. An update of far fewer "
                 "pictures is mostly noise, and a run learns slowly.",
             ),
             section("Every held-out prompt", tables.prompts(runs[0]) if alone else ""),
@@ -73,7 +73,7 @@ def section(heading: str, body: str, about: str = "") -> str:
     return f"<section>{head}{about}{body}</section>"
 
 
-def charted(charts: str | Iterable[str], legend: str = "") -> str:
+def charted(charts: Iterable[str], legend: str = "") -> str:
     """Charts side by side under their legend."""
     shown = "".join(charts)
     return f'{legend}<div class="charts">{shown}</div>' if shown else ""
@@ -110,8 +110,13 @@ def _verdict(run: Run) -> str:
     found, said = run.change("reward"), f"{_progress(run)}."
     if found and run.epochs:
         said = f"Held-out reward {number(found.before)} → {number(found.after)} in {said}"
+    return f"<p>{escape(said)}</p>{guarded(run)}"
+
+
+def guarded(run: Run) -> str:
+    """The paragraph of what the guard found."""
     tone = ' class="warn"' if run.warnings else ""
-    return f"<p>{escape(said)}</p><p{tone}>{escape(guard(run))}</p>"
+    return f"<p{tone}>{escape(guard(run))}</p>"
 
 
 def guard(run: Run) -> str:

@@ -55,8 +55,8 @@ def held_out(run: Run) -> str:
         rows.append([escape(name), *ends, gain, _meaning(run, name)])
     if not rows:
         return ""
-    epochs = [row["step"] for row in run.rows if any(k.startswith("eval/") for k in row)]
-    heads = ["mean of", epoch_name(epochs[0]), epoch_name(epochs[-1]), "change", "which is"]
+    first, *_, last = map(epoch_name, run.evaluated * 2)  # which may be one
+    heads = ["mean of", first, last, "change", "which is"]
     note = "±: standard error of the change, over the prompts that both evaluations scored."
     note = about(note) if errors else ""
     return table(heads, rows, [4]) + note
