@@ -18,7 +18,7 @@ from .base import Reward
 from .clip import Clip
 from .loading import pretrained
 from .preprocess import quantize_pixels, resize
-from .soft_composition import Evidence, score
+from .soft_composition import Evidence, soft_scores
 
 # axis, and sign of the offset along it
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
@@ -85,7 +85,7 @@ class Composition(Reward):
         count     1 - |N - n| / n
         color     min(1, sum_j s_j P_j(color) / (M n))
         position  min(1, N / n) min(1, N of the target) times the mean over pairs of places,
-                  weighted by both probabilities, of sigmoid((o - 0.1 s - |d| / 2) / 0.05), where o
+                  weighted by both probabilities, of sigmoid((o - 0.1 s - |d| / 2) / 0.1), where o
                   is the component of d in the direction; lengths in units of the picture's side
 
     of whose mean are taken away 0.5 times the soft number of other objects, for each object asked
@@ -171,8 +171,7 @@ class Composition(Reward):
         classes = [list(dict.fromkeys(clause["class"] for clause in c)) for c in clauses]
         if self.differentiable:
             soft = getattr(self.detect, "evidence", self.detect)(images, classes)
-            each = zip(soft, classes, metadata, strict=True)
-            return torch.stack([score(seen, c, m, MARGIN) for seen, c, m in each]).float()
+            return soft_scores(soft, classes, metadata, MARGIN).float()
         images = images.detach()
         found = self.detect(images, classes)
         scores = [self._score(*item) for item in zip(images, metadata, found, strict=True)]

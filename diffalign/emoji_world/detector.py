@@ -65,10 +65,10 @@ def evidence(images: Tensor, classes: list[list[str]]) -> list[Evidence]:
     boxes = torch.stack([x - half, y - half, x + half, y + half], 1)
     mass = 2 * math.pi * (SPREAD / (SIZE * cell)) ** 2
     found = []
-    for i, names in enumerate(classes):
-        shares = objects[i, [NAMES.index(n) for n in names]]
-        hue = dict(zip(HUES[:-1], colors[i], strict=True))
-        found.append(Evidence(shares, heat[i] - shares.sum(0), boxes, hue, mass))
+    for names, share, hue, hot in zip(classes, objects, colors, heat, strict=True):
+        shares = torch.stack([share[NAMES.index(name)] for name in names])
+        seen = dict(zip(HUES[:-1], hue, strict=True))
+        found.append(Evidence(shares, hot - shares.sum(0), boxes, seen, mass))
     return found
 
 

@@ -187,7 +187,7 @@ BUILDERS = {"sd": build_sd, "sd3": build_sd3, "flux": build_flux}
 
 
 def embed_sd(pipe: Any, prompts: list[str]) -> Tensor:
-    return pipe.encode_prompt(prompts, "cpu", 1, False)[0]
+    return pipe.encode_prompt(prompts, pipe.device, 1, False)[0]
 
 
 def embed_sd3(pipe: Any, prompts: list[str], length: int = WORDS) -> tuple[Tensor, Tensor]:
@@ -222,7 +222,7 @@ def call_flux(
         timestep=t,
         guidance=guidance,
         img_ids=pipe._prepare_latent_image_ids(n, h // 2, w // 2, x.device, x.dtype),
-        txt_ids=torch.zeros(text[0].shape[1], 3),
+        txt_ids=torch.zeros(text[0].shape[1], 3, device=x.device),
     ).sample
     grid = out.view(n, h // 2, w // 2, c, 2, 2)
     return grid.permute(0, 3, 1, 4, 2, 5).reshape(n, c, h, w)

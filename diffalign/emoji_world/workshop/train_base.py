@@ -23,8 +23,10 @@ its beginning.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import Tensor
 from torch.nn import functional as F
+
+from rewards.device import choose_device, default_device
 
 from ...drawing.grids import image_grid
 from ...policies import FAMILIES
@@ -48,17 +52,21 @@ LATE = {"single": 0.2, "pair": 0.25, "count": 0.25, "relation": 0.3}
 FIRST = 0.6  # share of the steps that draw as EARLY
 
 
-def dataset(vae: Any, cache: Path) -> tuple[dict[str, Tensor], list[str], Tensor]:
+def dataset(vae: AutoencoderKL, cache: Path) -> tuple[dict[str, Tensor], list[str], Tensor]:
     """Rows of each scene kind, captions, and latents (n, 8, 16, 16) float16, cached on disk."""
     rng = random.Random(2)
     scenes = [sample_scene(rng, kind) for kind in KINDS for _ in range(round(SHARE[kind] * SCENES))]
     if not cache.exists():
         parts = []
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            for i in range(0, len(scenes), 100):
-                x = unit(pixels(scenes[i : i + 100]))
-                parts.append(vae.encode(x).latent_dist.mode().half())
-        save(torch.cat(parts), cache)
+        with (
+            ProcessPoolExecutor() as pool,
+            torch.no_grad(),
+            torch.autocast(vae.device.type, torch.bfloat16),
+        ):
+            for images in pool.map(pixels, [scenes[i : i + 100] for i in range(0, SCENES, 100)]):
+                latents: Any = vae.encode(unit(images).to(vae.device))
+                parts.append(latents.latent_dist.mode().half())
+        save(torch.cat(parts).cpu(), cache)
     kinds = [s.kind for s in scenes]
     rows = {k: torch.tensor([i for i, own in enumerate(kinds) if own == k]) for k in KINDS}
     return rows, [caption(s) for s in scenes], torch.load(cache, weights_only=True)
@@ -77,9 +85,11 @@ def sampler(rows: dict[str, Tensor], early: float) -> Callable[[int, int], Tenso
     return draw
 
 
-def flow_times(n: int) -> Tensor:
-    """Logit-normal times in (0, 1), (n,); one in five is uniform, so that both ends are learnt."""
-    return torch.where(torch.rand(n) < 0.2, torch.rand(n), torch.randn(n).sigmoid())
+def flow_times(x: Tensor) -> Tensor:
+    """Logit-normal times in (0, 1), one for each row of x, (n,); one in five is uniform, so that
+    both ends are learnt."""
+    chance, uniform = torch.rand(2, len(x), device=x.device)
+    return torch.where(chance < 0.2, uniform, torch.randn(len(x), device=x.device).sigmoid())
 
 
 def teacher_flow(
@@ -89,7 +99,7 @@ def teacher_flow(
     classifier-free guidance (n,) where given."""
     norm = torch.hypot(1 - t, t)
     alpha, sigma = (1 - t) / norm, t / norm
-    abar = teacher.scheduler.alphas_cumprod  # falling
+    abar = teacher.scheduler.alphas_cumprod.to(x)  # falling
     step = len(abar) - 1 - torch.searchsorted(abar.flip(0), alpha.square()).clamp_max(len(abar) - 1)
     alpha, sigma, norm = (v.view(-1, 1, 1, 1) for v in (alpha, sigma, norm))
     x = x / norm
@@ -105,7 +115,7 @@ def teacher_flow(
 
 
 def sd_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int) -> Tensor:
-    t = torch.randint(1000, (len(x0),))
+    t = torch.randint(1000, (len(x0),), device=x0.device)
     noise = torch.randn_like(x0)
     x, v = pipe.scheduler.add_noise(x0, noise, t), pipe.scheduler.get_velocity(x0, noise, t)
     return F.mse_loss(pipe.unet(x, t, pipelines.embed_sd(pipe, prompts)).sample.float(), v)
@@ -117,7 +127,7 @@ def sd3_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int, teacher: Any)
     length = 256 if step % 8 == 7 else pipelines.WORDS
     if length == 256:
         x0, prompts = x0[::2], prompts[::2]
-    t = flow_times(len(x0))
+    t = flow_times(x0)
     x = torch.lerp(x0, torch.randn_like(x0), t.view(-1, 1, 1, 1))
     u = pipelines.call_sd3(pipe, x, t, pipelines.embed_sd3(pipe, prompts, length))
     return F.mse_loss(u.float(), teacher_flow(teacher, x, t, prompts))
@@ -128,7 +138,7 @@ def flux_loss(pipe: Any, x0: Tensor, prompts: list[str], step: int, teacher: Any
     length = 512 if step % 16 == 15 else pipelines.WORDS
     if length == 512:
         x0, prompts = x0[::4], prompts[::4]
-    t, guidance = flow_times(len(x0)), 1 + 4 * torch.rand(len(x0))
+    t, guidance = flow_times(x0), 1 + 4 * torch.rand(len(x0), device=x0.device)
     x = torch.lerp(x0, torch.randn_like(x0), t.view(-1, 1, 1, 1))
     text = pipelines.embed_flux(pipe, prompts, length)
     u = pipelines.call_flux(pipe, x, t, text, guidance)
@@ -150,26 +160,32 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="for sd3 and flux: a trained emoji-sd")
     parser.add_argument("--start", type=Path, help="a trained pipeline of the family to go on from")
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="at most")
+    parser.add_argument("--batch", type=int, help="pictures a step")
+    parser.add_argument("--device", help="default: a GPU where there is one")
     parser.add_argument("--compile", action="store_true", help="nearly twice as fast, with g++")
     args = parser.parse_args()
     wanted = ("vae", "clip") if args.family == "sd" else ("teacher",)
     for name in ("vae", "clip", "teacher"):
         if (getattr(args, name) is not None) != (name in wanted):
             parser.error(f"{args.family} is made with --{' and --'.join(wanted)} alone")
-    steps, batch = args.steps or STEPS[args.family], BATCH[args.family]
+    steps, batch = args.steps or STEPS[args.family], args.batch or BATCH[args.family]
+    choose_device(args.device)
+    device = default_device()
 
     extra: dict[str, Any] = {}
     if args.family == "sd":
         vae: Any = AutoencoderKL.from_pretrained(args.vae)
         text = pipelines.text_tower(args.clip)
     else:
-        teacher: Any = StableDiffusionPipeline.from_pretrained(args.teacher)
+        teacher: Any = StableDiffusionPipeline.from_pretrained(args.teacher).to(device)
         teacher.unet.to(memory_format=torch.channels_last).requires_grad_(False)
         vae, text = teacher.vae, (teacher.text_encoder.requires_grad_(False), teacher.tokenizer)
         extra["teacher"] = teacher
     vae.requires_grad_(False)
     torch.manual_seed(0)
     pipe, trained = pipelines.BUILDERS[args.family](vae, *text)
+    pipe.to(device)
     if args.start:
         begun: Any = type(pipe).from_pretrained(args.start)
         for name, module in trained.items():
@@ -179,10 +195,11 @@ def main() -> None:
         (getattr(pipe, policy.denoiser), policy.repeated),
         *([(extra["teacher"].unet, ())] if extra else []),
     ):
-        accelerate("auto", args.compile, blocks, network, "cpu", torch.bfloat16)
+        accelerate("auto", args.compile, blocks, network, device, torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
     args.out.mkdir(parents=True, exist_ok=True)
     rows, captions, latents = dataset(vae, args.out.parent / "latents.pt")
+    latents = latents.to(device)
     draw = sampler(rows, 0 if args.start else FIRST * steps)
 
     def loss(step: int) -> Tensor:
@@ -207,7 +224,8 @@ def main() -> None:
         return {}
 
     file = args.out / "training.pt"
-    print({args.family: fit(trained, loss, steps, 1e-3, file, report=report)})
+    every, limit = max(500, steps // 10), args.minutes
+    print({args.family: fit(trained, loss, steps, 1e-3, file, 0.999, 0.01, report, every, limit)})
     for module in trained.values():
         module.eval().to(memory_format=torch.contiguous_format)
     pipe.save_pretrained(args.out)

@@ -36,20 +36,21 @@ def fit(
     weight_decay: float = 0.01,
     report: Callable[[int], dict] | None = None,
     report_every: int = 500,
+    minutes: float = math.inf,
 ) -> dict:
-    """Minimise `loss(step)` for `steps` steps under bf16 autocast; `modules` end with averaged
-    weights.
+    """Minimise `loss(step)` for `steps` steps, or as many as `minutes` allow, under bf16 autocast;
+    `modules` end with averaged weights.
 
-    The rate warms up over 3 % of the steps and falls to zero along a cosine. The state is written
-    every `report_every` steps and an interrupted run goes on from it. Returns the last report with
-    "steps", "minutes" and "loss".
+    The rate warms up over 3 % of the steps, or minutes, and falls to zero along a cosine. The state
+    is written every `report_every` steps and an interrupted run goes on from it. Returns the last
+    report with "steps", "minutes" and "loss".
     """
     params = [p for m in modules.values() for p in m.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     average = [p.detach().clone() for p in params]
-    start, seconds, figures = 0, 0.0, {}
+    device, start, seconds, figures = params[0].device, 0, 0.0, {}
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, device, weights_only=True)
         start, seconds = state["step"], state["seconds"]
         optimizer.load_state_dict(state["optimiser"])
         for p, a, saved_p, saved_a in zip(
@@ -65,10 +66,10 @@ def fit(
     clock, mean = time.time() - seconds, 0.0
     for step in range(start, steps):
         torch.manual_seed(step)
-        done = step / steps
+        done = max(step / steps, (time.time() - clock) / 60 / minutes)
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, done / 0.03) * (1 + math.cos(math.pi * done)) / 2
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             value = loss(step)
         value.backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
@@ -77,7 +78,8 @@ def fit(
         decay = min(ema, (1 + step) / (10 + step))
         torch._foreach_lerp_(average, [p.detach() for p in params], 1 - decay)
         mean += (value.item() - mean) / min(step - start + 1, 200)
-        if (step + 1) % report_every == 0 or step + 1 == steps:
+        last = step + 1 == steps or done >= 1
+        if (step + 1) % report_every == 0 or last:
             seconds = time.time() - clock
             swap()
             figures = {
@@ -95,5 +97,7 @@ def fit(
                 "average": average,
             }
             save(state, checkpoint)
+        if last:
+            break
     swap()
     return figures
