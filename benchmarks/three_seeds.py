@@ -1,9 +1,10 @@
 """Train a config with several seeds and print held-out means before and after, with their errors.
 
-    python benchmarks/three_seeds.py configs/emoji_draft_clip.yaml [--seeds 0,1,2] [--section.key
-    VALUE ...]
+    python benchmarks/three_seeds.py configs/emoji_draft_clip.yaml [--seeds 0,1,2] [--name NAME]
+    [--section.key VALUE ...]
 
-Writes runs/NAME_seedS, which it goes on with, and benchmarks/results/NAME.md. Every seed changes
+Writes runs/NAME_seedS, which it goes on with, and benchmarks/results/NAME.md; NAME is that of the
+config if nothing else is said. Every seed changes
 the LoRA's initialisation, the prompt order and the noise, that of the evaluation too, so that
 "before" has a spread. Before and after are means ± the standard deviation over the seeds; the
 change is that of the same prompts from the same noise, ± its standard error over the prompts.
@@ -13,6 +14,7 @@ that their prompts say.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -23,20 +25,20 @@ from diffalign import TrainConfig, Trainer
 from diffalign.emoji_world.evaluate import right
 from diffalign.report.run import read
 
-SEEDS = (0, 1, 2)
-
 
 def main() -> None:
-    path, overrides, seeds = Path(sys.argv[1]), sys.argv[2:], SEEDS
-    if "--seeds" in overrides:
-        at = overrides.index("--seeds")
-        seeds = tuple(map(int, overrides[at + 1].split(",")))
-        del overrides[at : at + 2]
+    parser = argparse.ArgumentParser(usage=__doc__, add_help=False)
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--name")
+    args, overrides = parser.parse_known_args()
+    path, seeds = args.config, tuple(map(int, args.seeds.split(",")))
+    name = args.name or path.stem
     runs, results, minutes = [], [], []
     for seed in seeds:
         config = TrainConfig.from_file(path, overrides)
         config.train.seed = seed
-        config.log.dir = f"runs/{path.stem}_seed{seed}"
+        config.log.dir = f"runs/{name}_seed{seed}"
         there = (Path(config.log.dir) / "checkpoint.pt").exists()
         results.append(Trainer(config, resume=there).train())
         runs.append(read([config.log.dir])[0])
@@ -52,10 +54,10 @@ def main() -> None:
         before = [r["before"][key] for r in results]
         after = [r["after"][key] for r in results]
         change = [b - a for a, b in zip(before, after, strict=True)]
-        name, mean = key.removeprefix("eval/"), f"{statistics.mean(change):+.4f}"
-        if name != "diversity":  # which is no mean over pictures
-            mean += f" ± {clustered([changes(run.dir, name) for run in runs])[1]:.4f}"
-        lines.append(row(name, before, after, mean))
+        measure, mean = key.removeprefix("eval/"), f"{statistics.mean(change):+.4f}"
+        if measure != "diversity":  # which is no mean over pictures
+            mean += f" ± {clustered([changes(run.dir, measure) for run in runs])[1]:.4f}"
+        lines.append(row(measure, before, after, mean))
     ends = [(run.shots[0], run.shots[-1]) for run in runs]
     hits = [[[*map(float, right(s.pictures, s.prompts))] for s in shots] for shots in ends]
     shares = [[statistics.mean(h[k]) for h in hits] for k in (0, 1)]
@@ -63,7 +65,7 @@ def main() -> None:
     mean, error = clustered(gains)
     lines.append(row("referee", shares[0], shares[1], f"{mean:+.4f} ± {error:.4f}"))
     table = "\n".join(lines) + "\n"
-    out = Path("benchmarks/results") / f"{path.stem}.md"
+    out = Path("benchmarks/results") / f"{name}.md"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(table, "utf-8")
     print(table)

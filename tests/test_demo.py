@@ -10,6 +10,8 @@ import yaml
 from test_report import Page
 
 from diffalign.commands import demo
+from diffalign.emoji_world.evaluate import right
+from diffalign.report.run import read
 
 
 def test_blue_is_a_reward_of_pixels():
@@ -43,6 +45,23 @@ def test_the_page_of_the_demo(tmp_path, monkeypatch, capsys):
     assert re.search(r"finds \d of the first pictures right and \d of the last: [+-]\d.\d+ ±", text)
     assert "2 epochs of 2 pictures" in text
     assert "two dogs on a gray background" in text
+
+
+@pytest.mark.slow
+def test_the_demo_shows_what_it_says(tmp_path):
+    """Five minutes on two cores: numbers come right more often, and the hacked run is flagged."""
+    demo.main([str(tmp_path)])
+    counting, hacked = (read([tmp_path / name])[0] for name in ("counting", "hacked"))
+    first, last = (
+        sum(right(s.pictures, s.prompts)) for s in (counting.shots[0], counting.shots[-1])
+    )
+    assert last >= first + 3  # of 60
+    assert counting.change("reward").gain > 0.1
+    assert counting.change("judge").gain > 0
+    assert not counting.warnings
+    assert hacked.change("reward").gain > 0.1
+    assert hacked.change("judge").gain < 0
+    assert hacked.warnings
 
 
 @pytest.mark.parametrize("name", ["counting", "hacked"])

@@ -27,6 +27,7 @@ import math
 import random
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def dataset(vae: AutoencoderKL, cache: Path) -> tuple[dict[str, Tensor], list[st
     if not cache.exists():
         parts = []
         with (
-            ProcessPoolExecutor() as pool,
+            ProcessPoolExecutor(mp_context=get_context("spawn")) as pool,  # CUDA does not fork
             torch.no_grad(),
             torch.autocast(vae.device.type, torch.bfloat16),
         ):
