@@ -299,6 +299,10 @@ def test_yaml_merge_keys_are_not_duplicates(write):
         ),
         ({"train": {"updates_per_epoch": 100}}, ["use 32 or 64"]),
         (
+            {"data": {"groups": 1, "group_size": 1}, "train": {"updates_per_epoch": 2}},
+            ["updates_per_epoch=2 does not divide the 1 images", "use 1"],
+        ),
+        (
             {"advantage": {"baseline": "tracker", "min_count": 32}},
             ["min_count=32 is never reached", "buffer_size=16"],
         ),
@@ -495,6 +499,10 @@ def test_every_field_is_documented_and_shown_in_the_help(monkeypatch):
     assert text.count("--rewards.") >= 3
     names = [o.name for o in Subject(f"{__name__}:Variant").options]
     assert names == ["clip", "mode", "window", "size", "extra"]
+
+
+def test_one_picture_an_epoch():
+    TrainConfig.from_dict({"data": {"groups": 1, "group_size": 1}}).check(advantages=False)
 
 
 def test_divisors_of_a_huge_number_are_found_at_once():

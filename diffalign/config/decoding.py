@@ -72,7 +72,7 @@ def suggest(name: str, valid: Iterable[str]) -> str:
 def near_divisors(total: int, value: int) -> str:
     """Divisors of `total` around `value`, in words: "8, 16, 32 or 64"; none above a million."""
     divisors = [d for d in range(1, min(total, 10**6) + 1) if total % d == 0]
-    below, above = [d for d in divisors if d < value], [d for d in divisors if d > value]
+    below, above = [d for d in divisors if d <= value], [d for d in divisors if d > value]
     near = [str(d) for d in below[-2:] + above[:2]]
     return " or ".join(filter(None, [", ".join(near[:-1]), near[-1]]))
 
