@@ -105,14 +105,14 @@ def verifier(name: str, few: bool) -> dict[str, Figure]:
 
 
 def pipeline(name: str, few: bool, split: str = "held_out") -> dict[str, Figure]:
-    """EmojiEval of the first seed: 20 steps and guidance 3; emoji-turbo one step and none."""
+    """EmojiEval of the first seed: 20 steps and guidance 3, or what is in LORAS."""
     texts = evaluate.load_prompts(split)
     if few:  # a quarter of every category
         kinds = {c: [t for t in texts if parse(t).category == c] for c in evaluate.CATEGORIES}
         texts = [t for c in kinds.values() for t in c[::4]]
-    if name == "emoji-turbo":
+    if name in LORAS:
         policy = policies.load(str(ASSETS / "emoji-sd"), merge_lora=str(ASSETS / name))
-        images = evaluate.draw(policy, texts, 1, 1.0, seed=0)
+        images = evaluate.draw(policy, texts, *LORAS[name], seed=0)
     else:
         images = evaluate.draw(policies.load(str(ASSETS / name)), texts, 20, 3.0, seed=0)
     return {
@@ -132,7 +132,8 @@ def vae(few: bool) -> dict[str, Figure]:
     return {f"{kind}, dB": mean(train_vae.psnr(model, images[kind])) for kind in KINDS}
 
 
-PIPELINES = ("emoji-sd", "emoji-sd3", "emoji-flux", "emoji-turbo")
+LORAS = {"emoji-turbo": (1, 1.0), "emoji-composition": (8, 1.0)}  # steps and guidance
+PIPELINES = ("emoji-sd", "emoji-sd3", "emoji-flux", *LORAS)
 PROBES: dict[str, Callable[[bool], dict[str, Figure]]] = {
     "emoji-sd/vae": vae,
     **{name: partial(pipeline, name) for name in PIPELINES},
