@@ -56,7 +56,7 @@ def trained(method: str, seed: int, lr: float | None) -> dict[str, Any]:
     config.train.seed, config.train.lr = seed, lr or config.train.lr
     kind = "" if method == "draft" else f"_{method}_lr{lr:g}"
     config.log.dir = f"runs/{CONFIG.stem}{kind}_seed{seed}"
-    Trainer(config, resume=(Path(config.log.dir) / "checkpoint.pt").exists()).train()
+    Trainer(config, resume="latest").train()
     run = read([config.log.dir])[0]
     ends = [run.shots[0], run.shots[-1]]
     hits = [[*map(float, right(s.pictures, s.prompts))] for s in ends]

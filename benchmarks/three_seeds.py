@@ -39,8 +39,7 @@ def main() -> None:
         config = TrainConfig.from_file(path, overrides)
         config.train.seed = seed
         config.log.dir = f"runs/{name}_seed{seed}"
-        there = (Path(config.log.dir) / "checkpoint.pt").exists()
-        results.append(Trainer(config, resume=there).train())
+        results.append(Trainer(config, resume="latest").train())
         runs.append(read([config.log.dir])[0])
         minutes.append((runs[-1].total("seconds") or 0.0) / 60)
     lines = [

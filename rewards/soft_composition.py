@@ -48,8 +48,8 @@ def soft_scores(
         groups[(evidence.shares.shape, *asked)].append(i)
     rows = [i for group in groups.values() for i in group]
     found = [
-        _alike(*([some[i] for i in group] for some in (seen, classes, known)), margin)
-        for group in groups.values()
+        _alike([seen[i] for i in g], [classes[i] for i in g], [known[i] for i in g], margin)
+        for g in groups.values()
     ]
     order = torch.tensor(rows).argsort().to(found[0].device)
     return torch.cat(found)[order]

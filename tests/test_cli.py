@@ -19,6 +19,7 @@ from diffalign import TrainConfig, algorithms, policies
 from diffalign.algorithms import Needs
 from diffalign.commands import cli, search, timing
 from diffalign.commands.timing import Measured, words
+from diffalign.record import checkpoint
 from diffalign.record.metrics import read_metrics
 from diffalign.sampling import pipeline
 from diffalign.training.cost import Cost
@@ -343,7 +344,7 @@ def test_a_signal_keeps_what_was_trained(config, tmp_path, monkeypatch, name, ha
     assert process.returncode == 128 + number, err.decode()
     assert b"--resume goes on" in out
     assert f"stopped by {name}".encode() in out
-    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    assert checkpoint.found(tmp_path / "run")
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
 
 
@@ -376,7 +377,7 @@ def test_two_processes_train_the_same_adapter(config, tmp_path, monkeypatch):
         run = tmp_path / f"run{n}"
         reward = ["--rewards", "{'ranked:reward': 1.0}", "--train.inner_epochs", "2"]
         assert launch(n, config, run, *reward) == 0
-        state = torch.load(run / "checkpoint.pt", weights_only=True)
+        state = checkpoint.load(run)
         states.append(torch.cat([v.flatten() for v in state["adapter"].values()]))
     assert {p.name for p in tmp_path.glob("?of?")} == {"0of1", "0of2", "1of2"}
     assert (states[0] - states[1]).norm() < 1e-4 * states[0].norm()
@@ -385,7 +386,6 @@ def test_two_processes_train_the_same_adapter(config, tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["SIGTERM", "Ctrl-C"])
 def test_a_signal_to_two_processes_keeps_what_was_trained(config, tmp_path, how):
-    import torch
 
     run = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
@@ -406,14 +406,13 @@ def test_a_signal_to_two_processes_keeps_what_was_trained(config, tmp_path, how)
     else:  # a terminal sends it to all, and then the launcher a SIGTERM
         os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=25) != 0  # the launcher kills after 30 s
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["epoch"] >= done
+    assert checkpoint.load(run)["epoch"] >= done
 
 
 @pytest.mark.slow
 def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_on_all(
     config, tmp_path, monkeypatch
 ):
-    import torch
 
     (tmp_path / "poisoned.py").write_text(
         "import os\n"
@@ -432,7 +431,7 @@ def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_on_all(
     options = ["--rewards", "{'poisoned:reward': 1.0}", "--algorithm", "{type: draft, last: 1}"]
     assert launch(2, config, run, *options, "--train.epochs", "4") == 0
     assert [row.get("skipped_steps") for row in read_metrics(run)] == [None, 0, 1, 0, 0]
-    adapter = torch.load(run / "checkpoint.pt", weights_only=True)["adapter"]
+    adapter = checkpoint.load(run)["adapter"]
     assert all(v.isfinite().all() for v in adapter.values())
 
 
@@ -440,7 +439,6 @@ def test_a_gradient_that_is_not_finite_on_one_process_is_skipped_on_all(
 def test_a_reward_that_fails_on_one_process_ends_all_and_loses_nothing(
     config, tmp_path, monkeypatch
 ):
-    import torch
 
     (tmp_path / "failing_rank.py").write_text(
         "import os\n"
@@ -457,7 +455,7 @@ def test_a_reward_that_fails_on_one_process_ends_all_and_loses_nothing(
     reward = ["--rewards", "{'failing_rank:reward': 1.0}", "--train.epochs", "50"]
     run = tmp_path / "run"
     assert launch(2, config, run, *reward, "--train.checkpoint_every", "0") != 0
-    assert torch.load(run / "checkpoint.pt", weights_only=True)["epoch"] == 2
+    assert checkpoint.load(run)["epoch"] == 2
     assert (run / "failed_reward.png").exists()
     assert (run / "pytorch_lora_weights.safetensors").exists()
 

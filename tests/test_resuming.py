@@ -1,10 +1,10 @@
 """The run folder: what may change on resume, damaged checkpoints, one run at a time."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import yaml
 from test_trainer import adapter, redness
 
 from diffalign import ConfigError, TrainConfig, policies
+from diffalign.commands import cli
 from diffalign.config.decoding import section_keys
 from diffalign.config.files import write_atomic
 from diffalign.record import checkpoint, folder
@@ -231,41 +232,171 @@ def test_force_measures_the_base_again_for_a_new_judge(make, capsys):
     assert "eval/jpeg" in after
 
 
-STATE = {"epoch": 3, "adapter": {"a": torch.arange(5.0), "b": torch.ones(2, 3)}, "words": ["x"]}
+STATE = {
+    "epoch": 3,
+    "adapter": {"a": torch.arange(5.0), "b": torch.ones(2, 3)},
+    "optimizer": {"state": {0: {"step": torch.tensor(2.0)}, 1: {}}, "betas": (0.9, 0.999)},
+    "words": ["x", None, True, float("inf")],
+    "seen": [(1, 2.5), (3, 4.5)],
+}
 
 
-def test_a_checkpoint_is_a_zip_that_torch_reads(tmp_path):
-    checkpoint.save(tmp_path, STATE)
-    for state in (
-        checkpoint.load(tmp_path),
-        torch.load(tmp_path / checkpoint.NAME, weights_only=True),
-        torch.load(tmp_path / checkpoint.NAME, weights_only=True, mmap=True),
-    ):
-        assert state["epoch"] == 3
-        assert torch.equal(state["adapter"]["a"], STATE["adapter"]["a"])
-    with zipfile.ZipFile(tmp_path / checkpoint.NAME) as file:
-        assert file.testzip() is None
-        assert file.comment.startswith(checkpoint.MARK)
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) and a.dtype == b.dtype
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(v, b[k]) for k, v in a.items())
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and a == b
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    half = torch.arange(6, dtype=torch.bfloat16).view(2, 3)
+    state = STATE | {
+        "adapter": {"x.y": half.T, "x": {"y": half, "part": half[0]}, "u8": half.to(torch.uint8)},
+        "empty": [{}, [], (), torch.empty(0, 3)],
+        "odd": {"!tensor": 1, (1, "a"): {None: 2}, True: "b"},
+    }
+    path = checkpoint.save(tmp_path, state)
+    assert path == tmp_path / "checkpoint-3"
+    assert same(checkpoint.load(tmp_path), state)
+    assert same(checkpoint.load(path), state)
+    assert {file.name for file in path.iterdir()} == set(checkpoint.FILES)
+    sums = ["sha256sum", "--check", "--status", checkpoint.SUMS]
+    assert subprocess.run(sums, cwd=path, check=False).returncode == 0
+    with pytest.raises(TypeError, match="odd: a set cannot be kept"):
+        checkpoint.save(tmp_path, STATE | {"odd": {1}})
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
+        checkpoint.load(tmp_path / "elsewhere")
+
+
+def test_the_newest_stay(tmp_path):
+    for epoch in (9, 10, 11, 12):
+        checkpoint.save(tmp_path, STATE | {"epoch": epoch}, keep=3)
+    assert [p.name for p in checkpoint.found(tmp_path)] == [
+        *("checkpoint-12", "checkpoint-11", "checkpoint-10")
+    ]
+    checkpoint.drop(tmp_path, after=10)
+    assert checkpoint.load(tmp_path)["epoch"] == 10
+    checkpoint.save(tmp_path, STATE | {"epoch": 10, "words": []}, keep=3)  # once more
+    assert checkpoint.load(tmp_path)["words"] == []
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-10"]
 
 
 def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path):
+    path = checkpoint.save(tmp_path, STATE)
+    said = rf"{path} is damaged: .*--overwrite"
+    for name in checkpoint.FILES:
+        file, whole = path / name, (path / name).read_bytes()
+        for place in [*range(0, len(whole), 37), len(whole) - 1]:
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+            with pytest.raises(ConfigError, match=said):
+                checkpoint.load(tmp_path)
+        for size in (0, 1, 100, len(whole) // 2, len(whole) - 2):
+            file.write_bytes(whole[:size])
+            with pytest.raises(ConfigError, match=said):
+                checkpoint.load(tmp_path)
+        file.unlink()
+        with pytest.raises(ConfigError, match=said):
+            checkpoint.load(tmp_path)
+        file.write_bytes(whole)
+    assert same(checkpoint.load(tmp_path), STATE)
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(tmp_path):
+    for epoch in (3, 4):
+        path = checkpoint.save(tmp_path, STATE | {"epoch": epoch})
+    (path / checkpoint.TENSORS).write_bytes(b"")
+    told: list[str] = []
+    assert checkpoint.load(tmp_path, told.append)["epoch"] == 3
+    (line,) = told
+    assert line.startswith(f"{path} is damaged: {checkpoint.TENSORS} is not as the run wrote it")
+    assert line.endswith("going on from checkpoint-3")
+
+
+@pytest.mark.parametrize("step", ["write", "set aside", "name"])
+def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path, monkeypatch, step):
+    """At every step of writing epoch 3 once more, and of writing epoch 4."""
     checkpoint.save(tmp_path, STATE)
-    path = tmp_path / checkpoint.NAME
-    whole = path.read_bytes()
-    said = r"checkpoint\.pt is damaged.*--overwrite"
-    for place in [*range(0, len(whole), 37), len(whole) - 1, len(whole) - checkpoint._COMMENT]:
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
-        with pytest.raises(ConfigError, match=said):
-            checkpoint.load(tmp_path)
-    for size in (0, 1, 100, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        with pytest.raises(ConfigError, match=said):
-            checkpoint.load(tmp_path)
-    torch.save([1, 2], path)  # of something else
-    with pytest.raises(ConfigError, match=said):
-        checkpoint.load(tmp_path)
-    torch.save(STATE, path)  # as versions before the digest wrote it
-    assert checkpoint.load(tmp_path)["epoch"] == 3
+    rename, names = Path.rename, {"set aside": ".old-", "name": "checkpoint-"}
+
+    def die(*args, **options):
+        raise KeyboardInterrupt
+
+    def renamed(path, to):
+        return die() if to.name.startswith(names[step]) else rename(path, to)
+
+    again, later = STATE | {"words": ["again"]}, STATE | {"epoch": 4}
+    for state in (again,) if step == "set aside" else (again, later):  # where nothing is, none is
+        with monkeypatch.context() as patch:
+            if step == "write":
+                patch.setattr(checkpoint, "_digest", die)
+            else:
+                patch.setattr(Path, "rename", renamed)
+            with pytest.raises(KeyboardInterrupt):
+                checkpoint.save(tmp_path, state)
+        assert same(checkpoint.load(tmp_path), STATE)
+    for epoch in (4, 5):
+        checkpoint.save(tmp_path, STATE | {"epoch": epoch})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_going_back_and_going_on(make, tmp_path, capsys):
+    options = {**QUICK, "train.epochs": 4, "log.keep_checkpoints": 3}
+    whole = make("ddpo", resume="latest", **options)  # where nothing is, it starts
+    whole.train()
+    assert [p.name for p in checkpoint.found(whole.dir)] == [
+        *("checkpoint-4", "checkpoint-3", "checkpoint-2")
+    ]
+    state = json.loads((whole.dir / "checkpoint-4" / checkpoint.PLAIN).read_text())
+    assert state["run"]["digest"] == identity.digest(whole.settings)
+    assert state["run"]["config"]["train"]["epochs"] == 4
+    assert torch.__version__.startswith(state["run"]["versions"]["torch"])
+    back = make("ddpo", resume=str(whole.dir / "checkpoint-2"), **options)
+    assert back.epoch == 2
+    assert [row["step"] for row in back.tracker.rows] == [0, 1, 2]
+    assert [p.name for p in checkpoint.found(whole.dir)] == ["checkpoint-2"]
+    back.train()
+    assert torch.equal(adapter(back), adapter(whole))
+    (back.dir / "checkpoint-4" / checkpoint.TENSORS).write_bytes(b"x")
+    on = make("ddpo", resume="latest", **options)
+    assert on.epoch == 3
+    out = capsys.readouterr().out
+    assert f"{back.dir / 'checkpoint-4'} is damaged: state.safetensors is not as" in out
+    on.train()
+    assert torch.equal(adapter(on), adapter(whole))
+
+
+def test_what_cannot_be_resumed_is_named(make, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nothing to resume.*--resume latest"):
+        make("ddpo", resume=True, **QUICK)
+    trainer = make("ddpo", **QUICK)
+    trainer.train()
+    with pytest.raises(ConfigError, match=r"--resume 'lastest' is no folder; give latest, or a"):
+        make("ddpo", resume="lastest", **QUICK)
+    with pytest.raises(ConfigError, match=r"not among the checkpoints in .* \(none\).*--log\.dir"):
+        make("ddpo", run="b", resume=trainer.dir / "checkpoint-1", **QUICK)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / checkpoint.OLD).touch()
+    with pytest.raises(ConfigError, match=r"checkpoint\.pt of an earlier version"):
+        make("ddpo", run="c", resume="latest", **QUICK)
+
+
+@pytest.mark.parametrize(
+    ("given", "resume"),
+    [
+        (["a.yaml"], False),
+        (["a.yaml", "--resume"], True),
+        (["--resume", "a.yaml"], True),
+        (["a.yaml", "--resume", "--force"], True),
+        (["a.yaml", "--resume", "latest"], "latest"),
+        (["--resume", "runs/a/checkpoint-4", "a.yaml"], "runs/a/checkpoint-4"),
+    ],
+)
+def test_what_the_command_line_says_of_resuming(given, resume):
+    rest = [x for x in given if x not in ("--resume", resume)]
+    assert cli._resumed(given) == (resume, rest)
 
 
 HOLD = (
@@ -345,10 +476,10 @@ def test_starting_anew(make, tmp_path):
         make("ddpo", force=True, **QUICK)
     with pytest.raises(ConfigError, match=r"lr=.* must be more than 0"):
         make("ddpo", overwrite=True, **QUICK, **{"train.lr": 0.0})
-    assert (trainer.dir / checkpoint.NAME).exists()  # a refused run removes nothing
+    assert checkpoint.found(trainer.dir)  # a refused run removes nothing
     anew = make("ddpo", overwrite=True, **QUICK, **{"train.seed": 1})
     assert anew.epoch == 0
-    assert not (trainer.dir / checkpoint.NAME).exists()
+    assert not checkpoint.found(trainer.dir)
     # and it blocks nobody while no epoch is done
     make("ddpo", **QUICK).train()
 

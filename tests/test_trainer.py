@@ -281,7 +281,7 @@ def test_python_interface_and_run_folder(make):
     files = {p.name for p in Path(trainer.dir).iterdir()}
     assert files >= {
         "config.yaml", "metrics.csv", "metrics.jsonl", "curve.png", "grid.png", "grids",
-        "checkpoint.pt", lora.WEIGHTS,
+        "checkpoint-1", lora.WEIGHTS,
     }  # fmt: skip
 
 

@@ -28,7 +28,9 @@ TRAIN_USAGE = """usage: python train.py CONFIG.yaml [--dry-run] [--resume] [--se
 Fine-tunes a model on rewards. Any setting of the file can be replaced on the command line.
 
   --dry-run     print the geometry and the cost; of a local model also the time, by one call
-  --resume      go on from the checkpoint in log.dir, with the settings that the run had
+  --resume      go on from the newest whole checkpoint in log.dir, with the settings that the run
+                had; --resume latest starts anew where there is none, as schedulers need it, and
+                --resume RUN/checkpoint-N goes back to that one
   --force       with --resume: go on although settings differ that should not
   --overwrite   start anew in a log.dir that holds a run, and remove what that wrote
   --help        this text
@@ -103,8 +105,9 @@ def message(error: Exception) -> str | None:
 @guarded
 def train(arguments: Sequence[str]) -> int:
     """`train.py`: returns the exit status, as `TRAIN_USAGE` describes it."""
-    flags = {f: f in arguments for f in ("--dry-run", "--resume", "--force", "--overwrite")}
-    settings = [a for a in arguments if a not in flags]
+    resume, rest = _resumed(arguments)
+    flags = {f: f in rest for f in ("--dry-run", "--force", "--overwrite")}
+    settings = [a for a in rest if a not in flags]
     if "--version" in arguments:
         print(f"diffalign {__version__}")
         return 0
@@ -122,7 +125,7 @@ def train(arguments: Sequence[str]) -> int:
     plan = Plan.make(config, processes=int(os.environ.get("WORLD_SIZE", 1)))
     from ..record import folder
 
-    place = Path(os.path.expanduser(config.log.dir)), flags["--resume"], flags["--overwrite"]
+    place = Path(os.path.expanduser(config.log.dir)), resume, flags["--overwrite"]
     if flags["--dry-run"]:
         print(plan.describe(), flush=True)
         try:
@@ -138,7 +141,7 @@ def train(arguments: Sequence[str]) -> int:
     try:
         trainer = Trainer(
             config,
-            resume=flags["--resume"],
+            resume=resume,
             overwrite=flags["--overwrite"],
             force=flags["--force"],
         )
@@ -150,6 +153,20 @@ def train(arguments: Sequence[str]) -> int:
     if trainer.main:
         print(summary(result, trainer.dir))
     return 0
+
+
+def _resumed(arguments: Sequence[str]) -> tuple[bool | str, list[str]]:
+    """What --resume says, True where it is alone, and the other arguments. It may stand before the
+    config file."""
+    rest = list(arguments)
+    if "--resume" not in rest:
+        return False, rest
+    at = rest.index("--resume")
+    del rest[at]
+    value = rest[at] if at < len(rest) else "-"
+    if value.startswith("-") or value.endswith((".yaml", ".yml")):
+        return True, rest
+    return rest.pop(at), rest
 
 
 def summary(result: dict[str, dict[str, float]], run_dir: Path) -> str:

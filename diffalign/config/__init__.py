@@ -226,6 +226,8 @@ class LogConfig(Section):
     """run folder; empty = runs/<config file stem>"""
     trackers: list[str] = field(default_factory=list)
     """trackers used through accelerate: tensorboard, wandb, trackio"""
+    keep_checkpoints: int = 2
+    """how many checkpoint-N folders stay, the newest"""
 
 
 @dataclass
@@ -296,10 +298,9 @@ class TrainConfig(Section):
         write_atomic(path, text.encode())
 
     def check(self, advantages: bool = True) -> None:
-        """Checks all that can be checked without files or models.
-
-        `advantages=False` is for algorithms that use none (those with needs GRADIENT): one image
-        per prompt is then allowed. Raises one `ConfigError` with a line for each problem.
+        """Checks all that can be checked without files or models; `advantages=False`, for
+        algorithms with needs GRADIENT, allows one image per prompt. Raises one `ConfigError` with a
+        line for each problem.
         """
         self.__post_init__()
         for section in vars(self).values():

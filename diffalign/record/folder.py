@@ -16,7 +16,7 @@ from . import checkpoint
 
 LOCK = ".lock"
 DENOISERS = ("unet", "transformer")
-TRAINED = (checkpoint.NAME, WEIGHTS, "best", *DENOISERS)
+TRAINED = (checkpoint.OLD, WEIGHTS, "best", *DENOISERS)
 """Names of files that only training makes: a folder with one of them holds a run."""
 
 _WEIGHTS = (
@@ -24,7 +24,8 @@ _WEIGHTS = (
     *(f"{d}/{f}" for d in DENOISERS for f in ("config.json", "diffusion_pytorch_model*")),
 )
 WRITTEN = (
-    *(checkpoint.NAME, "config.yaml", "metrics.csv", "metrics.jsonl", "metrics.previous.*"),
+    *(f"*checkpoint-*/{name}" for name in checkpoint.FILES),
+    *(checkpoint.OLD, "config.yaml", "metrics.csv", "metrics.jsonl", "metrics.previous.*"),
     *("curve.png", "grid.png", "grids/eval_*.png", "pictures/epoch_*", "failed_reward.png"),
     *("report.html", *_WEIGHTS, *(f"best/{name}" for name in _WEIGHTS)),
     "diffalign/**/events.out.tfevents.*",  # TensorBoard's
@@ -36,6 +37,8 @@ DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO),
     *(errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG, errno.ESTALE),
 )
+
+Resume = bool | str | os.PathLike[str]
 
 _held: dict[str, IO[str]] = {}  # the locks of this process, by folder
 
@@ -71,18 +74,42 @@ def release(run_dir: Path) -> None:
         file.close()
 
 
-def check(run_dir: Path, resume: bool, overwrite: bool) -> None:
+def check(run_dir: Path, resume: Resume, overwrite: bool) -> None:
     """Refuse to start in a folder that holds a run, unless to resume or overwrite it. A run that
-    finished no epoch does not count.
+    finished no epoch does not count. `resume` is True, "latest", which takes a folder that holds
+    nothing too, or the path of a checkpoint of the run.
 
     Raises ConfigError, or FileNotFoundError if there is nothing to resume."""
     begun = (run_dir / "config.yaml").exists()
-    found = [name for name in TRAINED if (run_dir / name).exists()]
+    states = checkpoint.found(run_dir)
+    found = [p.name for p in states[:1]] + [n for n in TRAINED if (run_dir / n).exists()]
     where = f"log.dir={str(run_dir)!r}"
     if (run_dir / "model_index.json").exists() and not begun:
         raise ConfigError(f"{where} is a pipeline, whose weights a run would write over")
-    if resume and not begun and checkpoint.NAME not in found:
-        checkpoint.load(run_dir)  # raises, as there is none
+    if resume and not states and checkpoint.OLD in found:
+        raise ConfigError(
+            f"{where} holds the {checkpoint.OLD} of an earlier version, which this one does not "
+            "read; go on with that version, or start anew with --overwrite"
+        )
+    if resume is True and not begun and not states:
+        raise FileNotFoundError(
+            f"{where} holds no checkpoint: nothing to resume; start without --resume, or with "
+            f"--resume {checkpoint.LATEST}, which goes on where it can"
+        )
+    if resume and resume is not True and resume != checkpoint.LATEST:
+        asked = Path(resume).expanduser()
+        if not asked.is_dir():
+            raise ConfigError(
+                f"--resume {str(resume)!r} is no folder; give {checkpoint.LATEST}, or a checkpoint "
+                "of the run"
+            )
+        if asked.resolve() not in [p.resolve() for p in states]:
+            there = ", ".join(p.name for p in states) or "none"
+            raise ConfigError(
+                f"--resume {str(resume)!r} is not among the checkpoints in {where} ({there}); set "
+                "--log.dir to its run, or start from what that run trained by model.name or "
+                "model.merge_lora"
+            )
     if found and not resume and not overwrite:
         raise ConfigError(
             f"{where} already holds a run; go on with --resume, start anew with --overwrite, or "

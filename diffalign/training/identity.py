@@ -36,7 +36,7 @@ MAY_CHANGE = frozenset(
         # when to look, and what to say of it
         *("eval.every", "eval.grid_prompts"),
         *("eval.guard", "eval.guard_drop", "eval.guard_diversity"),
-        *("log.dir", "log.trackers"),
+        *("log.dir", "log.trackers", "log.keep_checkpoints"),
     }
 )
 """Settings that a resumed run may have otherwise; every other one must be as it was."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rewards import RewardError
+from rewards.redaction import redact
 
 from .. import report
 from ..config.decoding import ConfigError
@@ -35,7 +39,7 @@ DEPENDS = {
 
 
 def open_run(
-    trainer: Trainer, resume: bool, overwrite: bool, force: bool
+    trainer: Trainer, resume: folder.Resume, overwrite: bool, force: bool
 ) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """Take the run folder for this process; returns the state to go on from, and the settings that
     differ from that run's. Raises what `folder.check`, `folder.lock` and `checkpoint.load` do, and
@@ -49,15 +53,12 @@ def open_run(
         if trainer.main:
             folder.lock(trainer.dir)
     # a run that was killed before its first checkpoint has none: resuming is starting anew
-    if not resume or not (trainer.dir / checkpoint.NAME).exists():
+    if not resume or not checkpoint.found(trainer.dir):
         return None, {}
-    state = checkpoint.load(trainer.dir)
-    bad = _infinite(state)
-    if bad:  # of a version that saved such a state
-        raise ConfigError(
-            f"{trainer.dir / checkpoint.NAME}: {' and '.join(bad)} hold NaN or inf, which no "
-            "training mends; start anew with --overwrite and a lower train.lr"
-        )
+    place = trainer.dir
+    if not isinstance(resume, bool) and resume != checkpoint.LATEST:
+        place = Path(resume).expanduser()
+    state = checkpoint.load(place, trainer.say)
     changed = identity.changes(trainer.dir, state, trainer.plan)
     if changed and not force:
         raise ConfigError(
@@ -70,7 +71,8 @@ def open_run(
 def open_record(trainer: Trainer, resume: bool, overwrite: bool) -> Tracker:
     """Prepare the run folder for the epochs to come, and return the writer of its metrics.
 
-    `overwrite` removes an earlier run; rows and pictures of epochs that will be run again go too.
+    `overwrite` removes an earlier run; rows, pictures and checkpoints of epochs that will be run
+    again go too.
     Writes config.yaml.
     """
     config = trainer.config
@@ -86,6 +88,7 @@ def open_record(trainer: Trainer, resume: bool, overwrite: bool) -> Tracker:
         )
         if trainer.main:
             pictures.drop(trainer.dir, after=trainer.epoch)
+            checkpoint.drop(trainer.dir, after=trainer.epoch)
             resolved = copy.deepcopy(config)
             resolved.rewards = identity.named(trainer.plan.rewards)
             resolved.save(trainer.dir / "config.yaml")
@@ -136,13 +139,17 @@ def parts(trainer: Trainer) -> dict[str, Any]:
 def state(trainer: Trainer) -> dict[str, Any]:
     """All that a run needs to go on, and the settings that it was made with. Raises NotFinite where
     weights or optimizer state are not finite: such a state must not be saved."""
-    known = {name: part.state_dict() for name, part in parts(trainer).items()}
-    found = copy.deepcopy(known) | {
+    found = {name: _kept(part.state_dict()) for name, part in parts(trainer).items()} | {
         "epoch": trainer.epoch,
         "calls": trainer.calls,
         "adapter": trainer.policy.state_dict(),
         "copies": {name: trainer.policy.state_dict(name) for name in _copies(trainer)},
-        "run": {"digest": identity.digest(trainer.settings), "settings": trainer.settings},
+        "run": {
+            "digest": identity.digest(trainer.settings),
+            "settings": trainer.settings,
+            "config": redact(trainer.config.to_dict()),
+            "versions": versions(),
+        },
     }
     bad = _infinite(found)
     if bad:
@@ -173,8 +180,9 @@ def restore(
     except (KeyError, RuntimeError, ValueError) as error:
         why = identity.words(changed or {}) or str(error).splitlines()[0]
         raise ConfigError(
-            f"the weights in {trainer.dir / checkpoint.NAME} do not fit this model ({why}); no "
-            "--force helps: give those settings as they were, or choose another --log.dir"
+            f"the weights of epoch {state['epoch']} in {trainer.dir} do not fit this model "
+            f"({why}); no --force helps: give those settings as they were, or choose another "
+            "--log.dir"
         ) from error
     anew = []
     for name, part in parts(trainer).items():
@@ -188,8 +196,9 @@ def restore(
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             if not force:
                 raise ConfigError(
-                    f"{trainer.dir / checkpoint.NAME}: the state of the {name} cannot be taken up "
-                    f"({error!r}); it may be of another version: --force starts it anew"
+                    f"{trainer.dir}, epoch {state['epoch']}: the state of the {name} cannot be "
+                    f"taken up ({error!r}); it was written by {_wrote(state)}: --force starts it "
+                    "anew"
                 ) from error
             part.load_state_dict(fresh)
             moved = ["it does not fit"]
@@ -220,7 +229,8 @@ def end(trainer: Trainer, error: BaseException) -> None:
             ruined = updates > 0 and trainer.config.model.dtype != "float16"
     kept = _keep(trainer, ruined) if trainer.main or not everywhere else ""
     if isinstance(error, OSError) and error.errno in folder.DISK:
-        lines = [f"{error.filename or trainer.dir} cannot be written: {error.strerror or error}"]
+        why = (error.strerror or str(error)).removeprefix("cannot be written: ")
+        lines = [f"{error.filename or trainer.dir} cannot be written: {why}"]
     elif not isinstance(error, (RewardError, NotFinite)):
         trainer.say(kept)
         return
@@ -230,7 +240,7 @@ def end(trainer: Trainer, error: BaseException) -> None:
 def _keep(trainer: Trainer, ruined: bool) -> str:
     """Save the epochs done, but not `ruined` weights over good ones; says what there is now."""
     done = trainer.complete["epoch"]
-    before = "what was saved before is whole; " * (trainer.dir / checkpoint.NAME).exists()
+    before = "what was saved before is whole; " * bool(checkpoint.found(trainer.dir))
     if not done:
         return "epochs done: 0, nothing to save; start again"
     if ruined:
@@ -242,6 +252,28 @@ def _keep(trainer: Trainer, ruined: bool) -> str:
     except Exception as error:  # what ended the run matters more
         return f"epochs done: {done}, not saved ({error}); {before}mend that and use --resume"
     return f"epochs done: {done}, saved in {trainer.dir}; --resume goes on"
+
+
+def _kept(value: Any) -> Any:
+    """A copy that training does not change, its tensors in the main memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {k: _kept(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_kept, value))
+    return copy.deepcopy(value)
+
+
+def versions() -> dict[str, str]:
+    """Of the programs whose versions a state may depend on."""
+    names = ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate")
+    return {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
+
+
+def _wrote(state: Mapping[str, Any]) -> str:
+    known = state.get("run", {}).get("versions", {})
+    return ", ".join(f"{name} {known[name]}" for name in ("diffalign", "torch") if name in known)
 
 
 def _copies(trainer: Trainer) -> list[str]:

@@ -53,9 +53,11 @@ class Trainer:
     algorithm: in place of `config.algorithm`: an `Algorithm`, or its name, or a mapping of `type`
     and options.
 
-    resume: go on from the checkpoint in the run folder; settings that must stay (all but
-    `identity.MAY_CHANGE`) are refused where they differ, unless `force`. overwrite: start anew in a
-    folder that holds a run, and remove what that wrote.
+    resume: go on from the newest whole checkpoint in the run folder: True, which must find a run
+    there; "latest", which starts anew where there is none; or the path of one of its checkpoints,
+    and what came later is removed. Settings that must stay (all but `identity.MAY_CHANGE`) are
+    refused where they differ, unless `force`. overwrite: start anew in a folder that holds a run,
+    and remove what that wrote.
 
     on_epoch_end: called with (trainer, epochs done, metrics of the epoch) on every process after
     each epoch and its evaluation; the run is saved and ends where it returns True on any of them.
@@ -69,7 +71,7 @@ class Trainer:
         config: TrainConfig,
         rewards: reward_library.Spec | None = None,
         prompts: Given | Sequence[Given] | None = None,
-        resume: bool = False,
+        resume: bool | str | os.PathLike[str] = False,
         *,
         algorithm: Algorithm | Named | None = None,
         on_epoch_end: Callable[[Trainer, int, dict[str, float]], bool | None] | None = None,
@@ -90,7 +92,7 @@ class Trainer:
             for note in saving.restore(self, state, changed, force):
                 self.say(note)
         self.complete = saving.state(self)  # as of the last epoch that was finished
-        self.tracker = saving.open_record(self, resume, overwrite)
+        self.tracker = saving.open_record(self, bool(resume), overwrite)
 
     def _build(self) -> None:
         """Rewards and model are loaded, and everything that trains and looks is made of them."""
@@ -372,7 +374,7 @@ class Trainer:
 
     def save(self) -> None:
         """Checkpoint, weights and curve of the epochs done, from the process that calls."""
-        checkpoint.save(self.dir, saving.state(self))
+        checkpoint.save(self.dir, saving.state(self), self.config.log.keep_checkpoints)
         self.policy.save(self.dir, self.config.train.saved)
         self.tracker.curve(self.dir / "curve.png")
 
