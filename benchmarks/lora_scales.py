@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import rewards
 from diffalign import policies
-from diffalign.emoji_world.evaluate import CATEGORIES, draw, load_prompts, scores
+from diffalign.emoji_world.evaluate import CATEGORIES, VERIFIERS, draw, load_prompts, scores
 from diffalign.policies.run_folder import WEIGHTS
 from diffalign.training.guard import diversity, thumbnails
 
 LORA = Path("assets/emoji-composition") / WEIGHTS
+_, REFEREE = VERIFIERS
 SCALES, SEEDS, BATCH = (0.0, 0.25, 0.5, 0.75, 1.0), (0, 1), 64
 
 
@@ -37,7 +38,7 @@ def main() -> None:
             policy = policies.load("assets/emoji-sd", merge_lora=folder)
         images = torch.cat([draw(policy, texts, 8, 1.0, seed) for seed in SEEDS])
         prompts, groups = texts * len(SEEDS), [*range(len(texts))] * len(SEEDS)
-        found = scores(images, prompts, "emoji-referee")
+        found = scores(images, prompts, REFEREE)
         parts = zip(images.split(BATCH), range(0, len(prompts), BATCH), strict=True)
         liked = torch.cat([judge(x, prompts[i : i + BATCH]) for x, i in parts]).mean()
         cells = [str(found[name]) for name in names]
