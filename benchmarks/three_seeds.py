@@ -39,8 +39,12 @@ def main() -> None:
         config = TrainConfig.from_file(path, overrides)
         config.train.seed = seed
         config.log.dir = f"runs/{name}_seed{seed}"
-        results.append(Trainer(config, resume="latest").train())
+        metrics = Path(config.log.dir) / "metrics.jsonl"
+        if not metrics.exists() or read([config.log.dir])[0].epochs < config.train.epochs:
+            Trainer(config, resume="latest").train()
         runs.append(read([config.log.dir])[0])
+        looks = [row for row in runs[-1].rows if "eval/reward" in row]
+        results.append((looks[0], looks[-1]))
         minutes.append((runs[-1].total("seconds") or 0.0) / 60)
     lines = [
         f"`python benchmarks/three_seeds.py {' '.join(sys.argv[1:])}`, seeds {seeds}, "
@@ -49,9 +53,8 @@ def main() -> None:
         "| held-out mean | before | after | change | change of each seed |",
         "|---|---|---|---|---|",
     ]
-    for key in results[0]["after"]:
-        before = [r["before"][key] for r in results]
-        after = [r["after"][key] for r in results]
+    for key in (k for k in results[0][0] if k.startswith("eval/")):
+        before, after = ([r[end][key] for r in results] for end in (0, 1))
         change = [b - a for a, b in zip(before, after, strict=True)]
         measure, mean = key.removeprefix("eval/"), f"{statistics.mean(change):+.4f}"
         if measure != "diversity":  # which is no mean over pictures
