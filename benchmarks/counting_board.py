@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from clusters import clustered
+from three_seeds import finished
 
-from diffalign import TrainConfig, Trainer
+from diffalign import TrainConfig
 from diffalign.config.files import write_atomic
 from diffalign.emoji_world.evaluate import right
 from diffalign.report.run import read
@@ -56,7 +57,7 @@ def trained(method: str, seed: int, lr: float | None) -> dict[str, Any]:
     config.train.seed, config.train.lr = seed, lr or config.train.lr
     kind = "" if method == "draft" else f"_{method}_lr{lr:g}"
     config.log.dir = f"runs/{CONFIG.stem}{kind}_seed{seed}"
-    Trainer(config, resume="latest").train()
+    finished(config)
     run = read([config.log.dir])[0]
     ends = [run.shots[0], run.shots[-1]]
     hits = [[*map(float, right(s.pictures, s.prompts))] for s in ends]

@@ -39,9 +39,7 @@ def main() -> None:
         config = TrainConfig.from_file(path, overrides)
         config.train.seed = seed
         config.log.dir = f"runs/{name}_seed{seed}"
-        metrics = Path(config.log.dir) / "metrics.jsonl"
-        if not metrics.exists() or read([config.log.dir])[0].epochs < config.train.epochs:
-            Trainer(config, resume="latest").train()
+        finished(config)
         runs.append(read([config.log.dir])[0])
         looks = [row for row in runs[-1].rows if "eval/reward" in row]
         results.append((looks[0], looks[-1]))
@@ -71,6 +69,13 @@ def main() -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(table, "utf-8")
     print(table)
+
+
+def finished(config: TrainConfig) -> None:
+    """Train a run to its end, from where it is."""
+    there = (Path(config.log.dir) / "metrics.jsonl").exists()
+    if not there or read([config.log.dir])[0].epochs < config.train.epochs:
+        Trainer(config, resume="latest").train()
 
 
 def row(name: str, before: list[float], after: list[float], mean: str) -> str:
