@@ -99,11 +99,11 @@ def measured(method: str, seed: int, lr: float | None) -> dict[str, Any]:
 def report() -> None:
     known = results()
     measures = ("composition", "clip", "judge", "referee")
-    print(f"| | lr | calls | pictures | {' | '.join(measures)} | diversity |")
-    print("|---" * (5 + len(measures)) + "|")
+    print(f"| | seeds | lr | calls | pictures | {' | '.join(measures)} | diversity |")
+    print("|---" * (6 + len(measures)) + "|")
     for method in METHODS:
         runs = [known[k] for s in SEEDS if (k := f"{method}, seed {s}") in known]
-        if len(runs) < 2:
+        if not runs:
             continue
         cells = []
         for measure in measures:
@@ -111,8 +111,9 @@ def report() -> None:
             cells.append(f"{mean:+.3f} ± {error:.3f}")
         spread = [statistics.fmean(r["means"]["diversity"][k] for r in runs) for k in (0, 1)]
         cells.append(f"{spread[0]:.3f} → {spread[1]:.3f}")
-        numbers = (f"{runs[0][k]:,.0f}" for k in ("calls", "pictures"))
-        print(f"| {method} | {runs[0]['lr']:g} | {' | '.join(numbers)} | {' | '.join(cells)} |")
+        numbers = [f"{runs[0][k]:,.0f}" for k in ("calls", "pictures")]
+        first = [method, str(len(runs)), f"{runs[0]['lr']:g}", *numbers]
+        print(f"| {' | '.join([*first, *cells])} |")
 
 
 def main() -> None:
