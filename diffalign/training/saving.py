@@ -139,7 +139,7 @@ def parts(trainer: Trainer) -> dict[str, Any]:
 def state(trainer: Trainer) -> dict[str, Any]:
     """All that a run needs to go on, and the settings that it was made with. Raises NotFinite where
     weights or optimizer state are not finite: such a state must not be saved."""
-    found = {name: _kept(part.state_dict()) for name, part in parts(trainer).items()} | {
+    found = {name: _copied(part.state_dict()) for name, part in parts(trainer).items()} | {
         "epoch": trainer.epoch,
         "calls": trainer.calls,
         "adapter": trainer.policy.state_dict(),
@@ -254,14 +254,14 @@ def _keep(trainer: Trainer, ruined: bool) -> str:
     return f"epochs done: {done}, saved in {trainer.dir}; --resume goes on"
 
 
-def _kept(value: Any) -> Any:
+def _copied(value: Any) -> Any:
     """A copy that training does not change, its tensors in the main memory."""
     if isinstance(value, Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, Mapping):
-        return {k: _kept(v) for k, v in value.items()}
+        return {k: _copied(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_kept, value))
+        return type(value)(map(_copied, value))
     return copy.deepcopy(value)
 
 
