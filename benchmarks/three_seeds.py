@@ -4,8 +4,9 @@
     [--section.key VALUE ...]
 
 Writes runs/NAME_seedS, which it goes on with, and benchmarks/results/NAME.md; NAME is that of the
-config if nothing else is said; a run that is done is only read. Every seed changes the LoRA's initialisation, the prompt order and the noise, that of the evaluation too, so that
-"before" has a spread. Before and after are means ± the standard deviation over the seeds; the
+config if nothing else is said; a run that is done is only read. Every seed changes the LoRA's
+initialisation, the prompt order and the noise, that of the evaluation too, so that "before" has a
+spread. Before and after are means ± the standard deviation over the seeds; the
 change is that of the same prompts from the same noise, ± its standard error over the prompts.
 referee: the share of the kept pictures, one a prompt, of which EmojiWorld's referee confirms all
 that their prompts say.
