@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -397,6 +398,16 @@ def test_what_cannot_be_resumed_is_named(make, tmp_path):
 def test_what_the_command_line_says_of_resuming(given, resume):
     rest = [x for x in given if x not in ("--resume", resume)]
     assert cli._resumed(given) == (resume, rest)
+
+
+def test_processes_that_save_at_once_leave_one_whole_checkpoint(tmp_path):
+    """As when a reward fails on one of them. Threads have locks of their own, like processes."""
+    state = STATE | {"adapter": {"a": torch.randn(200, 200)}}
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(lambda _: checkpoint.save(tmp_path, state), range(40)))
+    assert set(paths) == {tmp_path / "checkpoint-3"}
+    assert same(checkpoint.load(tmp_path), state)
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
 HOLD = (

@@ -14,7 +14,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,9 @@ def save(run_dir: Path, state: Mapping[str, Any], keep: int = 2) -> Path:
     "epoch"; then remove all but the newest `keep`. Returns the folder.
 
     The folder gets its name when it is whole and on the disk: a kill or a power cut leaves the
-    checkpoints that were there. Raises OSError where the disk refuses, TypeError for a value that
-    cannot be kept.
+    checkpoints that were there. Processes that save at once, as when one of them fails and ends the
+    others, do so one after the other. Raises OSError where the disk refuses, TypeError for a value
+    that cannot be kept.
     """
     run_dir = Path(run_dir)
     target = run_dir / f"checkpoint-{state['epoch']}"
@@ -56,22 +58,41 @@ def save(run_dir: Path, state: Mapping[str, Any], keep: int = 2) -> Path:
     partial = run_dir / f".{target.name}.tmp"
     previous = run_dir / f".old-{target.name}"
     run_dir.mkdir(parents=True, exist_ok=True)
-    for left in run_dir.glob(".checkpoint-*.tmp"):  # by a process that was killed
-        shutil.rmtree(left)
-    try:
-        _write(partial, plain, tensors)
-        if target.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            target.rename(previous)
-        partial.rename(target)
-        _flush(run_dir)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise OSError(error.errno, error.strerror, str(target)) from error
-    shutil.rmtree(previous, ignore_errors=True)
-    for path in found(run_dir)[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
+    with _alone(run_dir):
+        for left in run_dir.glob(".checkpoint-*.tmp"):  # by a process that was killed
+            shutil.rmtree(left)
+        try:
+            _write(partial, plain, tensors)
+            if target.exists():
+                shutil.rmtree(previous, ignore_errors=True)
+                target.rename(previous)
+            partial.rename(target)
+            _flush(run_dir)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(error.errno, error.strerror, str(target)) from error
+        shutil.rmtree(previous, ignore_errors=True)
+        for path in found(run_dir)[keep:]:
+            shutil.rmtree(path, ignore_errors=True)
     return target
+
+
+@contextmanager
+def _alone(run_dir: Path) -> Iterator[None]:
+    """Wait until no other process is in this context. Where there are no locks, as on Windows and
+    some network disks, do not."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    handle = os.open(run_dir, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # and with it the lock, as when the process is killed
 
 
 def drop(run_dir: Path, after: int) -> None:
