@@ -8,13 +8,15 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import test_trainer
 import torch
 import yaml
 from test_trainer import adapter, redness
 
-from diffalign import ConfigError, TrainConfig, policies
+from diffalign import ConfigError, TrainConfig, __version__, policies
+from diffalign.algorithms.ddpo import DDPO
 from diffalign.commands import cli
 from diffalign.config.decoding import section_keys
 from diffalign.config.files import write_atomic
@@ -266,8 +268,10 @@ def test_a_state_comes_back_as_it_was(tmp_path):
     assert {file.name for file in path.iterdir()} == set(checkpoint.FILES)
     sums = ["sha256sum", "--check", "--status", checkpoint.SUMS]
     assert subprocess.run(sums, cwd=path, check=False).returncode == 0
-    with pytest.raises(TypeError, match="odd: a set cannot be kept"):
-        checkpoint.save(tmp_path, STATE | {"odd": {1}})
+    with pytest.raises(ConfigError, match=r"odd\.0: a set cannot be kept"):
+        checkpoint.save(tmp_path, STATE | {"odd": [{1}]})
+    checkpoint.save(tmp_path, STATE | {"odd": np.int64(3)})
+    assert same(checkpoint.load(tmp_path)["odd"], 3)
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         checkpoint.load(tmp_path / "elsewhere")
 
@@ -367,6 +371,21 @@ def test_going_back_and_going_on(make, tmp_path, capsys):
     assert f"{back.dir / 'checkpoint-4'} is damaged: state.safetensors is not as" in out
     on.train()
     assert torch.equal(adapter(on), adapter(whole))
+
+
+def test_a_state_that_cannot_be_kept_is_refused_before_training(make, monkeypatch):
+    monkeypatch.setattr(DDPO, "state_dict", lambda self: {"seen": {1, 2}})
+    with pytest.raises(ConfigError, match=r"algorithm\.seen: a set cannot be kept"):
+        make("ddpo", **QUICK)
+
+
+def test_a_config_with_functions_is_kept_by_their_names(make):
+    trainer = make("ddpo", **QUICK)
+    trainer.config.rewards = {redness: 1.0}
+    trainer.train()
+    run = checkpoint.load(trainer.dir)["run"]
+    assert run["config"]["rewards"] == {"test_trainer:redness": 1.0}
+    assert run["versions"]["diffalign"] == __version__
 
 
 def test_what_cannot_be_resumed_is_named(make, tmp_path):

@@ -43,8 +43,8 @@ def save(run_dir: Path, state: Mapping[str, Any], keep: int = 2) -> Path:
 
     The folder gets its name when it is whole and on the disk: a kill or a power cut leaves the
     checkpoints that were there. Processes that save at once, as when one of them fails and ends the
-    others, do so one after the other. Raises OSError where the disk refuses, TypeError for a value
-    that cannot be kept.
+    others, do so one after the other. Raises OSError where the disk refuses, ConfigError for a
+    value that cannot be kept.
     """
     run_dir = Path(run_dir)
     target = run_dir / f"checkpoint-{state['epoch']}"
@@ -75,6 +75,11 @@ def save(run_dir: Path, state: Mapping[str, Any], keep: int = 2) -> Path:
         for path in found(run_dir)[keep:]:
             shutil.rmtree(path, ignore_errors=True)
     return target
+
+
+def check(state: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a value that `save` would not keep."""
+    _split(state, "", {})
 
 
 @contextmanager
@@ -208,7 +213,12 @@ def _split(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         return {"!tuple": each} if isinstance(value, tuple) else each
     if value is None or isinstance(value, (bool, int, float, str)):
         return value  # NaN and infinity too, which Python's JSON reads
-    raise TypeError(f"{where}: a {type(value).__name__} cannot be kept in a checkpoint")
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):  # of numpy
+        return value.item()
+    raise ConfigError(
+        f"{where}: a {type(value).__name__} cannot be kept in a checkpoint; a state has tensors, "
+        "numbers, texts, None, and lists, tuples and dicts of them"
+    )
 
 
 def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -16,7 +16,8 @@ from torch import Tensor
 from rewards import RewardError
 from rewards.redaction import redact
 
-from .. import report
+from .. import __version__, report
+from ..config import TrainConfig
 from ..config.decoding import ConfigError
 from ..drawing import grids
 from ..record import checkpoint, folder, pictures
@@ -89,10 +90,15 @@ def open_record(trainer: Trainer, resume: bool, overwrite: bool) -> Tracker:
         if trainer.main:
             pictures.drop(trainer.dir, after=trainer.epoch)
             checkpoint.drop(trainer.dir, after=trainer.epoch)
-            resolved = copy.deepcopy(config)
-            resolved.rewards = identity.named(trainer.plan.rewards)
-            resolved.save(trainer.dir / "config.yaml")
+            resolved(trainer).save(trainer.dir / "config.yaml")
     return tracker
+
+
+def resolved(trainer: Trainer) -> TrainConfig:
+    """The config with the rewards that the trainer was given, by name."""
+    config = copy.deepcopy(trainer.config)
+    config.rewards = identity.named(trainer.plan.rewards)
+    return config
 
 
 def report_on(trainer: Trainer) -> None:
@@ -147,7 +153,7 @@ def state(trainer: Trainer) -> dict[str, Any]:
         "run": {
             "digest": identity.digest(trainer.settings),
             "settings": trainer.settings,
-            "config": redact(trainer.config.to_dict()),
+            "config": redact(resolved(trainer).to_dict()),
             "versions": versions(),
         },
     }
@@ -267,8 +273,9 @@ def _copied(value: Any) -> Any:
 
 def versions() -> dict[str, str]:
     """Of the programs whose versions a state may depend on."""
-    names = ("diffalign", "torch", "diffusers", "transformers", "peft", "accelerate")
-    return {"python": platform.python_version()} | {n: metadata.version(n) for n in names}
+    names = ("torch", "diffusers", "transformers", "peft", "accelerate")
+    own = {"diffalign": __version__, "python": platform.python_version()}  # may not be installed
+    return own | {name: metadata.version(name) for name in names}
 
 
 def _wrote(state: Mapping[str, Any]) -> str:

@@ -92,6 +92,7 @@ class Trainer:
             for note in saving.restore(self, state, changed, force):
                 self.say(note)
         self.complete = saving.state(self)  # as of the last epoch that was finished
+        checkpoint.check(self.complete)
         self.tracker = saving.open_record(self, bool(resume), overwrite)
 
     def _build(self) -> None:

@@ -225,8 +225,11 @@ def main() -> None:
         return {}
 
     file = args.out / "training.pt"
-    every, limit = max(500, steps // 10), args.minutes
-    print({args.family: fit(trained, loss, steps, 1e-3, file, 0.999, 0.01, report, every, limit)})
+    figures = fit(
+        trained, loss, steps, 1e-3, file, report=report, report_every=max(500, steps // 10),
+        minutes=args.minutes,
+    )  # fmt: skip
+    print({args.family: figures})
     for module in trained.values():
         module.eval().to(memory_format=torch.contiguous_format)
     pipe.save_pretrained(args.out)
