@@ -91,8 +91,9 @@ def measured(method: str, seed: int, lr: float | None) -> dict[str, Any]:
     name = f"{method}, seed {seed}" + (f", lr {lr:g}" if seed == CHOICE else "")
     if name not in results():
         found = trained(method, seed, lr)
-        text = json.dumps(results() | {name: found}, indent=1)  # another process may have written
-        write_atomic(RESULTS, f"{text}\n".encode())
+        known = results() | {name: found}  # another process may have written
+        lines = ",\n".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in known.items())
+        write_atomic(RESULTS, f"{{\n{lines}\n}}\n".encode())
     return results()[name]
 
 
