@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from . import check, from_arguments
 
@@ -14,7 +16,10 @@ TOKEN_VARIABLE = "REWARD_SERVER_TOKEN"
 
 
 def serve(arguments: Sequence[str] | None = None) -> int:
-    """Serves until interrupted; returns the exit status. Raises ValueError for a wrong setting."""
+    """Serves until SIGINT or SIGTERM, then finishes what it has; returns the exit status.
+
+    Raises ValueError for a wrong setting.
+    """
     parser = argparse.ArgumentParser(
         prog="diffalign serve-rewards", description="Serve rewards over HTTP."
     )
@@ -34,6 +39,12 @@ def serve(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--device", help="cuda, cuda:1, mps or cpu; default: the first there is")
     parser.add_argument("--timeout", type=float, default=120.0, help="seconds to receive, to score")
+    parser.add_argument(
+        "--grace", type=float, default=30.0, help="seconds to finish requests when told to stop"
+    )
+    parser.add_argument(
+        "--connections", type=int, default=64, help="at a time; a request beyond them gets 503"
+    )
     args = parser.parse_args(arguments)
     if not args.token and args.host not in ("127.0.0.1", "localhost", "::1"):
         raise ValueError(f"--host {args.host} is open to others: set --token or ${TOKEN_VARIABLE}")
@@ -41,23 +52,44 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         raise ValueError(f"--port {args.port} is no port; use one from 1 to 65535, or 0 for any")
     if not 0 < args.timeout < math.inf:
         raise ValueError(f"--timeout {args.timeout:g} is no time to wait; use seconds above 0")
+    if not 0 <= args.grace < math.inf:
+        raise ValueError(f"--grace {args.grace:g} is no time to wait; use seconds, 0 or more")
+    if args.connections < 1:
+        raise ValueError(f"--connections {args.connections} serves nobody; use 1 or more")
     spec = from_arguments(args.reward)
     check(spec)
     try:
         import fastapi  # noqa: F401  (app needs it)
-        import uvicorn
+        import prometheus_client  # noqa: F401
+
+        from .connections import Server
     except ModuleNotFoundError as error:
-        raise ValueError(f"{error}; serving needs: pip install fastapi uvicorn") from error
+        needed = "pip install fastapi uvicorn prometheus-client"
+        raise ValueError(f"{error}; serving needs: {needed}") from error
     with _bound(args.host, args.port) as listener:  # before the rewards are loaded
         from .device import choose_device, default_device
         from .server import app
 
         choose_device(args.device)
         api = app(spec, args.token, default_device(), timeout=args.timeout)
-        config = uvicorn.Config(api, host=args.host, port=args.port, access_log=False)
+        server = Server(api, args.host, args.port, most=args.connections, grace=args.grace)
         print(f"serving {', '.join(spec)} at {args.host}:{listener.getsockname()[1]}", flush=True)
-        uvicorn.Server(config).run(sockets=[listener])
+        with _stopped_by_signals():
+            server.run(sockets=[listener])
     return 0
+
+
+@contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Ignore the signals that uvicorn sends to the process again when it has stopped for them."""
+    before = {}
+    try:
+        for one in (signal.SIGINT, signal.SIGTERM):
+            before[one] = signal.signal(one, lambda *_: None)
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .base import Reward
-from .http import Http, check_http, check_whole, png_base64, token_from
+from .http import PATIENCE, Http, check_http, check_whole, in_threads, png_base64, token_from
 
 T = TypeVar("T")
 
@@ -65,8 +64,9 @@ class VLM(Reward):
     {minimum} and {maximum}. ``pattern`` has one group; in pairwise mode it captures 1, 2 or tie.
     The model answers at temperature 0 with at most ``max_tokens`` tokens. ``workers`` questions run
     at a time; the values keep the order of the images. ``api_key_env`` names the environment
-    variable with the key. ``retries`` limits the repeats of a request (see ``Http.ask``) and,
-    counted separately, of a question whose answer is unreadable.
+    variable with the key. ``retries`` limits the repeats of a question whose answer is unreadable;
+    ``timeout``, of a reply, and ``patience``, with a server that is away, are in seconds, as in
+    ``Http.ask``. ``url`` may be a list of servers of the same model.
 
     Raises RuntimeError for an answer that stays unreadable. In pairwise mode it raises only if the
     share of such answers exceeds ``max_failures``, or if an image has no judged pair (for instance
@@ -78,7 +78,7 @@ class VLM(Reward):
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         model: str,
         mode: str = "score",
         template: str | None = None,
@@ -91,13 +91,15 @@ class VLM(Reward):
         workers: int = 8,
         max_failures: float = 0.1,
         max_tokens: int = 2048,
+        patience: float = PATIENCE,
     ):
         options = {
             key: value for key, value in locals().items() if key not in ("self", "__class__")
         }
         self.check_options(**options)
         super().__init__()
-        self.http = Http(url, token_from(api_key_env), timeout, retries)
+        self.http = Http(url, token_from(api_key_env), timeout, patience)
+        self.retries = retries
         self.model, self.mode, self.per_group = model, mode, mode == "pairwise"
         self.template = template or TEMPLATES[mode]
         self.pattern = re.compile(pattern or PATTERNS.get(mode, "()"), re.IGNORECASE)
@@ -120,9 +122,11 @@ class VLM(Reward):
         workers=1,
         max_failures=0.0,
         max_tokens=1,
+        patience=0.0,
         **options,
     ):
-        check_http(url, timeout, retries, api_key_env)
+        check_http(url, timeout, patience, api_key_env)
+        check_whole(0, retries=retries)
         check_whole(1, workers=workers, max_tokens=max_tokens)
         if mode not in TEMPLATES:
             raise ValueError(f"mode={mode!r} is not one of {', '.join(TEMPLATES)}")
@@ -219,13 +223,13 @@ class VLM(Reward):
 
     def _until_read(self, read: Callable[[str], T | None], text: str, files: list[str]) -> T:
         answer = ""
-        for _ in range(self.http.retries + 1):
+        for _ in range(self.retries + 1):
             answer = self._ask(text, files, max_tokens=self.max_tokens)["message"]["content"] or ""
             value = read(answer)
             if value is not None and value != "":
                 return value
         raise UnreadableAnswer(
-            f"{self.model} at {self.http.url}: no readable answer in {self.http.retries + 1} "
+            f"{self.model} at {self.http.url}: no readable answer in {self.retries + 1} "
             f"replies to {text!r}; the last ends with {answer[-300:]!r}"
         )
 
@@ -267,8 +271,7 @@ class VLM(Reward):
         return choice
 
     def _map(self, function: Callable[[Any], T], items: Iterable[Any]) -> list[T]:
-        with ThreadPoolExecutor(self.workers) as pool:  # after an error map cancels the rest
-            return list(pool.map(function, items))
+        return in_threads(function, items, self.workers)
 
 
 class UnreadableAnswer(RuntimeError):

@@ -8,11 +8,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 @contextlib.contextmanager
-def served(api):
-    """(address, server) of the application in a thread."""
-    import uvicorn
+def served(api, port=0, **options):
+    """(address, server) of the application in a thread; options as of `Server`."""
+    from rewards.connections import Server
 
-    server = uvicorn.Server(uvicorn.Config(api, port=0, log_level="error"))
+    server = Server(api, port=port, log_level="error", **options)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
@@ -24,6 +24,20 @@ def served(api):
     finally:
         server.should_exit = True
         thread.join()
+
+
+def slow(images, prompts):
+    """A reward that takes as many seconds as the first prompt says."""
+    time.sleep(float(prompts[0]))
+    return images.mean((1, 2, 3))
+
+
+def until(condition, seconds=20):
+    """Wait until the condition holds."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 @contextlib.contextmanager

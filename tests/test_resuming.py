@@ -81,7 +81,7 @@ MAY = {
     "algorithm/clip_range": 1e-4,
     "rewards/jpeg": {"weight": 1.0},
     # where a reward is served
-    "rewards/remote": {"url": "http://b", "name": "x", "timeout": 9.0, "retries": 1},
+    "rewards/remote": {"url": "http://b", "name": "x", "timeout": 9.0, "patience": 1.0},
 }
 
 

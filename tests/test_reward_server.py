@@ -4,10 +4,8 @@ import base64
 import contextlib
 import gc
 import io
-import itertools
 import json
 import math
-import random
 import socket
 import struct
 import time
@@ -17,10 +15,10 @@ from concurrent.futures import ThreadPoolExecutor
 import psutil
 import pytest
 import torch
-from helpers_http import served, stub
+from helpers_http import served, slow, stub
 from PIL import Image
 
-from rewards import build, evaluate, http
+from rewards import build, evaluate, http, remote
 from rewards.remote import Remote
 from rewards.serve import serve
 from rewards.server import app
@@ -28,6 +26,7 @@ from rewards.server import app
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("prometheus_client")
 
 AUTH = {"Authorization": "Bearer secret"}
 CLIENT = httpx.Client(timeout=20)
@@ -52,11 +51,6 @@ def named(images, prompts, metadata=None):
 
 def broken(images, prompts):
     raise OSError("the weights are gone")
-
-
-def slow(images, prompts):
-    time.sleep(float(prompts[0]))
-    return images.mean((1, 2, 3))
 
 
 def picture(number, side=8):
@@ -115,18 +109,18 @@ def test_remote_equals_local_on_8_bit_images(server):
         "batch": 3,
         "token_env": "REWARD_KEY",
     }
-    remote = build(
+    away = build(
         {
             "size": {**options, "name": "jpeg"},
             "light": {**options, "name": "brightness", "weight": 2.0},
         }
     )
     expected = local(eight_bit, [""] * 7)
-    assert torch.equal(remote(images, [""] * 7), expected)
-    assert torch.equal(remote(eight_bit, [""] * 7, [{}] * 7), expected)
-    assert not remote.differentiable
+    assert torch.equal(away(images, [""] * 7), expected)
+    assert torch.equal(away(eight_bit, [""] * 7, [{}] * 7), expected)
+    assert not away.differentiable
     with pytest.raises(ValueError, match=r"rewards\.size is not differentiable.*server"):
-        remote.require_differentiable()
+        away.require_differentiable()
 
 
 def test_health_and_score_protocol(server):
@@ -143,11 +137,11 @@ def test_health_and_score_protocol(server):
     assert httpx.get(f"{server}/docs", headers=AUTH).status_code == 404
 
 
-@pytest.mark.parametrize("path", ["/health", "/score"])
+@pytest.mark.parametrize("path", ["/health", "/metrics", "/score"])
 @pytest.mark.parametrize("given", [None, "", "Bearer", "Bearer Secret", "secret", "Bearer sécret"])
 def test_wrong_or_missing_token(server, path, given):
     headers = {} if given is None else {"Authorization": given.encode()}
-    reply = httpx.request("GET" if path == "/health" else "POST", server + path, headers=headers)
+    reply = httpx.request("POST" if path == "/score" else "GET", server + path, headers=headers)
     assert reply.status_code == 401
     assert reply.json() == {"detail": "wrong or missing token"}
 
@@ -188,12 +182,19 @@ REQUESTS = {
     "NaN": (json.dumps(good(metadata=[{"a": math.nan}])), "NaN is not a JSON number"),
     "metadata": (good(metadata=[3]), "metadata is not a list of objects"),
     "prompts": (good(prompts=["a", "b"]), "2 prompts for 1 images"),
+    "names": (good(names=["jpeg"] * 5), "5 names; a request holds from 1 to 4, or null"),
+    "no names": (good(names=[]), "0 names; a request holds from 1 to 4, or null"),
+    "a name twice": (good(names=["jpeg", "jpeg"]), "names has 'jpeg' 2 times; give it once"),
     "unknown reward": (good(names=["other"]), "no reward 'other'; there are: brightness"),
     "unknown key": (good(model="\ud800"), "unknown 'model'"),
     "none": (good(0), "0 images; a request holds from 1 to 4"),
     "too many": (good(5), "5 images; a request holds from 1 to 4"),
     "a bomb": (good(images=[text64(BOMB)]), "image 0: 2500000000 pixels with it, the limit"),
     "pixels in all": (good(2, images=[text64(png(60, 60))] * 2), "image 1: 7200 pixels with it"),
+    "pixels by names": (
+        good(images=[text64(png(60, 60))], names=["jpeg", "brightness"]),
+        "image 0: 7200 pixels with it, the limit is 5000; each counts for 2 rewards",
+    ),
 }
 
 
@@ -260,8 +261,10 @@ def test_a_thousand_requests_from_sixteen_threads(server):
 
 
 def test_reward_failure_names_the_reward(server):
-    remote = Remote(server, "broken", token_env="REWARD_KEY", retries=3, batch=4)
-    with pytest.raises(RuntimeError, match=r"status 500.*reward 'broken' raised OSError.*1 of 4"):
+    remote = Remote(server, "broken", token_env="REWARD_KEY", batch=4)
+    with pytest.raises(
+        RuntimeError, match=r"status 500.*reward 'broken' raised OSError.*attempts: 1, sec"
+    ):
         evaluate(remote, torch.rand(2, 3, 8, 8), ["a", "b"])
     named_remote = Remote(server, "named", token_env="REWARD_KEY", batch=4)
     with pytest.raises(RuntimeError, match="JSON"):  # NaN in the metadata never leaves
@@ -290,8 +293,11 @@ def test_constructor_refuses_what_cannot_work(server, monkeypatch):
         Remote(server, "clip", token_env="REWARD_KEY")
     with pytest.raises(ValueError, match=r"batch=5 is more than .* takes: 4"):
         Remote(server, "jpeg", token_env="REWARD_KEY", batch=5)
-    with pytest.raises(ValueError, match=r"ConnectError.*attempt 2 of 2"):
-        Remote("http://127.0.0.1:9", "jpeg", retries=1)
+    monkeypatch.setattr(http, "LONGEST_WAIT", 0.1)
+    monkeypatch.setattr(remote, "START_PATIENCE", 0.2)
+    for url in ("http://127.0.0.1:9", [server, "http://127.0.0.1:9"]):  # in seconds, not minutes
+        with pytest.raises(ValueError, match=r"127.0.0.1:9/health: ConnectError.*seconds: 0"):
+            Remote(url, "brightness", token_env="REWARD_KEY", batch=4)
     with (
         stub(lambda *_: (200, [])) as other,
         pytest.raises(ValueError, match="not a reward server"),
@@ -303,35 +309,16 @@ def test_constructor_refuses_what_cannot_work(server, monkeypatch):
         ({"url": "http://a:b:c"}, "not an address"),
         ({"url": "http://me:pw@host"}, "holds a password"),
         ({"timeout": 0}, "timeout=0"),
-        ({"retries": -1}, "retries=-1"),
+        ({"patience": -1}, "patience=-1"),
+        ({"patience": math.inf}, "patience=inf"),
+        ({"url": []}, r"url=\[\] is not an address"),
+        ({"url": ["http://localhost:1", "localhost"]}, "url='localhost' is not an address"),
         ({"batch": 0}, "batch=0"),
         ({"token_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is not set"),
         ({"token_env": "s3cret!"}, "name of an environment variable is none"),
     ):
         with pytest.raises(ValueError, match=message):
             Remote.check_options(**{"url": "http://localhost:1", **options})
-
-
-@pytest.mark.parametrize("status", [429, 502, 503, 504])
-def test_retries_until_the_server_is_back(status):
-    asked = itertools.count()
-
-    def answer(path, payload, headers):
-        if path == "/health":
-            health = {"version": 1, "max_images": 16, "rewards": {"r": {"differentiable": False}}}
-            return 200, health
-        if next(asked) < 2:
-            return status, {"detail": "come back"}
-        return 200, {"scores": {"r": [1.0] * len(payload["images"])}}
-
-    state = random.getstate()
-    with stub(answer) as address:
-        remote = Remote(address, "r", retries=2)
-        assert remote(torch.rand(3, 3, 8, 8), ["a"] * 3).tolist() == [1.0] * 3
-        asked = itertools.count(-1)
-        with pytest.raises(RuntimeError, match=rf"score: status {status}: .*come back.*3 of 3"):
-            remote(torch.rand(1, 3, 8, 8), ["a"])
-    assert random.getstate() == state  # a retry moves no generator of the run
 
 
 @pytest.mark.parametrize("values", [[1.0, 2.0], [], ["x"], None, [math.nan]])
@@ -342,15 +329,6 @@ def test_wrong_reply_is_an_error(values):
 
     with stub(answer) as address, pytest.raises(RuntimeError, match="unexpected reply"):
         Remote(address, "r")(torch.rand(1, 3, 8, 8), ["a"])
-
-
-def test_server_dies_midway():
-    with served(app({brightness: 1.0})) as (address, server):
-        remote = Remote(address, "brightness", retries=1)
-        assert remote(torch.ones(1, 3, 8, 8), ["a"]).tolist() == [1.0]
-        server.should_exit = True
-        with pytest.raises(RuntimeError, match=r"127.0.0.1.*/score: \w+Error.*attempt 2 of 2"):
-            [remote(torch.ones(1, 3, 8, 8), ["a"]) for _ in range(10_000)]
 
 
 def test_command_line(monkeypatch):
@@ -370,6 +348,8 @@ def test_command_line(monkeypatch):
         ("--port", "70000", "is no port"),
         ("--timeout", "0", "no time to wait"),
         ("--timeout", "nan", "no time to wait"),
+        ("--grace", "-1", "no time to wait"),
+        ("--connections", "0", "serves nobody"),
         ("--device", "cuda:99", "--device cuda:99 cannot be used"),
         ("--device", "gpu", "--device gpu cannot be used"),
     ):

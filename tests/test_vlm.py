@@ -198,7 +198,9 @@ def test_vlm_critique_and_refine():
 def test_vlm_reports_the_endpoint():
     with stub(lambda *_: (404, {"error": {"message": "no model judge"}})) as address:
         vlm = VLM(f"{address}/v1", "judge")
-        with pytest.raises(RuntimeError, match=r"completions: status 404.*no model judge.*1 of 4"):
+        with pytest.raises(
+            RuntimeError, match=r"completions: status 404.*no model judge.*attempts: 1, "
+        ):
             vlm(gray(0.5, 0.6), ["a", "b"])
     with (
         stub(lambda *_: (200, {"error": "x"})) as address,

@@ -41,7 +41,9 @@ MAY_CHANGE = frozenset(
 )
 """Settings that a resumed run may have otherwise; every other one must be as it was."""
 
-SERVING = frozenset({"url", "token_env", "api_key_env", "timeout", "retries", "batch", "workers"})
+SERVING = frozenset(
+    {"url", "token_env", "api_key_env", "timeout", "patience", "retries", "batch", "workers"}
+)
 """Options of a reward, or judge, that say where it is served and how it is asked: they may change
 too, and are not kept."""
 
