@@ -190,8 +190,6 @@ def ours(job: dict[str, Any]) -> tuple[Any, Any]:
     from diffalign.training.trainer import Trainer
 
     trainer = Trainer(config(job))
-    trainer.encode_prompts()
-    trainer.policy.free_text_encoders()
 
     def epoch(i: int) -> float:
         return trainer.run_epoch(i)["reward_mean"]

@@ -79,8 +79,6 @@ def measured(config: str, model: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(settings(config, model, folder))
         expected = need(trainer.plan, "cpu")
-        trainer.encode_prompts()
-        trainer.policy.free_text_encoders()
         gc.collect()
         real = [t for t in gc.get_objects() if type(t) in (torch.Tensor, torch.nn.Parameter)]
         rewards = alive([*trainer.reward.parameters(), *trainer.reward.buffers()])

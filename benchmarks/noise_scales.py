@@ -83,8 +83,6 @@ def main() -> None:
             if reward in found.get(algorithm, {}):
                 continue
             with temporary(config(algorithm, reward)) as trainer:
-                trainer.encode_prompts()
-                trainer.policy.free_text_encoders()
                 seen = probe(trainer, UPDATES)
             found.setdefault(algorithm, {})[reward] = {
                 "seen": seen.seen[ALL],

@@ -12,6 +12,7 @@ from torch import nn
 from diffalign.commands import cli
 from diffalign.record.metrics import Meter
 from diffalign.training import saving
+from diffalign.training.learning import Update
 from diffalign.training.noise_scale import HOPELESS, TELLING, NoiseScale, Parts, scale
 
 make = helpers_algorithms.make  # the fixture
@@ -103,9 +104,9 @@ def summed(trainer, rows, data, credit, plan):
     trainer.optimizer.adamw.zero_grad()
     n = trainer.plan.samples
     if credit is None:
-        split = trainer.learner.sweep(data, rows, n, plan, Meter(), {}, [])
+        split = trainer.learner.sweep(data, Update(rows, n, n), plan, Meter(), {}, [])
     else:
-        split = trainer.learner.accumulate(data, credit, rows, n, True, Meter())
+        split = trainer.learner.accumulate(data, credit, Update(rows, n, n), True, Meter())
     return split, torch.cat([p.grad.flatten() for p in trainer.optimizer.trained])
 
 
@@ -140,7 +141,7 @@ def test_parts_are_the_gradients_of_prompts(make, algorithm):
 
 
 def test_a_run_logs_it_and_goes_on_with_it(make):
-    trainer = make("awm", **{"sampler.kernel": "ode", "train.micro_batch": 2})
+    trainer = make("awm", **{"sampler.kernel": "ode", "train.micro_batch": 2, "train.epochs": 3})
     rows = [trainer.run_epoch(i) for i in range(3)]
     assert all({"gradient_signal", "gradient_noise"} <= row.keys() for row in rows)
     assert "noise_scale_least" not in rows[0]

@@ -19,6 +19,7 @@ from diffalign.algorithms.alignprop import AlignProp
 from diffalign.algorithms.draft import DRaFT
 from diffalign.algorithms.drtune import DRTune
 from diffalign.algorithms.refl import ReFL
+from diffalign.config.prompts import divided
 from diffalign.dynamics import noised
 from diffalign.policies import Cond
 from diffalign.sampling.adjoint import Surrogate, adjoint_sweep
@@ -275,10 +276,10 @@ def test_every_update_differentiates_a_chain_of_its_own_weights(
     data, plans = trainer._sample(0), trainer.learner.surrogates(0)
     updates = list(trainer.learner._updates(0))
     assert len(found) == len(plans) == len(updates) == len(weights) == 4
-    assert [len(rows) for rows, _ in updates] == [2] * 4
-    for got, plan, (rows, _), then in zip(found, plans, updates, weights, strict=True):
+    assert [len(update.mine) for update in updates] == [2] * 4
+    for got, plan, update, then in zip(found, plans, updates, weights, strict=True):
         policy.load_state_dict(then)
-        loss, _ = stated(trainer, data, rows, plan)
+        loss, _ = stated(trainer, data, update.mine, plan)
         expected = flat(torch.autograd.grad(loss, trainer.optimizer.trained))
         assert expected.norm() > 1e-5
         assert (got - expected).norm() < 1e-4 * expected.norm()
@@ -303,7 +304,8 @@ def test_shares_of_two_processes_add_up(make, monkeypatch):
     for rank, world in ((0, 1), (0, 2), (1, 2)):
         own = slice(0, 4) if world == 1 else slice(2 * rank, 2 * rank + 2)
         part = Samples(data.prompts[own], data.keys[own], data.cond[own])
-        replace(trainer.learner, rank=rank, world=world).from_gradients(0, part, plans)
+        shares = divided(4, world)
+        replace(trainer.learner, rank=rank, shares=shares).from_gradients(0, part, plans)
     whole, first, second = (torch.stack(taken[i : i + 4]) for i in (0, 4, 8))
     assert (whole.norm(dim=1) > 1e-4).all()
     assert (first.norm(dim=1) == 0).sum() == (second.norm(dim=1) == 0).sum() == 2

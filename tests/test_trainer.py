@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from conftest import perturb
@@ -12,7 +13,9 @@ from diffalign import TrainConfig, Trainer, TrainingStopped
 from diffalign.algorithms.ddpo import DDPO
 from diffalign.dynamics import Gaussian
 from diffalign.policies import lora
+from diffalign.policies.unet import UNetPolicy
 from diffalign.record.metrics import read_metrics
+from diffalign.training import saving
 from diffalign.verdict import VERDICTS
 
 OBJECTS = ["dog", "cat", "apple", "car", "bus", "house", "tree", "star"]
@@ -430,6 +433,7 @@ def test_an_overflow_in_float16_skips_the_step_and_lowers_the_scale(make):
     assert torch.equal(weights(trainer), before)
     assert trainer.optimizer.scaler.get_scale() == scale / 2
     trainer.epoch = 1
+    trainer.complete = saving.state(trainer)
     trainer.save()
     resumed = make("draft", resume=True, **{"model.dtype": "float16", "train.epochs": 2})
     assert resumed.optimizer.scaler.state_dict() == trainer.optimizer.scaler.state_dict()
@@ -437,10 +441,16 @@ def test_an_overflow_in_float16_skips_the_step_and_lowers_the_scale(make):
 
 
 def test_text_encoders_are_freed_once_the_prompts_are_known(make, monkeypatch):
-    trainer = make("ddpo", **{"train.epochs": 2, "data.groups": 2})
-    seen = []
-    encode = trainer.policy.embed
-    monkeypatch.setattr(trainer.policy, "embed", lambda texts: seen.extend(texts) or encode(texts))
+    seen, encode = [], UNetPolicy.embed
+
+    def embed(policy, texts):
+        assert next(policy.network.parameters()).requires_grad is False  # it is not ready yet
+        seen.extend(texts)
+        return encode(policy, texts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UNetPolicy, "embed", embed)
+        trainer = make("ddpo", **{"train.epochs": 2, "data.groups": 2})
     trainer.train()
     assert trainer.policy.pipe.text_encoder is None
     assert len(seen) == len(set(seen)) == len(OBJECTS) + 1  # held-out texts, and ""
@@ -480,9 +490,7 @@ def test_every_family_trains(make, pipelines, kind, algorithm):
 
 def test_processes_that_do_not_know_of_each_other_are_refused(make, monkeypatch, tmp_path):
     """Each would train alone and write over the other's files."""
-    from diffalign.training import trainer
-
-    real = trainer.Accelerator
+    real = accelerate.Accelerator
 
     def alone(**options):
         accelerator = real(**options)
@@ -490,7 +498,7 @@ def test_processes_that_do_not_know_of_each_other_are_refused(make, monkeypatch,
         monkeypatch.setenv("LOCAL_RANK", "0")
         return accelerator
 
-    monkeypatch.setattr(trainer, "Accelerator", alone)
+    monkeypatch.setattr(accelerate, "Accelerator", alone)
     with pytest.raises(ValueError, match=r"2 processes were launched.*ACCELERATE_USE_CPU=true"):
         make("ddpo")
     assert not list(tmp_path.glob("**/config.yaml"))

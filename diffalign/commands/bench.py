@@ -59,9 +59,6 @@ def temporary(config: TrainConfig) -> Iterator[Trainer]:
 
 
 def _rounds(trainer: Trainer, rounds: int) -> list[Round]:
-    if trainer.config.model.free_text_encoders:
-        trainer.encode_prompts()
-        trainer.policy.free_text_encoders()
     trainer.run_epoch(0)
     found = []
     for epoch in range(1, rounds + 1):

@@ -19,9 +19,6 @@ def run(config: TrainConfig, epochs: int) -> str:
     what an update takes that is half signal."""
     plan = Plan.make(config)
     with temporary(config) as trainer:
-        if config.model.free_text_encoders:
-            trainer.encode_prompts()
-            trainer.policy.free_text_encoders()
         found = probe(trainer, epochs)
         levels = trainer.sampling.levels
         ratios = (levels.sigma / levels.alpha).tolist()

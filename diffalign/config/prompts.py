@@ -8,6 +8,7 @@ import os
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Union
 
@@ -173,6 +174,13 @@ def _from_entry(entry: dict[str, Any]) -> Prompt:
     return Prompt(text.strip(), entry)
 
 
+def divided(n: int, parts: int, unit: int = 1) -> list[range]:
+    """n things, of which each `unit` stay together, in `parts` of neighbors, as even as can be."""
+    few, more = divmod(n // unit, parts)
+    ends = [unit * (i * few + min(i, more)) for i in range(parts + 1)]
+    return [range(a, b) for a, b in pairwise(ends)]
+
+
 class PromptSampler:
     """Which prompts an epoch uses: a pure function of (seed, epoch), so resuming needs no state.
 
@@ -198,17 +206,11 @@ class PromptSampler:
             ids += self._order(turn + 1)[: self.groups - len(ids)]
         return ids
 
-    def share(self, k: int, rank: int, world: int) -> list[int]:
-        """The ids of epoch k for process `rank` of `world`; each process gets the same number."""
-        ids = self.epoch(k)
-        size = len(ids) // world
-        return ids[rank * size : (rank + 1) * size]
-
-    def seen(self, epochs: Iterable[int], rank: int, world: int) -> set[int]:
-        """The ids that a process gets in any of the epochs."""
+    def seen(self, epochs: Iterable[int], places: slice) -> set[int]:
+        """The ids at these places of any of the epochs."""
         ids: set[int] = set()
         for k in epochs:
-            ids |= set(self.share(k, rank, world))
+            ids |= set(self.epoch(k)[places])
             if len(ids) == self.n:
                 break
         return ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from .flux import FluxPolicy
 from .lora_files import check as check_lora
 from .run_folder import resolve
 from .sd3 import SD3Policy
+from .sharding import Team
 from .unet import UNetPolicy
 
 if TYPE_CHECKING:
@@ -121,14 +123,18 @@ def load(
     attention: str = "auto",
     compile: bool = False,
     vae_dtype: str = "float32",
+    team: Team | None = None,
+    place: bool = True,
 ) -> Policy:
     """The policy of a local pipeline folder or a hub id such as "org/model".
 
     dtype: of the frozen network and the text encoders; float32, bfloat16 or float16. train_all:
     every weight of the denoiser trains; these weights are then float32 and run in dtype.
     merge_lora: a LoRA that is merged into the model first. attention and compile: see
-    `acceleration.accelerate`. vae_dtype: that the VAE decodes in. Raises what `family` raises, and
-    ConfigError for an attention kernel that cannot run.
+    `acceleration.accelerate`. vae_dtype: that the VAE decodes in. team: processes that load it at
+    the same time, of which one on each machine reads the weights. place: False leaves the denoiser
+    where it was read until `Policy.place`. Raises what `family` raises, and ConfigError for an
+    attention kernel that cannot run.
     """
     check_acceleration(attention, compile)
     from . import loading  # imports diffusers: seconds that a refusal need not wait for
@@ -139,10 +145,14 @@ def load(
     dtypes = {"default": half, "vae": getattr(torch, vae_dtype)}
     if train_all:
         dtypes[kind.denoiser] = torch.float32
-    policy = kind(pipeline(name, merge_lora, torch_dtype=dtypes), device, half, size)
-    policy.read_base = partial(loading.denoiser, name, merge_lora, kind.denoiser)
+    made = pipeline if team is None or team.reads else loading.without_weights
+    policy = kind(made(name, merge_lora, torch_dtype=dtypes), device, half, size)
+    policy.place(team, denoiser=False)
     if train_all:
         policy.network.requires_grad_(True)
+    if place:
+        policy.place(team)
+    policy.read_base = partial(loading.denoiser, name, merge_lora, kind.denoiser)
     policy.accelerate(attention, compile)
     return policy
 
@@ -168,14 +178,29 @@ def check_tiny_vae(tiny: str, name: str) -> None:
         )
 
 
-def prepared(model: ModelConfig, seed: int, device: torch.device | str = "cpu") -> Policy:
+def prepared(
+    model: ModelConfig,
+    seed: int,
+    device: torch.device | str = "cpu",
+    team: Team | None = None,
+    texts: Sequence[str] | None = None,
+) -> Policy:
     """The policy of a config's section `model`, ready to train either a LoRA, which the seed
-    initializes, or all weights of the denoiser."""
+    initializes, or all weights of the denoiser.
+
+    team: the processes that train it. texts: encoded first, after which the text encoders go and
+    the denoiser comes, so that the device never holds both; None keeps the encoders.
+    """
     m = model
     policy = load(
         m.name, device, m.dtype, m.resolution, not m.lora_rank, m.merge_lora, m.attention,
-        m.compile, m.vae_dtype,
+        m.compile, m.vae_dtype, team, place=False,
     )  # fmt: skip
+    policy.max_sequence_length = m.max_sequence_length
+    if texts is not None:
+        policy.encode_all(texts, team)
+        policy.free_text_encoders()
+    policy.place(team)
     if m.tiny_vae is not None:
         policy.add_tiny_vae(m.tiny_vae)
     return _ready(policy, m, seed)
@@ -195,6 +220,8 @@ def skeleton(
         part.to(half)
     pipe.vae.to(getattr(torch, m.vae_dtype))
     policy = kind(pipe, "meta", half, m.resolution or resolve(m.name).resolution)
+    policy.place(denoiser=False)
+    policy.place()
     policy.network.requires_grad_(not m.lora_rank)
     _ready(policy, m, 0)
     for part in (policy.network, policy.vae):
@@ -211,7 +238,6 @@ def _ready(policy: Policy, m: ModelConfig, seed: int) -> Policy:
     if m.lora_rank:
         policy.add_lora(m.lora_rank, m.lora_alpha, m.lora_targets, seed)
     policy.decode_batch = m.decode_batch
-    policy.max_sequence_length = m.max_sequence_length
     if m.gradient_checkpointing:
         for part in (policy.network, policy.vae, policy.tiny_vae):
             if part is not None:

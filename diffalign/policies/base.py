@@ -20,7 +20,8 @@ from .acceleration import accelerate
 from .cond import Cond
 from .configs import read_config
 from .guidance import Guidance
-from .weights import TrainedWeights
+from .sharding import Saved, Team
+from .weights import LAYOUT, TrainedWeights
 
 
 class Policy(TrainedWeights, ABC):
@@ -45,7 +46,7 @@ class Policy(TrainedWeights, ABC):
         dtype: torch.dtype,
         resolution: int | None = None,
     ):
-        self.pipe = pipe.to(device)
+        self.pipe = pipe
         self.device = torch.device(device)
         self.dtype = dtype
         for part in pipe.components.values():
@@ -54,8 +55,6 @@ class Policy(TrainedWeights, ABC):
         self.network = getattr(pipe, self.denoiser)  # with the adapters on it
         self.vae: Any = pipe.vae
         self.tiny_vae: Any = None
-        for part in (self.network, self.vae):  # convolutions are faster in this order of memory
-            part.to(memory_format=torch.channels_last)
         scheduler = pipe.scheduler
         config = {**scheduler.config, "_class_name": type(scheduler).__name__}
         self.schedule_config = self.scheduler_config(type(pipe).__name__, config)
@@ -63,14 +62,32 @@ class Policy(TrainedWeights, ABC):
         self.resolution = resolution
         self.decode_batch = 16
         self.calls = 0  # samples through the denoiser so far, both branches of CFG counted
-        self._prompts: dict[str, dict[str, Tensor]] = {}
+        self._prompts: dict[str, Mapping[str, Tensor]] = {}
         self.read_base = self._read_base
+        self.sharding = None
         self.accelerated = lambda network: None
         self._copies = {}
         self.setup()
 
     def setup(self) -> None:
         """Set what else a family needs; called once, at the end of `__init__`."""
+
+    def place(self, team: Team | None = None, denoiser: bool = True) -> None:
+        """Move the denoiser, or all else, to the device. Of a `team` one process has read the
+        weights, and the denoiser is divided where the team divides it."""
+        for name, part in self.pipe.components.items():
+            if not isinstance(part, nn.Module) or (name == self.denoiser) != denoiser:
+                continue
+            if denoiser and team is not None and team.divides:
+                self.sharding = team
+                team.divide(part)
+                continue
+            if team is None:
+                part.to(self.device)
+            else:
+                team.spread(part, self.device)
+            if name in (self.denoiser, "vae"):
+                part.to(memory_format=LAYOUT)
 
     @classmethod
     def check(
@@ -194,6 +211,23 @@ class Policy(TrainedWeights, ABC):
         one = rows([negative])  # shown for all
         return Cond(positive, {k: v.expand(len(prompts), *v.shape[1:]) for k, v in one.items()})
 
+    def encode_all(self, texts: Sequence[str], team: Team | None = None) -> None:
+        """Encode texts ahead. The processes of a `team` that are on one machine share the work, and
+        read what it makes from a file that they share."""
+        if team is None or len(team.peers) == 1:
+            if texts:
+                self.encode(texts)
+            return
+        rank, n = team.accelerator.process_index - team.peers.start, len(team.peers)
+        negative = [""] if self.uses_cfg and not self.zero_negative else []
+        texts = sorted({*texts, *negative})
+        mine = texts[rank::n]
+        self.encode(mine)
+        own = {f"{i} {k}": v for i, p in enumerate(mine) for k, v in self._prompts[p].items()}
+        for part, file in enumerate(team.shared(own)):
+            for i, text in enumerate(texts[part::n]):
+                self._prompts[text] = Saved(file, f"{i} ")
+
     def knows(self, prompts: Sequence[str]) -> bool:
         """Whether `encode` can do without text encoders for these prompts."""
         return all(p in self._prompts for p in prompts)
@@ -289,7 +323,7 @@ class Policy(TrainedWeights, ABC):
         from .loading import tiny_vae
 
         vae = tiny_vae(name)
-        vae = vae.to(self.device, memory_format=torch.channels_last)
+        vae = vae.to(self.device, memory_format=LAYOUT)
         self.tiny_vae = vae.requires_grad_(False).eval()
 
     def accelerate(self, attention: str, compile: bool) -> None:

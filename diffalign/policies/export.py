@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import lora
 from .lora_files import KOHYA
 from .run_folder import WEIGHTS
 
 
-def save_lora(pipe: Any, part: str, network: Any, name: str, folder: Path) -> Path:
-    """Write the adapter `name` of a pipeline's denoiser `part` for
+def save_lora(
+    pipe: Any, part: str, network: Any, layers: Mapping[str, Tensor], folder: Path
+) -> Path:
+    """Write a LoRA of a pipeline's denoiser `part`, from `lora.exported`, for
     `pipe.load_lora_weights(folder)`, and that of a UNet for other programs too; returns the path of
     the first file.
 
     Each file is written whole and then replaces the previous one.
     """
-    layers = lora.exported(network, name)
     with TemporaryDirectory(dir=folder) as temporary:
         pipe.save_lora_weights(temporary, **{f"{part}_lora_layers": layers})
         files = {WEIGHTS: Path(temporary) / WEIGHTS}
@@ -30,7 +30,7 @@ def save_lora(pipe: Any, part: str, network: Any, name: str, folder: Path) -> Pa
             from safetensors.torch import save_file
 
             files[KOHYA] = Path(temporary) / KOHYA
-            rank = network.peft_config[name].r
+            rank = network.peft_config["default"].r
             save_file(kohya(layers), files[KOHYA], kohya_metadata(pipe, rank))
         for target, written in files.items():
             written.chmod(0o644)  # safetensors makes files that only the owner can read

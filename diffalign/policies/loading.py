@@ -38,6 +38,19 @@ def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
     """See `policies.pipeline`."""
     model = resolve(name)
     index = read_config(model.base, "model_index.json")
+    parts = _missing(name)
+    if model.denoiser is not None:
+        denoiser = next(k for k in DENOISERS if k in index)
+        parts[denoiser] = _whole(model.denoiser, denoiser, index, options)
+    pipe = _read(name, model.base, {**parts, **options})
+    for part in (*model.loras, *([] if merge_lora is None else [merge_lora])):
+        merge(pipe, part)
+    return pipe
+
+
+def _missing(name: str) -> dict[str, Any]:
+    """The options of `from_pretrained` for what a pipeline is to do without."""
+    index = read_config(resolve(name).base, "model_index.json")
     # diffusers wants None for every part that was saved as missing, such as the T5 of an SD3
     parts: dict[str, Any] = {key: None for key, value in index.items() if value == [None, None]}
     if index["_class_name"] == "StableDiffusionPipeline":
@@ -48,13 +61,7 @@ def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
         parts |= {"add_watermarker": False}
         if index.get("add_watermarker"):
             note(f"{name}: drawn without its watermark, as in training")
-    if model.denoiser is not None:
-        denoiser = next(k for k in DENOISERS if k in index)
-        parts[denoiser] = _whole(model.denoiser, denoiser, index, options)
-    pipe = _read(name, model.base, {**parts, **options})
-    for part in (*model.loras, *([] if merge_lora is None else [merge_lora])):
-        merge(pipe, part)
-    return pipe
+    return parts
 
 
 def denoiser(name: str, merge_lora: str | None, part: str) -> Any:
@@ -72,7 +79,7 @@ def denoiser(name: str, merge_lora: str | None, part: str) -> Any:
     return getattr(pipe, part)
 
 
-def _read(name: str, base: str, options: dict[str, Any]) -> Any:
+def _read(name: str, base: str, options: dict[str, Any], whole: bool = True) -> Any:
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     option = f"model.name={name!r}"
@@ -92,7 +99,7 @@ def _read(name: str, base: str, options: dict[str, Any]) -> Any:
             len(value) <= len(value.all_special_tokens)
         ):
             raise LoadingError(f"{option} has no files of its {key}; give a complete pipeline")
-        if isinstance(value, nn.Module) and any(p.is_meta for p in value.parameters()):
+        if whole and isinstance(value, nn.Module) and any(p.is_meta for p in value.parameters()):
             raise LoadingError(f"{option} has no weights for its {key}; give a complete pipeline")
     return pipe
 
@@ -107,28 +114,45 @@ def _whole(run: str, part: str, index: Any, options: dict[str, Any]) -> Any:
     return pretrained(kind.from_pretrained, option, run, subfolder=part, torch_dtype=dtype)
 
 
+def without_weights(name: str, merge_lora: str | None = None, **options: Any) -> Any:
+    """As `pipeline`, but the weights of all modules are on the meta device, to be received from a
+    process that reads them, with whatever is merged into them."""
+    from accelerate import init_empty_weights
+
+    base, dtypes = resolve(name).base, options["torch_dtype"]
+    with init_empty_weights(include_buffers=False):
+        modules = _modules(base, read_config(base, "model_index.json"))
+    for key, module in modules.items():
+        module.to(dtypes.get(key, dtypes["default"]))
+    return _read(name, base, {**_missing(base), **modules, **options}, whole=False)
+
+
+def _modules(base: str, index: Any) -> dict[str, Any]:
+    """Denoiser, VAE and text encoders of a pipeline, by their configs."""
+    parts = {}
+    for key, value in index.items():
+        kind = value[1] if isinstance(value, list) else None
+        text = "text_encoder" in key
+        if kind is None or not (text or key in ("unet", "transformer", "vae")):
+            continue
+        made = getattr(transformers if text else diffusers, kind)
+        config = read_config(base, f"{key}/config.json")
+        parts[key] = made(made.config_class.from_dict(config)) if text else made.from_config(config)
+    return parts
+
+
 def skeleton(name: str) -> Any:
     """The pipeline of a model by its configs, on the meta device and without tokenizers."""
     base = resolve(name).base
     index = read_config(base, "model_index.json")
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {k: None for k, v in index.items() if isinstance(v, list)}
+    with torch.device("meta"):
+        parts |= _modules(base, index)
     for key, value in index.items():
-        if not isinstance(value, list):
-            continue
-        kind, parts[key] = value[1], None
+        kind = value[1] if isinstance(value, list) else None
         if kind is None:
             continue
-        if (text := "text_encoder" in key) or key in ("unet", "transformer", "vae"):
-            made, config = (
-                getattr(transformers if text else diffusers, kind),
-                read_config(base, f"{key}/config.json"),
-            )
-            with torch.device("meta"):
-                if text:
-                    parts[key] = made(made.config_class.from_dict(config))
-                else:
-                    parts[key] = made.from_config(config)
-        elif key == "scheduler":
+        if key == "scheduler":
             config = read_config(base, "scheduler/scheduler_config.json")
             parts[key] = getattr(diffusers, kind).from_config(config)
     options = {

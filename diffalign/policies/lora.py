@@ -7,7 +7,7 @@ model is the reference.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -82,15 +82,14 @@ def load_state_dict(network: nn.Module, state: dict[str, Tensor], name: str = "d
         )
 
 
-def exported(network: Any, name: str = "default") -> dict[str, Tensor]:
-    """The adapter with alpha / rank multiplied into B.
+def exported(network: Any, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An adapter's A and B, from `state_dict`, with alpha / rank multiplied into B.
 
     Loaders that know nothing of alpha take it to be the rank; with the scale in B the product B A
     is right for all of them.
     """
-    config = network.peft_config[name]
+    config = network.peft_config["default"]
     scale = config.lora_alpha / config.r
-    state = state_dict(network, name)
     return {k: v * scale if "lora_B" in k else v for k, v in state.items()}
 
 

@@ -4,26 +4,34 @@ RUN/checkpoint-N holds the state after N epochs:
 
     state.safetensors   all tensors
     state.json          everything else, and where the tensors belong
-    SHA256SUMS          the digests of both, as `sha256sum --check` reads them
+    SHA256SUMS          the digests of all files, as `sha256sum --check` reads them
+
+Of a denoiser that is divided among processes, state.safetensors has the rows of the main process,
+and state-00001.safetensors and so on those of the others, in the order of their ranks.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config.decoding import ConfigError
+from ..policies.sharding import Shard
 
 TENSORS, PLAIN, SUMS = FILES = ("state.safetensors", "state.json", "SHA256SUMS")
+DIGEST = ".sha256"  # ends the name of what a file's digest is in, until all are there
 LATEST = "latest"
 OLD = "checkpoint.pt"  # one file, of versions before the folders
 
@@ -37,7 +45,15 @@ def found(run_dir: Path) -> list[Path]:
     return [path for _, path in order]
 
 
-def save(run_dir: Path, state: Mapping[str, Any], keep: int = 2) -> Path:
+def save(
+    run_dir: Path,
+    state: Mapping[str, Any],
+    keep: int = 2,
+    rank: int = 0,
+    world: int = 1,
+    token: str = "",
+    wait: float = 600.0,
+) -> Path:
     """Write `state` (tensors, plain values, lists, tuples, dicts) as checkpoint-N, N being its
     "epoch"; then remove all but the newest `keep`. Returns the folder.
 
@@ -45,6 +61,11 @@ def save(run_dir: Path, state: Mapping[str, Any], keep: int = 2) -> Path:
     checkpoints that were there. Processes that save at once, as when one of them fails and ends the
     others, do so one after the other. Raises OSError where the disk refuses, ConfigError for a
     value that cannot be kept.
+
+    world: of how many processes each has some rows of tensors (`policies.sharding.Shard`); each
+    calls this, in a folder that they share, with the same `token`, new in each run. The others
+    return when their rows are written; the main one waits for them, `wait` seconds at most, and
+    raises TimeoutError.
     """
     run_dir = Path(run_dir)
     target = run_dir / f"checkpoint-{state['epoch']}"
@@ -55,14 +76,20 @@ def save(run_dir: Path, state: Mapping[str, Any], keep: int = 2) -> Path:
         at = tensor.untyped_storage().data_ptr()
         tensors[name] = tensor.clone() if at in seen else tensor
         seen.add(at)
-    partial = run_dir / f".{target.name}.tmp"
+    partial = run_dir / f".{target.name}{token}.tmp"
     previous = run_dir / f".old-{target.name}"
     run_dir.mkdir(parents=True, exist_ok=True)
+    if rank:
+        _write(partial, tensors, f"state-{rank:05}.safetensors")
+        return target
     with _alone(run_dir):
         for left in run_dir.glob(".checkpoint-*.tmp"):  # by a process that was killed
-            shutil.rmtree(left)
+            if left != partial or not token:
+                shutil.rmtree(left, ignore_errors=True)
         try:
-            _write(partial, plain, tensors)
+            _write(partial, tensors, TENSORS)
+            _write(partial, plain, PLAIN)
+            _collect(partial, world, wait)
             if target.exists():
                 shutil.rmtree(previous, ignore_errors=True)
                 target.rename(previous)
@@ -70,7 +97,7 @@ def save(run_dir: Path, state: Mapping[str, Any], keep: int = 2) -> Path:
             _flush(run_dir)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            raise OSError(error.errno, error.strerror, str(target)) from error
+            raise type(error)(error.errno, error.strerror, str(target)) from error
         shutil.rmtree(previous, ignore_errors=True)
         for path in found(run_dir)[keep:]:
             shutil.rmtree(path, ignore_errors=True)
@@ -134,38 +161,61 @@ class _Damaged(Exception):
     pass
 
 
-def _write(folder: Path, plain: str, tensors: Mapping[str, Tensor]) -> None:
+def _write(folder: Path, content: Mapping[str, Tensor] | str, name: str) -> None:
+    """A file on the disk, and when it is there one with its digest."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
+    path = folder / name
     try:
-        save_file(dict(tensors), folder / TENSORS)
+        if isinstance(content, str):
+            path.write_text(content, "utf-8")
+        else:
+            save_file(dict(content), path)
     except SafetensorError as error:  # which says of the disk's errors the number alone
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
-    (folder / PLAIN).write_text(plain, "utf-8")
-    sums = "".join(f"{_digest(folder / name)}  {name}\n" for name in (TENSORS, PLAIN))
-    (folder / SUMS).write_text(sums, "utf-8")
-    for name in FILES:
-        (folder / name).chmod(0o644)  # safetensors makes files that only the owner can read
-        _flush(folder / name)
+    path.chmod(0o644)  # safetensors makes files that only the owner can read
+    _flush(path)
+    digest = folder / f"{name}{DIGEST}.part"
+    digest.write_text(f"{_digest(path)}  {name}\n", "utf-8")
+    digest.rename(folder / f"{name}{DIGEST}")
+
+
+def _collect(folder: Path, world: int, wait: float) -> None:
+    """Wait for the files of all processes, and write SHA256SUMS of their digests."""
+    names = [TENSORS, PLAIN, *(f"state-{i:05}.safetensors" for i in range(1, world))]
+    until = time.monotonic() + wait
+    while missing := [n for n in names if not (folder / f"{n}{DIGEST}").exists()]:
+        if time.monotonic() > until:
+            raise TimeoutError(
+                errno.ETIMEDOUT, f"{missing[0]} of another process did not come in {wait:g} s", ""
+            )
+        time.sleep(0.05)
+    parts = [folder / f"{n}{DIGEST}" for n in names]
+    (folder / SUMS).write_text("".join(p.read_text("utf-8") for p in parts), "utf-8")
+    for part in parts:
+        part.unlink()
+    (folder / SUMS).chmod(0o644)
+    _flush(folder / SUMS)
     _flush(folder)
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
     try:
         lines = (folder / SUMS).read_text("utf-8").splitlines()
         known = {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
-        for name in (TENSORS, PLAIN):
+        for name in sorted({TENSORS, PLAIN, *known}):
             if known.get(name) != _digest(folder / name):
                 raise _Damaged(f"{name} is not as the run wrote it")
-        tensors = load_file(folder / TENSORS)
-        state = _joined(json.loads((folder / PLAIN).read_text("utf-8")), tensors)
+        names = [TENSORS, *sorted(name for name in known if name.startswith("state-"))]
+        files = [safe_open(folder / name, "pt") for name in names]
+        state = _joined(json.loads((folder / PLAIN).read_text("utf-8")), files)
     except OSError as error:
         raise _Damaged(f"{Path(error.filename or folder).name}: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -173,6 +223,26 @@ def _read(folder: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not {"epoch", "adapter"} <= state.keys():
         raise _Damaged("it holds no state of a run")
     return state
+
+
+class Pieces:
+    """A tensor of `shape` whose rows lie in several files, of which no more are read than asked
+    for."""
+
+    def __init__(self, name: str, files: Sequence[Any], shape: Sequence[int]):
+        self.shape = tuple(shape)
+        self._parts = [file.get_slice(name) for file in files]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        start, stop, _ = rows.indices(self.shape[0])
+        found, at = [], 0
+        for part in self._parts:
+            n = part.get_shape()[0]
+            a, b = max(start - at, 0), min(stop - at, n)
+            if a < b or (n == 0 and not found):
+                found.append(part[a:b] if a < b else part[:])
+            at += n
+        return torch.cat(found) if found else self._parts[0][:][:0]
 
 
 def _digest(path: Path) -> str:
@@ -201,6 +271,9 @@ def _split(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
         name = where if where not in tensors else f"{where}~{len(tensors)}"
         tensors[name] = value.detach().cpu().contiguous()
         return {"!tensor": name}
+    if isinstance(value, Shard):
+        tensors[where] = value.rows.contiguous()
+        return {"!rows": [where, list(value.shape)]}
     if isinstance(value, Mapping):
         items = [
             (k, _split(v, f"{where}.{k}" if where else str(k), tensors)) for k, v in value.items()
@@ -221,18 +294,20 @@ def _split(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
     )
 
 
-def _joined(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _joined(value: Any, files: Sequence[Any]) -> Any:
     """The inverse of `_split`."""
     if isinstance(value, list):
-        return [_joined(v, tensors) for v in value]
+        return [_joined(v, files) for v in value]
     if not isinstance(value, dict):
         return value
     kind = next(iter(value), "")
     if not kind.startswith("!"):
-        return {k: _joined(v, tensors) for k, v in value.items()}
+        return {k: _joined(v, files) for k, v in value.items()}
     inner = value[kind]
     if kind == "!tensor":
-        return tensors[inner]
+        return files[0].get_tensor(inner)
+    if kind == "!rows":
+        return Pieces(inner[0], files, inner[1])
     if kind == "!tuple":
-        return tuple(_joined(v, tensors) for v in inner)
-    return {_joined(k, tensors): _joined(v, tensors) for k, v in inner}
+        return tuple(_joined(v, files) for v in inner)
+    return {_joined(k, files): _joined(v, files) for k, v in inner}

@@ -24,7 +24,7 @@ _WEIGHTS = (
     *(f"{d}/{f}" for d in DENOISERS for f in ("config.json", "diffusion_pytorch_model*")),
 )
 WRITTEN = (
-    *(f"*checkpoint-*/{name}" for name in checkpoint.FILES),
+    *(f"*checkpoint-*/{name}" for name in (*checkpoint.FILES, "state-*.safetensors", "*.sha256")),
     *(checkpoint.OLD, "config.yaml", "metrics.csv", "metrics.jsonl", "metrics.previous.*"),
     *("curve.png", "grid.png", "grids/eval_*.png", "pictures/epoch_*", "failed_reward.png"),
     *("report.html", *_WEIGHTS, *(f"best/{name}" for name in _WEIGHTS)),

@@ -114,7 +114,7 @@ class Meter:
         """Add diagnostics of `rows` rows: each a tensor (rows,), or a scalar that is their mean."""
         import torch
 
-        for name, value in values.items():
+        for name, value in values.items() if rows else ():
             value = torch.as_tensor(value).detach()
             # float64 for sums of many, except on Apple's devices, which have none
             value = value.float() if value.device.type == "mps" else value.double()

@@ -49,7 +49,10 @@ class Evaluation:
         self.reward, self.judge = reward, judge
         self.main = accelerator.is_main_process
         pictures = [(i, j) for j in range(e.images_per_prompt) for i in range(len(prompts))]
-        self.mine = pictures[accelerator.process_index :: accelerator.num_processes]
+        world = accelerator.num_processes
+        # all processes must call a divided denoiser as often: the last pictures are drawn twice
+        again = pictures[-1:] * (-len(pictures) % world) if policy.sharding is not None else []
+        self.mine = [*pictures, *again][accelerator.process_index :: world]
         levels = policy.levels(config.eval_steps)
         self.sampling = Sampling(levels, "ode", 0.0, of_evaluation(config, levels))
         self.guard = Guard(e.guard_drop, e.guard_diversity, list(e.rewards))
@@ -60,10 +63,6 @@ class Evaluation:
         self.first: list[tuple[Tensor, dict[str, float]]] = []
         self.pictures: list[Image.Image] = []  # one a prompt, of the last evaluation
 
-    def texts(self) -> list[str]:
-        """The prompts that this process draws."""
-        return [self.prompts[i].text for i, _ in self.mine]
-
     def guarded(self, run_dir: Path, epoch: int) -> tuple[dict[str, float], bool]:
         """What the guard says of the last evaluation, as metrics, and whether the run must stop.
 
@@ -72,8 +71,8 @@ class Evaluation:
         if not self.prompts or self.config.eval.guard == "off":
             return {}, False
         wrong, best = self._wrong(), run_dir / "best"
-        if self.guard.is_best and self.main:
-            self.policy.save(best, self.config.train.saved)
+        if self.guard.is_best:
+            self.policy.save(best, self.config.train.saved, main=self.main)
         stop = bool(wrong) and self.config.eval.guard == "stop"
         if wrong and self.main:
             kept = (
@@ -120,7 +119,8 @@ class Evaluation:
                 if j == 0 and i < c.eval.grid_prompts:
                     known = {k: v for k, v in scores.items() if v == v}
                     images[i] = (pictures[row].cpu(), known)
-        rows = sorted(gather_object(rows), key=lambda row: row[:2])
+        drawn = {row[:2]: row for row in gather_object(rows)}  # a few perhaps twice
+        rows = [drawn[place] for place in sorted(drawn)]
         images = {k: v for part in gather_object([images]) for k, v in part.items()}
         kept = {k: v for part in gather_object([kept]) for k, v in part.items()}
         self.pictures = [kept[i] for i in sorted(kept)]

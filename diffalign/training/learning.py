@@ -14,6 +14,7 @@ every row counts alike, so that results depend neither on the micro-batch nor on
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -76,10 +77,20 @@ class Credit:
     reward: Tensor
 
 
+@dataclass(frozen=True)
+class Update:
+    """The samples of an optimizer step: `mine` (k,), positions among this process's samples; how
+    many there are with all processes (everyone), and with the one that has most of them (most)."""
+
+    mine: Tensor
+    everyone: int
+    most: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Learner:
-    """The updates of an epoch. samples: of all processes; rank and world: which process this is,
-    and of how many."""
+    """The updates of an epoch. shares: which of its samples are with each process, in the order of
+    their ranks; rank: of this one."""
 
     config: TrainConfig
     algorithm: Algorithm
@@ -87,48 +98,64 @@ class Learner:
     sampling: Sampling
     reward: WeightedSum
     optimizer: Optimizer
-    samples: int
+    shares: Sequence[range]
     rank: int
-    world: int
 
     def from_advantages(self, epoch: int, data: Rollout, credit: Credit) -> Meter:
         """TRAJECTORY: loss over (sample, step) rows. FINAL: over (sample, time) rows."""
         meter, first = Meter(), self.optimizer.updates
-        for mine, everyone in self._updates(epoch):
+        for update in self._updates(epoch):
             on_policy = self.optimizer.updates == first
-            split = self.accumulate(data, credit, mine, everyone, on_policy, meter)
-            meter.add(self._step(split, everyone))
+            split = self.accumulate(data, credit, update, on_policy, meter)
+            meter.add(self._step(split, update))
         return meter
 
     def accumulate(
         self,
         data: Rollout,
         credit: Credit,
-        mine: Tensor,
-        everyone: int,
+        update: Update,
         on_policy: bool,
         meter: Meter,
         step: int | None = None,
     ) -> Parts:
-        """Add to the weights' `grad` that of an update's samples `mine`, of `everyone`. step: only
-        that of one of the stored steps of TRAJECTORY."""
+        """Add to the weights' `grad` that of an update's samples. step: only that of one of the
+        stored steps of TRAJECTORY."""
         if self.algorithm.needs is Needs.TRAJECTORY:
             per_sample = data.paths.log_prob.shape[1]
             steps = torch.arange(per_sample) if step is None else torch.tensor([step])
-            own, batches = len(steps), self._transitions(data, credit, mine, on_policy, steps)
+            own = len(steps)
+
+            def batches(mine: Tensor) -> Iterator[Batch]:
+                return self._transitions(data, credit, mine, on_policy, steps)
+
         else:
             own = per_sample = cast(Matcher, self.algorithm).times
-            batches = self._matches(data, credit, mine, on_policy)
-        split, done = self._parts(data, mine), 0
-        for batch in batches:
+
+            def batches(mine: Tensor) -> Iterator[Batch]:
+                return self._matches(data, credit, mine, on_policy)
+
+        split, done, size = self._parts(data, update.mine), 0, self._whole(own)
+        for batch in batches(update.mine):
             loss, figures = self.algorithm.loss(self.policy, batch)
             rows = len(batch.x)
             # each row counts alike whatever the micro-batches and processes
-            self.optimizer.backward(loss * rows / (everyone * per_sample))
+            self.optimizer.backward(loss * rows / (update.everyone * per_sample))
             meter.add({"loss": loss, **figures}, rows)
             done += rows
             split.learnt(done / own)
+        if self.policy.sharding is not None:  # all processes must call the denoiser as often
+            most, calls = (math.ceil(n * own / size) for n in (update.most, len(update.mine)))
+            for _ in range(most - calls):
+                batch = next(batches(torch.zeros(1, dtype=torch.long)))
+                self.optimizer.backward(self.algorithm.loss(self.policy, batch)[0] * 0)
         return split
+
+    def _whole(self, own: int) -> int:
+        """Rows of a micro-batch, of samples with `own` rows each."""
+        size = self.config.train.micro_batch
+        whole = self.algorithm.needs is Needs.FINAL  # the rows of a sample stay together
+        return max(1, size // own) * own if whole else size
 
     def _transitions(
         self, data: Rollout, credit: Credit, mine: Tensor, on_policy: bool, steps: Tensor
@@ -160,7 +187,7 @@ class Learner:
     ) -> Iterator[Batch]:
         matcher, shape = cast(Matcher, self.algorithm), self.policy.latent_shape
         times = matcher.times
-        for pick in chunks(len(mine), max(1, self.config.train.micro_batch // times)):
+        for pick in chunks(len(mine), self._whole(times) // times):
             i = mine[pick]
             seeds = [
                 sample_seed(self.config.train.seed, *data.keys[j], "match") for j in i.tolist()
@@ -201,29 +228,32 @@ class Learner:
         (rows,) each, and the pictures for rewards that learn.
         """
         meter, rewards, pictures = Meter(), {}, []
-        for (mine, everyone), plan in zip(self._updates(epoch), plans, strict=True):
-            split = self.sweep(data, mine, everyone, plan, meter, rewards, pictures)
-            meter.add(self._step(split, everyone))
+        for update, plan in zip(self._updates(epoch), plans, strict=True):
+            split = self.sweep(data, update, plan, meter, rewards, pictures)
+            meter.add(self._step(split, update))
         return meter, {name: torch.cat(values) for name, values in rewards.items()}, pictures
 
     def sweep(
         self,
         data: Samples,
-        mine: Tensor,
-        everyone: int,
+        update: Update,
         plan: Surrogate,
         meter: Meter,
         rewards: dict[str, list[Tensor]],
         pictures: list[tuple[Tensor, Prompt]],
     ) -> Parts:
-        """Draw an update's samples `mine`, of `everyone`, and add their gradient to the weights'
-        `grad`; their rewards and pictures are added to the last two."""
-        c, policy = self.config.train, self.policy
-        share, split = 1 / (everyone * (1 + plan.renoised)), self._parts(data, mine)
+        """Draw an update's samples, and add their gradient to the weights' `grad`; their rewards
+        and pictures are added to the last two."""
+        c, policy, mine, n = self.config.train, self.policy, update.mine, len(update.mine)
+        share, split = 1 / (update.everyone * (1 + plan.renoised)), self._parts(data, mine)
+        if policy.sharding is not None:  # all processes must call the denoiser as often
+            mine = torch.cat([mine, mine.new_zeros(update.most - n)])
         # of an update all samples may be with other processes
         drawn = self._draw(data, mine, plan) if len(mine) else torch.empty(0)
         for pick in chunks(len(mine), c.micro_batch):
-            rows = mine[pick]
+            rows, real = mine[pick], max(0, min(pick.stop, n) - pick.start)
+            share_of = torch.full((len(rows),), share, device=policy.device)
+            share_of[real:] = 0
             cond, states = data.cond[rows], drawn[pick]
             seeds = [sample_seed(c.seed, *data.keys[j], "renoise") for j in rows.tolist()]
             noise, paths = Noise(seeds, policy.latent_shape, policy.device), [states]
@@ -236,31 +266,33 @@ class Learner:
                 images = policy.decode(x0, differentiable=True, tiny=True)
                 batch = [data.prompts[j] for j in rows.tolist()]
                 if self.reward.learns:
-                    pictures += zip(images.detach().cpu(), batch, strict=True)
+                    pictures += list(zip(images.detach().cpu(), batch, strict=True))[:real]
                 pixels, total, parts = self._pixel_gradient(images, batch)
                 finite = pixels.isfinite().flatten(1).all(1)
                 self.optimizer.suspects.append(partial(self._blame, finite, batch))
-                (grad,) = torch.autograd.grad(images, x0, pixels * share)
+                (grad,) = torch.autograd.grad(images, x0, pixels * share_of.view(-1, 1, 1, 1))
                 grad = self.optimizer.scaler.scale(grad)  # the sweep is linear in it
-                penalty = self._penalty(cond, share / len(plan.active), meter)
+                penalty = self._penalty(cond, share_of / len(plan.active), real, meter)
                 adjoint_sweep(policy, cond, self.sampling, states, grad, plan, penalty)
                 saturated = ((images <= 0) | (images >= 1)).float().flatten(1).mean(1)
-                meter.add({"saturated_pixels": saturated}, len(rows))
+                meter.add({"saturated_pixels": saturated[:real]}, real)
                 for name, values in {"": total, **parts}.items():
-                    rewards.setdefault(name, []).append(values.detach())
-            split.learnt(min(pick.stop, len(mine)))
+                    rewards.setdefault(name, []).append(values.detach()[:real])
+            split.learnt(min(pick.stop, n))
         return split
 
     def _parts(self, data: Samples, mine: Tensor) -> Parts:
         """For an update's samples here, whose gradient can be told apart prompt by prompt."""
         prompts = [data.keys[i][:-1] for i in mine.tolist()]
-        # further gradients of a whole denoiser would not fit
-        looked_at = self.optimizer.trained if self.policy.is_lora else []
+        # further gradients of a whole denoiser would not fit; parts must be independent, and so no
+        # prompt may be with two processes
+        whole = all(share.start % self.config.data.group_size == 0 for share in self.shares)
+        looked_at = self.optimizer.trained if self.policy.is_lora and whole else []
         return Parts(looked_at, prompts, self.optimizer.scaler.get_scale())
 
-    def _step(self, split: Parts, pictures: int) -> dict[str, Tensor]:
+    def _step(self, split: Parts, update: Update) -> dict[str, Tensor]:
         norm = self.optimizer.step()
-        found = split.figures(norm, pictures, self.optimizer.accelerator)
+        found = split.figures(norm, update.everyone, self.optimizer.accelerator)
         return {"grad_norm": norm, **found}
 
     def _draw(self, data: Samples, rows: Tensor, plan: Surrogate) -> Tensor:
@@ -314,11 +346,11 @@ class Learner:
         )
 
     def _penalty(
-        self, cond: Cond, share: float, meter: Meter
+        self, cond: Cond, share: Tensor, real: int, meter: Meter
     ) -> Callable[[Tensor, Prediction, int], Tensor] | None:
         """kl_weight times the mean square between the outputs of policy and base (DRaFT+), both at
         the state that the policy saw: where that depends on the weights, through earlier steps, the
-        base's output does too."""
+        base's output does too. share: what each row counts (n,); the first `real` are measured."""
         if not self.algorithm.kl_weight:
             return None
         weight = self.algorithm.kl_weight * share
@@ -328,7 +360,7 @@ class Learner:
             state = x.detach().requires_grad_(moves)
 
             def scaled(distance: Tensor) -> Tensor:
-                return self.optimizer.scaler.scale(weight * distance.sum())
+                return self.optimizer.scaler.scale((weight * distance).sum())
 
             with torch.set_grad_enabled(moves), self.policy.reference():
                 base = self.sampling.predict(self.policy, state, i, cond).native
@@ -337,24 +369,25 @@ class Learner:
                     apart = (base - seen.native.detach()).square().flatten(1).mean(1)
                     (pull,) = torch.autograd.grad(scaled(apart), state)
             distance = (seen.native - base.detach()).square().flatten(1).mean(1)
-            meter.add({"kl": distance.detach()}, len(x))
+            meter.add({"kl": distance.detach()[:real]}, real)
             total = scaled(distance)
             return total if pull is None else total + (pull * (x - state.detach())).sum()
 
         return penalty
 
-    def _updates(self, epoch: int) -> Iterator[tuple[Tensor, int]]:
-        """For each optimizer step of an epoch: this process's samples, and the number of all.
+    def _updates(self, epoch: int) -> Iterator[Update]:
+        """The optimizer steps of an epoch.
 
         The shuffle is over the samples of all processes, so it does not depend on their number.
         """
-        c, n = self.config.train, self.samples
-        share = n // self.world
+        c, n, own = self.config.train, self.shares[-1].stop, self.shares[self.rank]
+        ends = torch.tensor([share.stop for share in self.shares])
         for inner in range(c.inner_epochs):
             generator = torch.Generator().manual_seed(sample_seed(c.seed, epoch, "order", inner))
             for part in torch.randperm(n, generator=generator).chunk(c.updates_per_epoch):
-                mine = part[part // share == self.rank] - self.rank * share
-                yield mine.sort().values, len(part)
+                ranks = torch.bucketize(part, ends, right=True)
+                mine = part[ranks == self.rank] - own.start
+                yield Update(mine.sort().values, len(part), int(ranks.bincount().max()))
 
 
 def chunks(n: int, size: int) -> Iterator[slice]:

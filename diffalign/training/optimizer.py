@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..config import OptimConfig
 from ..config.decoding import ConfigError
 from ..policies import Policy
+from ..policies.sharding import alike, all_of, local
 from .stopping import IN_A_ROW, NotFinite, unusable_gradient
 
 if TYPE_CHECKING:
@@ -27,13 +28,58 @@ def check_optimizer(name: str) -> None:
         )
 
 
-def make_optimizer(config: OptimConfig, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW, or its 8-bit form of bitsandbytes."""
+def make_optimizer(config: OptimConfig, *groups: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW, or its 8-bit form of bitsandbytes, of groups of weights."""
     check_optimizer(config.optimizer)
     adamw: Any = torch.optim.AdamW
     if config.optimizer == "adamw8bit":
         adamw = importlib.import_module("bitsandbytes.optim").AdamW8bit
-    return adamw(parameters, config.lr, weight_decay=config.weight_decay)
+    parts = [{"params": list(group)} for group in groups if group]
+    return adamw(parts, config.lr, weight_decay=config.weight_decay)
+
+
+class Buckets:
+    """The gradients of weights that every process has whole, as views of a few buffers, so that
+    they are summed in place and in large pieces."""
+
+    LARGEST = 2**25  # bytes
+
+    def __init__(self, parameters: Iterable[nn.Parameter], accelerator: Accelerator):
+        self.buffers: list[Tensor] = []
+        self._views: list[tuple[nn.Parameter, Tensor]] = []
+        groups: list[list[nn.Parameter]] = []
+        for p in parameters:
+            last = groups[-1] if groups else []
+            held = sum(other.nbytes for other in last) + p.nbytes
+            if last and held <= self.LARGEST and last[0].dtype == p.dtype:
+                last.append(p)
+            else:
+                groups.append([p])
+        for group in groups:
+            buffer = torch.zeros(
+                sum(p.numel() for p in group), dtype=group[0].dtype, device=accelerator.device
+            )
+            self.buffers.append(buffer)
+            parts = buffer.split([p.numel() for p in group])
+            self._views += [(p, g.view_as(p)) for p, g in zip(group, parts, strict=True)]
+        self.clear()
+
+    @torch.no_grad()
+    def sum(self) -> None:
+        """Over all processes."""
+        for p, view in self._views:
+            if p.grad is not view:  # somebody gave it another
+                view.copy_(cast(Tensor, p.grad))
+                p.grad = view
+        works = [torch.distributed.all_reduce(b, async_op=True) for b in self.buffers]
+        for work in works:
+            cast(Any, work).wait()
+
+    def clear(self) -> None:
+        for buffer in self.buffers:
+            buffer.zero_()
+        for p, view in self._views:
+            p.grad = view
 
 
 class Optimizer:
@@ -57,7 +103,10 @@ class Optimizer:
         self.trained = policy.trainable_parameters()
         self.extra = list(extra)
         self.parameters = self.trained + self.extra
-        self.adamw = make_optimizer(config, self.parameters)
+        # two groups: those of a divided denoiser cannot be updated in one call with whole ones
+        self.adamw = make_optimizer(config, self.trained, self.extra)
+        whole = self.extra if policy.sharding else self.parameters
+        self.buckets = Buckets(whole, accelerator) if accelerator.num_processes > 1 else None
         # only the factor over the steps is taken: a rate is then a function of `updates` alone
         schedule: Any = get_scheduler(
             config.lr_schedule,
@@ -89,19 +138,18 @@ class Optimizer:
         in a row (in float16 once the loss scale is down to 1), and for weights that are no longer
         finite.
 
-        Gradients are summed over processes here rather than by wrapping the network: processes may
-        run different numbers of backward passes, and the adjoint sweep runs several per sample.
+        Gradients of whole weights are summed over processes here rather than by wrapping the
+        network: processes may run different numbers of backward passes, and the adjoint sweep runs
+        several per sample. Of divided weights every process has its rows of the sum already.
         """
         for p in self.parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
-        if self.accelerator.num_processes > 1:
-            flat = torch.cat([p.grad.flatten() for p in self.parameters])  # type: ignore[union-attr]
-            flat: Any = self.accelerator.reduce(flat, "sum")
-            for p, g in zip(
-                self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True
-            ):
-                p.grad = g.view_as(p)
+        if self.buckets is not None:
+            self.buckets.sum()
+        if self.policy.sharding is not None:
+            for p in self.trained:  # FSDP2 takes the mean over the processes
+                local(cast(Tensor, p.grad)).mul_(self.accelerator.num_processes)
         n, warmup = self.updates, self.config.warmup
         # diffusers' warm-up would waste the first step on a rate of 0
         self.lr = self.config.lr * ((n + 1) / warmup if n < warmup else self.factor(n))
@@ -109,13 +157,17 @@ class Optimizer:
             group["lr"] = self.lr
             group["weight_decay"] = self.config.weight_decay
         self.scaler.unscale_(self.adamw)
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
-        extra = torch.nn.utils.clip_grad_norm_(self.extra, self.config.max_grad_norm)
+        norm, extra = (
+            all_of(torch.nn.utils.clip_grad_norm_(part, self.config.max_grad_norm))
+            for part in (self.trained, self.extra)
+        )
         finite = bool((norm + extra).isfinite())  # waits for the device once
         if finite:
             self.scaler.step(self.adamw)
         self.scaler.update()  # in float16 a smaller scale, where a gradient has overflown
         self.adamw.zero_grad()
+        if self.buckets is not None:
+            self.buckets.clear()
         self._made() if finite else self._skip()
         return norm
 
@@ -123,7 +175,8 @@ class Optimizer:
         self.updates += 1
         self.made, self._hopeless = self.made + 1, 0
         self.suspects.clear()
-        if not torch.nn.utils.get_total_norm(self.parameters).isfinite():
+        parts = self.trained, self.extra
+        if not all(all_of(torch.nn.utils.get_total_norm(part)).isfinite() for part in parts):
             raise NotFinite(
                 f"the weights are not finite after an update with train.lr={self.lr:g} "
                 f"({self.dtype}): lower train.lr"
@@ -152,7 +205,7 @@ class Optimizer:
     def follow(self, name: str, decay: float) -> None:
         """copy <- decay copy + (1 - decay) θ, of the policy's copy `name`."""
         for copy, p in zip(self.policy.weights(name), self.policy.weights(), strict=True):
-            copy.lerp_(p.to(copy), 1 - decay)
+            local(copy).lerp_(local(p).to(local(copy)), 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
         # the name in checkpoints, which must stay readable
@@ -161,6 +214,12 @@ class Optimizer:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.updates = state["updates"]
-        self.adamw.load_state_dict(state["optimiser"])
+        saved, parameters = state["optimiser"], list(enumerate(self.parameters))
+        moments = {
+            i: {k: alike(p, v) for k, v in saved["state"][i].items()}
+            for i, p in parameters
+            if i in saved["state"]
+        }
+        self.adamw.load_state_dict({**saved, "state": moments})
         if state["scaler"]:  # nothing where the dtype needs none
             self.scaler.load_state_dict(state["scaler"])

@@ -50,10 +50,10 @@ class Plan:
 
         `rewards`, `train_prompts` and `algorithm` stand in place of the config's, see `Trainer`."""
         config.check(advantages=False)
-        if config.data.groups % processes:
+        if config.data.groups * config.data.group_size < processes:
             raise ConfigError(
-                f"data.groups={config.data.groups} is not a multiple of the {processes} processes, "
-                "and a group stays on one process; make it one"
+                f"data.groups={config.data.groups} x data.group_size={config.data.group_size} "
+                f"pictures an epoch are fewer than the {processes} processes; use more"
             )
         trained, held_out = _prompts(config, train_prompts)
 
@@ -64,8 +64,10 @@ class Plan:
         from ..policies.guidance import of_evaluation, of_sampler
         from ..sampling.rollout import Sampling
         from . import checks
+        from .engine import check_launch
 
         config.check(advantages=method.needs is not Needs.GRADIENT)
+        check_launch(config.model)
         checks.check_updates(config, method)
         rewards = config.rewards if rewards is None else _with_options(rewards, config.rewards)
         checks.check_packages(config)

@@ -14,7 +14,7 @@ import torch
 
 from ..algorithms.base import Needs
 from ..record.metrics import Meter
-from .learning import Rollout
+from .learning import Rollout, Update
 from .noise_scale import Parts, scale
 
 if TYPE_CHECKING:
@@ -76,12 +76,12 @@ def _gradients(trainer: Trainer, epoch: int) -> Iterator[tuple[int, Parts]]:
             steps = range(data.paths.log_prob.shape[1])
         for step in (None, *steps):
             with _cleared(trainer):
-                split = learner.accumulate(data, credit, mine, n, True, Meter(), step)
+                split = learner.accumulate(data, credit, Update(mine, n, n), True, Meter(), step)
                 yield ALL if step is None else step, split
     else:
         (plan, *_) = learner.surrogates(epoch)
         with _cleared(trainer):
-            yield ALL, learner.sweep(data, mine, n, plan, Meter(), {}, [])
+            yield ALL, learner.sweep(data, Update(mine, n, n), plan, Meter(), {}, [])
 
 
 @contextmanager

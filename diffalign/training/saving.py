@@ -20,6 +20,7 @@ from .. import __version__, report
 from ..config import TrainConfig
 from ..config.decoding import ConfigError
 from ..drawing import grids
+from ..policies.sharding import Shard, taken
 from ..record import checkpoint, folder, pictures
 from ..record.metrics import Tracker
 from . import identity, stopping
@@ -27,6 +28,8 @@ from .stopping import NotFinite, Signals, TrainingStopped
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+LAST_WAIT = 20.0  # seconds for the other processes' rows when a run ends early
 
 DEPENDS = {
     "guard": ("eval.", "rewards."),
@@ -101,6 +104,23 @@ def resolved(trainer: Trainer) -> TrainConfig:
     return config
 
 
+def save(trainer: Trainer, wait: float = 600.0) -> None:
+    """See `Trainer.save`. wait: seconds for the rows that other processes write."""
+    divided = trainer.policy.sharding is not None
+    if not (trainer.main or divided):
+        return
+    state, log = trainer.complete, trainer.config.log
+    ranks = (trainer.rank, trainer.world, f"-{trainer.token}") if divided else (0, 1, "")
+    path = checkpoint.save(trainer.dir, state, log.keep_checkpoints, *ranks, wait=wait)
+    if not trainer.main:
+        return
+    if divided:  # what the others hold is read again
+        state = checkpoint.load(path)
+    ema = trainer.config.train.ema
+    trainer.policy.save(trainer.dir, state=state["copies"]["ema"] if ema else state["adapter"])
+    trainer.tracker.curve(trainer.dir / "curve.png")
+
+
 def report_on(trainer: Trainer) -> None:
     """Write report.html. An error in it is printed and does not end the run."""
     try:
@@ -143,8 +163,12 @@ def parts(trainer: Trainer) -> dict[str, Any]:
 
 
 def state(trainer: Trainer) -> dict[str, Any]:
-    """All that a run needs to go on, and the settings that it was made with. Raises NotFinite where
-    weights or optimizer state are not finite: such a state must not be saved."""
+    """All that a run needs to go on, and the settings that it was made with; of a divided denoiser,
+    what this process holds.
+
+    Raises NotFinite where weights or optimizer state are not finite: such a state must not be
+    saved.
+    """
     found = {name: _copied(part.state_dict()) for name, part in parts(trainer).items()} | {
         "epoch": trainer.epoch,
         "calls": trainer.calls,
@@ -164,6 +188,14 @@ def state(trainer: Trainer) -> dict[str, Any]:
             f"{trainer.config.train.lr:g} ({trainer.config.model.dtype}): lower train.lr"
         )
     return found
+
+
+def kept_state(trainer: Trainer) -> dict[str, Any]:
+    """The `state` where this process may have to write it: on the main one, and on all that hold
+    some rows of the weights. On others only the number of epochs."""
+    if trainer.main or trainer.policy.sharding is not None:
+        return state(trainer)
+    return {"epoch": trainer.epoch}
 
 
 def restore(
@@ -253,8 +285,9 @@ def _keep(trainer: Trainer, ruined: bool) -> str:
         how = f"{before}--resume goes on from there" if before else "start again"
         return f"epochs done: {done}, and these weights are not saved; {how}"
     try:
-        restore(trainer, trainer.complete)
-        trainer.save()
+        if trainer.world == 1:  # for who looks at the trainer afterwards
+            restore(trainer, trainer.complete)
+        trainer.save(wait=LAST_WAIT)
     except Exception as error:  # what ended the run matters more
         return f"epochs done: {done}, not saved ({error}); {before}mend that and use --resume"
     return f"epochs done: {done}, saved in {trainer.dir}; --resume goes on"
@@ -263,7 +296,7 @@ def _keep(trainer: Trainer, ruined: bool) -> str:
 def _copied(value: Any) -> Any:
     """A copy that training does not change, its tensors in the main memory."""
     if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
+        return taken(value)
     if isinstance(value, Mapping):
         return {k: _copied(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -291,6 +324,8 @@ def _infinite(state: Mapping[str, Any]) -> list[str]:
     """The parts of a run's state whose tensors hold NaN or inf: weights, copies, optimizer."""
 
     def tensors(value: Any) -> Iterator[Tensor]:
+        if isinstance(value, Shard):
+            value = value.rows
         if isinstance(value, Mapping):
             value = list(value.values())
         if isinstance(value, (list, tuple)):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
@@ -19,14 +20,16 @@ import rewards as reward_library
 
 from .. import policies
 from ..algorithms.base import Algorithm, Needs
-from ..config import LogConfig, TrainConfig
-from ..config.prompts import Given, Prompt, PromptSampler, collect
+from ..config import TrainConfig
+from ..config.decoding import ConfigError
+from ..config.prompts import Given, Prompt, PromptSampler, collect, divided
 from ..policies.guidance import of_sampler
+from ..policies.sharding import Team
 from ..record import checkpoint
 from ..record.metrics import Meter, worries
 from ..sampling.rollout import Sampling, rollout, sample_seed
 from ..sampling.windows import window
-from . import identity, saving
+from . import engine, identity, saving
 from .advantages import PromptTracker, combined_advantages, zero_variance_share
 from .evaluation import Evaluation
 from .guard import diversity
@@ -79,35 +82,41 @@ class Trainer:
         force: bool = False,
     ):
         self.dir = Path(os.path.expanduser(config.log.dir or "runs/run"))
-        self.accelerator = _accelerator(config.log, self.dir)
+        self.accelerator = engine.make_accelerator(config.log, self.dir)
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         self.plan = Plan.make(config, rewards, prompts, self.world, algorithm)
         self.config = self.plan.config
         self.settings = identity.settings(self.plan)  # now: an algorithm may adapt its options
         self.algorithm, self.on_epoch_end = self.plan.algorithm, on_epoch_end
         state, changed = saving.open_run(self, resume, overwrite, force)
-        self._build()
+        # tells the files of this session's processes from those of earlier ones
+        (self.token,) = broadcast_object_list([secrets.token_hex(4)])
+        self._build(state["epoch"] if state else 0)
         self.epoch, self.calls = 0, 0.0  # epochs done, and what they took of the denoiser
         if state is not None:
             for note in saving.restore(self, state, changed, force):
                 self.say(note)
-        self.complete = saving.state(self)  # as of the last epoch that was finished
+        self.complete = saving.kept_state(self)  # as of the last epoch that was finished
         checkpoint.check(self.complete)
         self.tracker = saving.open_record(self, bool(resume), overwrite)
 
-    def _build(self) -> None:
-        """Rewards and model are loaded, and everything that trains and looks is made of them."""
+    def _build(self, epoch: int) -> None:
+        """Rewards and model are loaded, and everything that trains and looks is made of them.
+        epoch: from which it goes on."""
         c, device = self.config, self.accelerator.device
         # rewards first: a reward without gradient is refused before the large model is read
         self.reward = reward_library.build(self.plan.rewards).to(device)
         if self.algorithm.needs is Needs.GRADIENT:
             self.reward.require_differentiable()
         judge = reward_library.build(c.eval.rewards).to(device) if c.eval.rewards else None
-        self.policy = policies.prepared(c.model, c.train.seed, device)
+        self.shares = self._shares()
+        self.sampler = PromptSampler(len(self.plan.train_prompts), c.data.groups, c.train.seed)
+        team = Team(self.accelerator, engine.divides(self.accelerator))
+        texts = self._texts(epoch, team.peers) if c.model.free_text_encoders else None
+        self.policy = policies.prepared(c.model, c.train.seed, device, team, texts)
         s = c.sampler
         levels = self.policy.levels(s.steps)
         self.sampling = Sampling(levels, s.kernel, s.eta, of_sampler(s, levels))
-        self.sampler = PromptSampler(len(self.plan.train_prompts), c.data.groups, c.train.seed)
         self.history = PromptTracker(c.advantage.buffer_size, c.advantage.min_count)
         self.algorithm.setup(self.policy)
         self.copies = self.algorithm.copies()
@@ -129,9 +138,8 @@ class Trainer:
             sampling=self.sampling,
             reward=self.reward,
             optimizer=self.optimizer,
-            samples=self.plan.samples,
+            shares=self.shares,
             rank=self.rank,
-            world=self.world,
         )
         self.evaluation = Evaluation(
             config=c,
@@ -182,12 +190,12 @@ class Trainer:
                     done = done or stop
                 with signals.held():  # the row and the state that it is of, or neither
                     self.tracker.log(self.epoch, metrics)
-                    self.complete = saving.state(self)
+                    self.complete = saving.kept_state(self)
                 if self.on_epoch_end is not None:
                     told = self.on_epoch_end(self, self.epoch, dict(metrics))
                     done = done or True in gather_object([told])
                 every = c.train.checkpoint_every
-                if self.main and (done or (every and self.epoch % every == 0)):
+                if done or (every and self.epoch % every == 0):
                     self.save()
                 if due:
                     saving.report_on(self)
@@ -199,11 +207,8 @@ class Trainer:
         return {"before": before, "after": after}
 
     def _begin(self) -> tuple[dict[str, float], dict[str, float]]:
-        """Encode the prompts and evaluate the base model; of a run that has nothing left to do,
-        what it trained too. Returns the evaluations before and after."""
-        if self.config.model.free_text_encoders:
-            self.encode_prompts()
-            self.policy.free_text_encoders()
+        """Evaluate the base model; of a run that has nothing left to do, what it trained too.
+        Returns the evaluations before and after."""
         # at the start the network is the base, and a reference may cost a second one
         with self.policy.reference() if self.epoch else nullcontext():
             before = after = self.evaluate("base")
@@ -217,13 +222,25 @@ class Trainer:
                 after = self.evaluate(f"epoch {self.epoch}")
         return before, after
 
-    def encode_prompts(self) -> None:
-        """Encode every text that this process will ask for, of training and evaluation."""
-        epochs = range(self.epoch, self.config.train.epochs)
-        ids = self.sampler.seen(epochs, self.rank, self.world)
-        texts = {self.plan.train_prompts[i].text for i in ids} | set(self.evaluation.texts())
-        if texts:
-            self.policy.encode(sorted(texts))
+    def _shares(self) -> list[range]:
+        """Which samples of an epoch each process draws. Groups stay whole where there are as many
+        for each process, or where a reward compares their pictures."""
+        groups, size = self.config.data.groups, self.config.data.group_size
+        if self.reward.per_group and groups < self.world:
+            raise ConfigError(
+                f"data.groups={groups} is less than the {self.world} processes, and a reward that "
+                "compares the pictures of a prompt needs them on one; use as many or more"
+            )
+        whole = self.reward.per_group or groups % self.world == 0
+        return divided(self.plan.samples, self.world, size if whole else 1)
+
+    def _texts(self, epoch: int, ranks: Iterable[int]) -> list[str]:
+        """Every text that these processes ask for from `epoch` on, in training and evaluation."""
+        size, shares = self.config.data.group_size, [self.shares[rank] for rank in ranks]
+        places = slice(shares[0].start // size, -(-shares[-1].stop // size))
+        ids = self.sampler.seen(range(epoch, self.config.train.epochs), places)
+        held_out = [p.text for p in self.plan.eval_prompts]
+        return sorted({self.plan.train_prompts[i].text for i in ids} | set(held_out))
 
     def run_epoch(self, epoch: int) -> dict[str, float]:
         """Sample, score, update. Returns the metrics of the epoch, the same on every process."""
@@ -256,8 +273,8 @@ class Trainer:
         """This process's samples of an epoch: a `Rollout`, but for GRADIENT, whose updates draw
         their own."""
         c, needs, seed = self.config, self.algorithm.needs, self.config.train.seed
-        ids = self.sampler.share(epoch, self.rank, self.world)
-        keys = [(epoch, i, j) for i in ids for j in range(c.data.group_size)]
+        ids, size = self.sampler.epoch(epoch), c.data.group_size
+        keys = [(epoch, ids[k // size], k % size) for k in self.shares[self.rank]]
         batch = [self.plan.train_prompts[i] for _, i, _ in keys]
         cond = self.policy.encode([p.text for p in batch])
         if needs is Needs.GRADIENT:
@@ -325,7 +342,8 @@ class Trainer:
             values = {k: self._gather(parts[k]) for k in weights}
             advantage = combined_advantages(everyone, values, weights, groups, c)
         whitened = (everyone - everyone.mean()) / (everyone.std(correction=0) + 1e-8)
-        own = slice(self.rank * len(reward), (self.rank + 1) * len(reward))
+        mine = self.shares[self.rank]
+        own = slice(mine.start, mine.stop)
         figures = {"zero_variance_groups": zero_variance_share(everyone, groups)}
         return advantage[own].to(reward.device), whitened[own].to(reward.device), figures
 
@@ -344,7 +362,15 @@ class Trainer:
 
     def _gather(self, values: Tensor) -> Tensor:
         """Rows of all processes in the order of their ranks, on the CPU."""
-        return self.accelerator.gather(values.to(self.accelerator.device)).cpu()  # type: ignore[union-attr]
+        if self.world == 1:
+            return values.cpu()
+        values = values.to(self.accelerator.device)
+        counts: Any = self.accelerator.gather(values.new_tensor([len(values)], dtype=torch.long))
+        most = int(counts.max())
+        rows = torch.cat([values, values.new_zeros(most - len(values), *values.shape[1:])])
+        found: Any = self.accelerator.gather(rows)
+        parts = zip(found.split(most), counts.tolist(), strict=True)
+        return torch.cat([part[:n] for part, n in parts]).cpu()
 
     def sample(
         self,
@@ -373,25 +399,13 @@ class Trainer:
         """The averaged weights in place of the trained ones, where there are any."""
         return self.policy.adapter("ema") if self.config.train.ema else nullcontext()
 
-    def save(self) -> None:
-        """Checkpoint, weights and curve of the epochs done, from the process that calls."""
-        checkpoint.save(self.dir, saving.state(self), self.config.log.keep_checkpoints)
-        self.policy.save(self.dir, self.config.train.saved)
-        self.tracker.curve(self.dir / "curve.png")
+    def save(self, wait: float = 600.0) -> None:
+        """Checkpoint, weights and curve of the epochs done. All processes call this; where the
+        denoiser is divided each writes its rows, and the main one waits for them, `wait` seconds at
+        most, and else it alone writes."""
+        saving.save(self, wait)
 
     def say(self, text: str) -> None:
         """Print beside the progress bar, once for all processes."""
         if self.main:
             tqdm.write(text)
-
-
-def _accelerator(log: LogConfig, run_dir: Path) -> Accelerator:
-    """The engine for one process or several. Raises ValueError where it does not see them all."""
-    accelerator = Accelerator(log_with=[*log.trackers] or None, project_dir=str(run_dir))
-    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
-    if launched > accelerator.num_processes:  # as torchrun does on CPUs: each would train alone
-        raise ValueError(
-            f"{launched} processes were launched, and accelerate sees "
-            f"{accelerator.num_processes}; on CPUs set ACCELERATE_USE_CPU=true"
-        )
-    return accelerator

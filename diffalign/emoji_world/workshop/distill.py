@@ -127,7 +127,10 @@ def main() -> None:
         figures = fit({"unet": student}, loss, budget, 3e-4, file, ema=0.99, report=report,
                       report_every=200)  # fmt: skip
         print({f"{steps} -> {steps // 2}": figures}, flush=True)
-    pipe.save_lora_weights(args.out, unet_lora_layers=truncated(lora.exported(student), SHIPPED))
+    pipe.save_lora_weights(
+        args.out,
+        unet_lora_layers=truncated(lora.exported(student, lora.state_dict(student)), SHIPPED),
+    )
 
 
 if __name__ == "__main__":
