@@ -47,6 +47,7 @@ class WeightedSum(nn.Module):
             raise ValueError("no reward: give at least one, for instance {'jpeg': 1.0}")
         self.parts, self.weights, self.floors = dict(parts), dict(weights), dict(floors or {})
         self.images, self.seconds = 0, 0.0  # scored so far, and the time it took
+        self.running: dict[str, float] = {}  # parts that are scoring, since when (monotonic)
         self.rewards = nn.ModuleList([reward.freeze() for reward in self.parts.values()])
         self._workers = [Worker() for _ in self.parts] if len(self.parts) > 1 else []
 
@@ -117,14 +118,21 @@ class WeightedSum(nn.Module):
         if held_out and (reward.per_group or reward.learns):
             rows = []
         if len(rows) == len(prompts):
-            return evaluate(reward, images, prompts, metadata, name)
+            return self._timed(name, images, prompts, metadata)
         missing = images.new_full((len(prompts),), torch.nan, dtype=torch.float32)
         if not rows:
             return missing
         where = torch.tensor(rows, device=images.device)
         texts = [prompts[i] for i in rows]
-        found = evaluate(reward, images[where], texts, [metadata[i] for i in rows], name)
+        found = self._timed(name, images[where], texts, [metadata[i] for i in rows])
         return missing.index_put((where,), found)
+
+    def _timed(self, name: str, images: Tensor, prompts: list[str], metadata: Any) -> Tensor:
+        self.running[name] = time.monotonic()
+        try:
+            return evaluate(self.parts[name], images, prompts, metadata, name)
+        finally:
+            self.running.pop(name, None)
 
     def learn(
         self, images: Tensor, prompts: list[str], metadata: list[dict] | None = None

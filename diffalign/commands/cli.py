@@ -67,7 +67,8 @@ def guarded(command: Command) -> Callable[..., int]:
             text = message(error)
             if text is None or os.environ.get("DIFFALIGN_DEBUG"):
                 raise
-            print(f"error: {text}", file=sys.stderr)
+            if not getattr(error, "quiet", False):  # another process says it
+                print(f"error: {text}", file=sys.stderr)
             return 1
         return status
 

@@ -1,4 +1,4 @@
-"""The configuration of a run: dataclasses, strict YAML and dotted command-line overrides.
+"""The configuration of a run: dataclasses, strict YAML and dotted overrides.
 
 A run is a `TrainConfig`. A YAML file gives only the settings that differ from the defaults, and
 each `--section.key value` changes one more. An unknown key or a wrong type raises a `ConfigError`
@@ -53,14 +53,12 @@ class ModelConfig(Section):
     merge_lora: str | None = None
     """folder or hub id of a LoRA merged into the denoiser first: a Turbo, LCM or style LoRA"""
     dtype: Dtype = "float32"
-    """dtype of the denoiser and the text encoders; float16 uses loss scaling; trained weights and
-    SDE maths stay in float32"""
+    """of denoiser and text encoders; trained weights and SDE maths stay float32"""
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     """dtype that the VAE decodes in; in float16 some overflow"""
     attention: Literal["auto", "sdpa", "math", "flash", "efficient", "cudnn", "xformers"] = "auto"
-    """attention kernel: auto | sdpa (torch's choice) | math (matrix products spelled out) | flash,
-    efficient, cudnn (torch's of that name) | xformers; auto is sdpa, but math on CPUs in half
-    precision"""
+    """attention kernel: auto | sdpa (torch's choice) | math (plain products) | flash, efficient,
+    cudnn (torch's) | xformers; auto is sdpa, but math on CPUs in half precision"""
     compile: bool = False
     """have torch compile the denoiser at its first calls: minutes once, then faster calls"""
     resolution: int | None = None
@@ -185,6 +183,8 @@ class OptimConfig(Section):
     """epochs between checkpoints; 0 = only at the end"""
     max_denoiser_calls: int | None = None
     """end after the epoch in which training reaches this many; null = end after train.epochs"""
+    reward_timeout: Positive | None = 1800.0
+    """seconds that one call of a reward may take; null = any"""
 
     @property
     def saved(self) -> str:

@@ -7,22 +7,24 @@ weights of a denoiser are trained in replicas too, or divided among the processe
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from ..config import LogConfig, ModelConfig
+from ..config import DataConfig, LogConfig, ModelConfig
 from ..config.decoding import ConfigError
+from ..config.prompts import divided
 
 PRECISIONS = {"no": None, "bf16": "bfloat16", "fp16": "float16"}  # accelerate's, and model.dtype
 
 
-def check_launch(model: ModelConfig, environ: Mapping[str, str] = os.environ) -> None:
+def on(name: str) -> bool:
+    """Whether an environment variable of accelerate says yes."""
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
+
+
+def check_launch(model: ModelConfig) -> None:
     """Raises ConfigError for what accelerate's config asks for and a run would not do."""
-
-    def on(name: str) -> bool:
-        return environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
-
+    environ = os.environ
     asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked != "no" and PRECISIONS.get(asked) != model.dtype:
         raise ConfigError(
@@ -53,7 +55,7 @@ def check_launch(model: ModelConfig, environ: Mapping[str, str] = os.environ) ->
             f"accelerate's config has dynamo_backend: {backend}, which is not used; leave it out "
             "and set model.compile=true"
         )
-    if not on("ACCELERATE_USE_FSDP"):
+    if not asked_to_divide():
         return
     if environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError("accelerate's config asks for FSDP of version 1; set fsdp_version: 2")
@@ -91,7 +93,23 @@ def make_accelerator(log: LogConfig, run_dir: Path) -> Any:
     return accelerator
 
 
+def asked_to_divide() -> bool:
+    """Whether accelerate's config asks for FSDP."""
+    return on("ACCELERATE_USE_FSDP")
+
+
 def divides(accelerator: Any) -> bool:
     """Whether the trained denoiser is divided among the processes. One process divides nothing."""
-    asked = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    return asked and accelerator.num_processes > 1
+    return asked_to_divide() and accelerator.num_processes > 1
+
+
+def shares(data: DataConfig, world: int, per_group: bool) -> list[range]:
+    """Which pictures of an epoch each process draws. The groups stay whole where there are as many
+    for each process, or where a reward compares their pictures (per_group)."""
+    if per_group and data.groups < world:
+        raise ConfigError(
+            f"data.groups={data.groups} is less than the {world} processes, and a reward that "
+            "compares the pictures of a prompt needs them on one; use as many or more"
+        )
+    whole = per_group or data.groups % world == 0
+    return divided(data.groups * data.group_size, world, data.group_size if whole else 1)

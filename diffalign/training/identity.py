@@ -27,6 +27,7 @@ MAY_CHANGE = frozenset(
     {
         # how long, how fast, how carefully: no weight or figure of the past becomes wrong
         *("train.epochs", "train.max_denoiser_calls", "train.checkpoint_every"),
+        "train.reward_timeout",
         *("train.lr", "train.lr_schedule", "train.warmup"),
         *("train.weight_decay", "train.max_grad_norm"),
         # memory and speed: the same results

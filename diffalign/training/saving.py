@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import platform
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -25,11 +26,12 @@ from ..record import checkpoint, folder, pictures
 from ..record.metrics import Tracker
 from . import identity, stopping
 from .stopping import NotFinite, Signals, TrainingStopped
+from .watch import Watch
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
-LAST_WAIT = 20.0  # seconds for the other processes' rows when a run ends early
+LAST_WAIT = 12.0  # seconds for the other processes' rows when a run ends early
 
 DEPENDS = {
     "guard": ("eval.", "rewards."),
@@ -133,21 +135,53 @@ def report_on(trainer: Trainer) -> None:
 @contextmanager
 def kept(trainer: Trainer) -> Iterator[Signals]:
     """The context that a run trains in. A signal ends the run as Ctrl-C does. However the run ends,
-    `end` saves the epochs done, and the folder is unlocked."""
-    with Signals() as signals:
+    `end` saves the epochs done, on all processes, and the folder is unlocked."""
+    rewards = [r for r in (trainer.reward, trainer.evaluation.judge) if r is not None]
+    with (
+        Signals() as signals,
+        Watch(
+            signals,
+            _store(trainer),
+            lambda: {name: since for r in rewards for name, since in [*r.running.items()]},
+            trainer.config.train.reward_timeout,
+            lambda error: _words(trainer, watch, error),
+        ) as watch,
+    ):
         try:
             try:
                 yield signals
             finally:
                 signals.deliver()
         except BaseException as error:
+            watch.ending()
             signals.hold()
-            end(trainer, error)
+            end(trainer, watch, error)
             raise
         finally:
+            watch.ending()
             trainer.tracker.close()
             if trainer.main:
                 folder.release(trainer.dir)
+
+
+def _store(trainer: Trainer) -> Any:
+    """What the processes of a run tell each other in beside their collectives; None for one."""
+    if trainer.world == 1:
+        return None
+    from torch import distributed
+
+    default = distributed.distributed_c10d._get_default_store()
+    # a connection of its own: the main thread may be waiting in the other
+    return distributed.PrefixStore(f"diffalign/{trainer.token}", default.clone())
+
+
+def _words(trainer: Trainer, watch: Watch, error: BaseException) -> str:
+    """What to print of a run whose main thread does not react, once it is saved."""
+    try:
+        end(trainer, watch, error)
+    except TrainingStopped as stopped:
+        return "" if stopped.quiet else str(stopped)
+    return ""
 
 
 def parts(trainer: Trainer) -> dict[str, Any]:
@@ -245,16 +279,15 @@ def restore(
     return anew
 
 
-def end(trainer: Trainer, error: BaseException) -> None:
+def end(trainer: Trainer, watch: Watch, error: BaseException) -> None:
     """Save the epochs done when `error` ends a run early. Raises TrainingStopped for a reward that
-    failed, a number that is not finite and a disk that refuses; returns for any other error.
+    failed, a number that is not finite, a disk that refuses, and a process that is gone; returns
+    for any other error.
 
-    A reward may fail on any process, and the launcher ends the others as soon as that one exits.
-    The epochs done are the same on all, so it writes them; what all processes know of, the main one
-    does.
+    Of several processes the first that fails says why, and the main one saves; each that holds rows
+    of the weights writes them.
     """
     lines, ruined = [str(error)], False
-    everywhere = isinstance(error, (NotFinite, KeyboardInterrupt))
     if isinstance(error, RewardError) and error.image is not None:
         path = trainer.dir / "failed_reward.png"
         with suppress(OSError):
@@ -265,14 +298,31 @@ def end(trainer: Trainer, error: BaseException) -> None:
             lines.append(stopping.no_pictures(trainer.config, updates))
             # in float16 a single picture may overflow; elsewhere the weights are at fault
             ruined = updates > 0 and trainer.config.model.dtype != "float16"
-    kept = _keep(trainer, ruined) if trainer.main or not everywhere else ""
+    if _lost(error):
+        lines = ["a process of this run was lost, and the others cannot go on without it"]
+    first = watch.announce(RuntimeError("ruined") if ruined else error)
+    ruined = ruined or str(error) == "ruined"
+    saves = trainer.main or trainer.policy.sharding is not None
+    kept = _keep(trainer, ruined) if saves else ""
+    if trainer.main:
+        watch.answer(kept)
     if isinstance(error, OSError) and error.errno in folder.DISK:
         why = (error.strerror or str(error)).removeprefix("cannot be written: ")
         lines = [f"{error.filename or trainer.dir} cannot be written: {why}"]
-    elif not isinstance(error, (RewardError, NotFinite)):
+    elif not isinstance(error, (RewardError, NotFinite, TrainingStopped)) and not _lost(error):
         trainer.say(kept)
         return
-    raise TrainingStopped("\n".join(filter(None, [*lines, kept]))) from error
+    if first and not trainer.main:
+        kept = watch.answered()
+    raise TrainingStopped("\n".join(filter(None, [*lines, kept])), quiet=not first) from error
+
+
+def _lost(error: BaseException) -> bool:
+    """Whether a collective failed, as when a process was killed."""
+    from torch import distributed
+
+    gone = getattr(distributed, "DistError", ())
+    return isinstance(error, gone) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _keep(trainer: Trainer, ruined: bool) -> str:
@@ -285,12 +335,18 @@ def _keep(trainer: Trainer, ruined: bool) -> str:
         how = f"{before}--resume goes on from there" if before else "start again"
         return f"epochs done: {done}, and these weights are not saved; {how}"
     try:
-        if trainer.world == 1:  # for who looks at the trainer afterwards
+        if _looked_at(trainer):
             restore(trainer, trainer.complete)
         trainer.save(wait=LAST_WAIT)
     except Exception as error:  # what ended the run matters more
         return f"epochs done: {done}, not saved ({error}); {before}mend that and use --resume"
     return f"epochs done: {done}, saved in {trainer.dir}; --resume goes on"
+
+
+def _looked_at(trainer: Trainer) -> bool:
+    """Whether somebody may go on with the trainer, whose weights are then to be those saved."""
+    here = threading.current_thread() is threading.main_thread()
+    return here and trainer.world == 1
 
 
 def _copied(value: Any) -> Any:

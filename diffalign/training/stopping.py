@@ -7,9 +7,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from ..config import TrainConfig
 
@@ -19,7 +19,14 @@ AGAIN = 5.0  # seconds after which a signal counts as a new one
 
 class TrainingStopped(RuntimeError):
     """Training cannot go on: a reward failed, gradients or weights are not finite, or the run
-    folder cannot be written. The message says why, what was saved, and the remedy."""
+    folder cannot be written. The message says why, what was saved, and the remedy.
+
+    quiet: of several processes another one says it.
+    """
+
+    def __init__(self, message: str, quiet: bool = False):
+        super().__init__(message)
+        self.quiet = quiet
 
 
 class NotFinite(ValueError):
@@ -47,6 +54,19 @@ class Signals:
         self._when = float("-inf")
         self._holding = False
         self._before: dict[int, Any] = {}
+        self._error: BaseException | None = None
+
+    @property
+    def installed(self) -> Collection[int]:
+        """The signals that are received here."""
+        return self._before.keys()
+
+    def interrupt(self, error: BaseException) -> None:
+        """Have the main thread raise `error`, from another thread. It does so at once where it
+        sleeps or waits in Python, and else when the call that it is in returns."""
+        self._error = error
+        if self._before:
+            signal.pthread_kill(cast(int, threading.main_thread().ident), next(iter(self._before)))
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
@@ -62,6 +82,10 @@ class Signals:
             signal.signal(number, handler)
 
     def _received(self, number: int, frame: Any) -> None:
+        if self._error is not None:
+            if not self._holding:
+                raise self._error
+            return
         # torchrun sends a SIGTERM after the terminal's SIGINT: one request, not two
         self.last = self.last or number
         again = time.monotonic() - self._when > AGAIN
@@ -76,6 +100,8 @@ class Signals:
         self._holding = True
         yield
         self._holding = False
+        if self._error is not None:
+            raise self._error
         if self.last is not None:
             raise Interrupted(self.last)
 

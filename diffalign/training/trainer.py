@@ -21,8 +21,7 @@ import rewards as reward_library
 from .. import policies
 from ..algorithms.base import Algorithm, Needs
 from ..config import TrainConfig
-from ..config.decoding import ConfigError
-from ..config.prompts import Given, Prompt, PromptSampler, collect, divided
+from ..config.prompts import Given, Prompt, PromptSampler, collect
 from ..policies.guidance import of_sampler
 from ..policies.sharding import Team
 from ..record import checkpoint
@@ -109,7 +108,7 @@ class Trainer:
         if self.algorithm.needs is Needs.GRADIENT:
             self.reward.require_differentiable()
         judge = reward_library.build(c.eval.rewards).to(device) if c.eval.rewards else None
-        self.shares = self._shares()
+        self.shares = engine.shares(c.data, self.world, self.reward.per_group)
         self.sampler = PromptSampler(len(self.plan.train_prompts), c.data.groups, c.train.seed)
         team = Team(self.accelerator, engine.divides(self.accelerator))
         texts = self._texts(epoch, team.peers) if c.model.free_text_encoders else None
@@ -221,18 +220,6 @@ class Trainer:
             with self._averaged():
                 after = self.evaluate(f"epoch {self.epoch}")
         return before, after
-
-    def _shares(self) -> list[range]:
-        """Which samples of an epoch each process draws. Groups stay whole where there are as many
-        for each process, or where a reward compares their pictures."""
-        groups, size = self.config.data.groups, self.config.data.group_size
-        if self.reward.per_group and groups < self.world:
-            raise ConfigError(
-                f"data.groups={groups} is less than the {self.world} processes, and a reward that "
-                "compares the pictures of a prompt needs them on one; use as many or more"
-            )
-        whole = self.reward.per_group or groups % self.world == 0
-        return divided(self.plan.samples, self.world, size if whole else 1)
 
     def _texts(self, epoch: int, ranks: Iterable[int]) -> list[str]:
         """Every text that these processes ask for from `epoch` on, in training and evaluation."""
