@@ -150,7 +150,7 @@ def prompts(numbers: list[int]) -> dict[str, Any]:
         encoded = time.perf_counter() - start
         size = sum(t.nbytes for kept in policy._prompts.values() for t in kept.values())
         start = time.perf_counter()
-        PromptSampler(n, 8, 0).share(5, 0, 1)
+        PromptSampler(n, 8, 0).epoch(5)
         found.append([n, size / MIB, encoded, time.perf_counter() - start])
     return {"rows": found}
 

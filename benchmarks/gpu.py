@@ -155,7 +155,8 @@ class Bench:
             algorithm["times"] = min(rows, 6)  # which one call must hold
         sampler |= {"steps": self.steps, "guidance": model.guidance, "batch": rows}
         return TrainConfig.from_dict({
-            "model": options,
+            # there are none, and what they would make comes later
+            "model": options | {"free_text_encoders": False},
             "algorithm": algorithm,
             "sampler": sampler,
             "data": {"groups": len(PROMPTS), "group_size": IMAGES},

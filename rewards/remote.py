@@ -9,7 +9,6 @@ import torch
 
 from .base import Reward
 from .http import (
-    PATIENCE,
     PROTOCOL,
     START_PATIENCE,
     Http,
@@ -48,7 +47,7 @@ class Remote(Reward):
         name: str,
         token_env: str | None = None,
         timeout: float = 180.0,
-        patience: float = PATIENCE,
+        patience: float = 600.0,
         batch: int = 16,
     ):
         check_http(url, timeout, patience, token_env)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import Reward
-from .http import PATIENCE, Http, check_http, check_whole, in_threads, png_base64, token_from
+from .http import Http, check_http, check_whole, in_threads, png_base64, token_from
 
 T = TypeVar("T")
 
@@ -91,7 +91,7 @@ class VLM(Reward):
         workers: int = 8,
         max_failures: float = 0.1,
         max_tokens: int = 2048,
-        patience: float = PATIENCE,
+        patience: float = 600.0,
     ):
         options = {
             key: value for key, value in locals().items() if key not in ("self", "__class__")

@@ -60,6 +60,8 @@ def test_thumbnails_are_means_over_areas():
 class Weights:
     """What an Optimisation asks of a policy."""
 
+    sharding = None
+
     def __init__(self):
         self.named = {"default": [nn.Parameter(torch.ones(3)), nn.Parameter(torch.zeros(2, 2))]}
 

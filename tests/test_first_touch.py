@@ -201,7 +201,7 @@ def test_what_a_listing_says():
     assert "--flow-map.gradient FLOAT" in text
     assert "diffalign sample --flow-map --flow-map.particles 4" in text
     text = listing("rewards", "remote")
-    assert "--rewards.remote.url STR" in text
+    assert "--rewards.remote.url VALUE" in text
     assert "(required)" in text
     assert "diffalign train CONFIG.yaml --rewards.remote.url URL --rewards.remote.name NAME" in text
     assert "makes it a constraint on its mean" in text

@@ -96,7 +96,7 @@ def messages(output):
     ("reward", "said"),
     [
         ("fails", r"the judge is gone"),
-        ("nan", r"NaN"),
+        ("nan", r"returned nan"),
         ("hangs", r"'mine:hangs' has not returned for \d+ s.*train\.reward_timeout=3"),
     ],
 )
@@ -129,7 +129,8 @@ def test_a_signal_to_one_process_ends_all(config, rank, name):
     assert len(messages(output)) <= 1
     if (name, rank) != ("SIGKILL", 0):
         assert len(messages(output)) == 1, output
-    assert checkpoint.load(config[1])["epoch"] >= 2
+    # the row of an epoch comes before its checkpoint, and a kill between them takes that
+    assert checkpoint.load(config[1])["epoch"] >= (1 if (name, rank) == ("SIGKILL", 0) else 2)
 
 
 @pytest.fixture(scope="module")

@@ -280,6 +280,34 @@ def test_a_disk_that_takes_no_more_ends_the_run_in_words(make, monkeypatch, code
     assert checkpoint.load(trainer.dir)["epoch"] == 1
 
 
+class Hangs:
+    """redness, which does not return from its `at`-th call."""
+
+    __name__, __module__, differentiable = "redness", "test_trainer", True
+
+    def __init__(self, at):
+        self.at = at
+
+    def __call__(self, images, prompts):
+        self.at -= 1
+        if not self.at:
+            time.sleep(600)
+        return redness(images, prompts)
+
+
+@pytest.mark.parametrize(("algorithm", "at"), [("ddpo", 3), ("draft", 3)])
+def test_a_reward_that_hangs_ends_the_run(make, algorithm, at):
+    """In the thread that scores, and in the loop itself."""
+    options = {"train.epochs": 9, "train.reward_timeout": 1.0, **QUICK}
+    trainer = make(algorithm, rewards={Hangs(at): 1.0}, **options)
+    began = time.monotonic()
+    said = r"'redness' has not returned for 1 s.*reward_timeout=1(.|\n)*epochs done: [1-9], saved"
+    with pytest.raises(TrainingStopped, match=said):
+        trainer.train()
+    assert time.monotonic() - began < 30
+    assert checkpoint.load(trainer.dir)["epoch"] >= 1
+
+
 def test_workers_keep_their_order_and_hand_over_errors():
     worker, seen = Worker(), []
 

@@ -43,6 +43,10 @@ class ToyPolicy(FlowPolicy):
 
     uses_cfg = False
     has_text_encoders = True
+    sharding = None
+
+    def place(self, team):
+        assert not team.divides
 
     def __init__(self):
         self.device, self.dtype = torch.device("cpu"), torch.float32
@@ -81,7 +85,7 @@ class ToyPolicy(FlowPolicy):
         with self._instead(self.base):
             yield
 
-    def save(self, folder, name="default"):
+    def save(self, folder, name="default", state=None, main=True):
         return folder
 
 
@@ -101,7 +105,7 @@ def train(tmp_path, monkeypatch):
     """
     monkeypatch.setattr(policies, "check", lambda name: None)
     monkeypatch.setattr(policies, "family", lambda name: ToyPolicy)
-    monkeypatch.setattr(policies, "load", lambda *_: ToyPolicy())
+    monkeypatch.setattr(policies, "load", lambda *_, **__: ToyPolicy())
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\nc\nd\n")
 

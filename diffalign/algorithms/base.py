@@ -151,7 +151,8 @@ class Algorithm:
     """the copy that draws the rollouts; None = the trained weights"""
 
     def setup(self, policy: Policy) -> None:
-        """Make modules that depend on the policy's shapes."""
+        """Make modules that depend on the policy's shapes. Of texts other than "" only those of the
+        run can be encoded."""
 
     def parameters(self) -> Iterable[nn.Parameter]:
         """The algorithm's own weights, which the loop trains beside the policy's."""

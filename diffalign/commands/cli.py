@@ -68,7 +68,8 @@ def guarded(command: Command) -> Callable[..., int]:
             if text is None or os.environ.get("DIFFALIGN_DEBUG"):
                 raise
             if not getattr(error, "quiet", False):  # another process says it
-                print(f"error: {text}", file=sys.stderr)
+                beside = os.environ.get("RANK", "0") != "0"  # the progress bar of the main one
+                print(f"{beside * chr(10)}error: {text}", file=sys.stderr)
             return 1
         return status
 

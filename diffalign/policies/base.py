@@ -212,15 +212,13 @@ class Policy(TrainedWeights, ABC):
         return Cond(positive, {k: v.expand(len(prompts), *v.shape[1:]) for k, v in one.items()})
 
     def encode_all(self, texts: Sequence[str], team: Team | None = None) -> None:
-        """Encode texts ahead. The processes of a `team` that are on one machine share the work, and
-        read what it makes from a file that they share."""
+        """Encode texts ahead, and the empty one. The processes of a `team` that are on one machine
+        share the work, and read what it makes from a file that they share."""
+        texts = sorted({*texts, ""})
         if team is None or len(team.peers) == 1:
-            if texts:
-                self.encode(texts)
+            self.encode(texts)
             return
         rank, n = team.accelerator.process_index - team.peers.start, len(team.peers)
-        negative = [""] if self.uses_cfg and not self.zero_negative else []
-        texts = sorted({*texts, *negative})
         mine = texts[rank::n]
         self.encode(mine)
         own = {f"{i} {k}": v for i, p in enumerate(mine) for k, v in self._prompts[p].items()}

@@ -24,6 +24,7 @@ from ..config import ModelConfig
 from ..dynamics import Levels
 from ..policies import Cond, Policy
 from ..policies.configs import read_config
+from .engine import asked_to_divide
 
 if TYPE_CHECKING:
     from .plan import Plan
@@ -62,13 +63,14 @@ class Peak(TorchDispatchMode):
 @dataclass(frozen=True)
 class Need:
     """Bytes of a process on one device, by what holds them; a phase has what is always there and
-    its own."""
+    its own. Before the texts are encoded there is only the VAE."""
 
     always: dict[str, int]
     phases: dict[str, dict[str, int]]
 
     def total(self, phase: str) -> int:
-        return sum(self.always.values()) + sum(self.phases[phase].values())
+        held = self.always["VAE"] if phase == "encoding" else sum(self.always.values())
+        return held + sum(self.phases[phase].values())
 
     @property
     def peak(self) -> int:
@@ -102,8 +104,12 @@ def need(plan: Plan, device: str) -> Need:
         adapters = size(policy.trainable_parameters())
         frozen = size(policy.network.parameters()) - adapters
         copies = [*plan.algorithm.copies(), *(["ema"] if c.train.ema else [])]
+        gathered = 0
+        if asked_to_divide() and plan.processes > 1:
+            adapters, gathered = -(-adapters // plan.processes), 2 * largest(policy.network)
         always = {
             "denoiser": frozen + (0 if c.model.lora_rank else adapters),
+            "gathered blocks": gathered,
             "VAE": size(policy.vae.parameters()),
             "text encoders": 0 if c.model.free_text_encoders else encoders,
             "LoRA": adapters * bool(c.model.lora_rank),
@@ -259,6 +265,13 @@ class _Made:
             return 0
         layers = [m for m in self.policy.network.modules() if isinstance(m, BaseTunerLayer)]
         return size(m.get_base_layer().weight for m in layers)  # type: ignore[union-attr]
+
+
+def largest(network: Any) -> int:
+    """Bytes of the largest block that FSDP2 gathers at once."""
+    names = network._no_split_modules or []
+    blocks = [m for m in network.modules() if type(m).__name__ in names]
+    return max((size(block.parameters()) for block in blocks or [network]), default=0)
 
 
 def _peak(work: Callable[[], None]) -> int:

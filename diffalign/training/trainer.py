@@ -231,7 +231,7 @@ class Trainer:
 
     def run_epoch(self, epoch: int) -> dict[str, float]:
         """Sample, score, update. Returns the metrics of the epoch, the same on every process."""
-        start, calls = time.time(), self.policy.calls
+        start, calls = time.monotonic(), self.policy.calls
         scored, scoring = self.reward.images, self.reward.seconds
         skipped = self.optimizer.skipped
         data = self._sample(epoch)
@@ -253,7 +253,7 @@ class Trainer:
             "denoiser_calls": float(self.policy.calls - calls) * self.world,
             "reward_calls": float(self.reward.images - scored) * self.world,
             "reward_seconds": self.reward.seconds - scoring,
-            "seconds": time.time() - start,
+            "seconds": time.monotonic() - start,
         }
 
     def _sample(self, epoch: int) -> Samples:

@@ -80,7 +80,8 @@ class Watch:
         then speaks for all."""
         if self._told is not None or self.store is None:
             return self._told or self.store is None
-        what = f"signal {error.signum}" if isinstance(error, Interrupted) else f"error {error}"
+        kind = f"signal {error.signum}" if isinstance(error, Interrupted) else "error 1"
+        what = f"{kind} {os.getpid()} {error}"  # that of no other process
         try:
             first = self.store.compare_set("why", "", what).decode() == what
         except Exception:  # the process that keeps the store is gone
@@ -129,9 +130,9 @@ class Watch:
     def _reason(self) -> BaseException | None:
         why = self._announced()
         if why:
-            kind, _, text = why.partition(" ")
+            kind, number, _, text = why.split(" ", 3)
             if kind == "signal":
-                return Interrupted(int(text))
+                return Interrupted(int(number))
             return TrainingStopped(text, quiet=True)
         now = time.monotonic()
         for name, since in dict(self.running()).items():
@@ -154,5 +155,5 @@ class Watch:
     def _leave(self, error: BaseException) -> NoReturn:
         words = self.last_words(error)
         if words:
-            print(f"error: {words}", file=sys.stderr, flush=True)
+            print(f"\nerror: {words}", file=sys.stderr, flush=True)  # a progress bar is there
         os._exit(128 + error.signum if isinstance(error, Interrupted) else 1)
