@@ -87,3 +87,16 @@ def test_commands_of_papers_are_accepted(name, command, monkeypatch):
     config = TrainConfig.from_file(f"configs/{name}.yaml", shlex.split(command))
     algorithm = algorithms.build(config.algorithm)
     config.check(advantages=algorithm.needs is not Needs.GRADIENT)
+
+
+def test_every_fault_names_tests_that_are_there():
+    """docs/reliability.md: at least 30 faults, each with the tests that show it."""
+    rows = re.findall(r"^\| \d+ \|.*\|$", (ROOT / "docs/reliability.md").read_text(), re.MULTILINE)
+    assert len(rows) >= 30
+    known = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        known |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    for row in rows:
+        named = set(re.findall(r"`(test_\w+)`", row.rsplit("|", 2)[1]))
+        assert named, row
+        assert named <= known, named - known

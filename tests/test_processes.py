@@ -11,9 +11,12 @@ import pytest
 import torch
 from processes import FSDP, ROOT, run, start
 
+from diffalign.config import ModelConfig
+from diffalign.config.decoding import ConfigError
 from diffalign.config.prompts import divided
 from diffalign.policies.sharding import whole
 from diffalign.record import checkpoint
+from diffalign.training import engine
 
 REWARDS = """
 import os, time
@@ -241,3 +244,30 @@ def test_shares_are_even_and_keep_what_belongs_together():
         assert all(a.stop == b.start for a, b in pairwise(shares))
         assert all(share.start % unit == 0 for share in shares)
     assert torch.tensor([len(s) for s in divided(6, 4)]).tolist() == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs/accelerate").glob("*.yaml")))
+def test_the_files_for_accelerate_ask_for_what_is_done(file, monkeypatch):
+    """What `accelerate launch` makes of each, on a machine with GPUs."""
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_multi_gpu_env, prepare_simple_launcher_cmd_env
+
+    parser = launch.launch_command_parser()
+    args = parser.parse_args(["--config_file", str(file), "train.py"])
+    args, _, _ = launch._validate_launch_command(args)
+    several = args.multi_gpu or args.use_fsdp
+    environ = prepare_multi_gpu_env(args) if several else prepare_simple_launcher_cmd_env(args)[1]
+    for name in set(os.environ):
+        if name.startswith(("ACCELERATE_", "FSDP_")):
+            monkeypatch.delenv(name)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    fsdp = "fsdp2" in file.name
+    assert args.num_processes == {"gpu": 1, "8gpu": 8, "2nodes": 16}[file.stem.split("_")[1]]
+    assert engine.asked_to_divide() is fsdp
+    engine.check_launch(ModelConfig(lora_rank=0))
+    if fsdp:
+        with pytest.raises(ConfigError, match="FSDP, and"):
+            engine.check_launch(ModelConfig(lora_rank=8))
+    else:
+        engine.check_launch(ModelConfig(lora_rank=8))

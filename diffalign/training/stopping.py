@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import signal
 import sys
@@ -64,9 +65,13 @@ class Signals:
     def interrupt(self, error: BaseException) -> None:
         """Have the main thread raise `error`, from another thread. It does so at once where it
         sleeps or waits in Python, and else when the call that it is in returns."""
-        self._error = error
-        if self._before:
-            signal.pthread_kill(cast(int, threading.main_thread().ident), next(iter(self._before)))
+        self._error, number = error, next(iter(self._before), None)
+        if number is None:
+            return
+        if hasattr(signal, "pthread_kill"):
+            signal.pthread_kill(cast(int, threading.main_thread().ident), number)
+        else:  # on Windows, where it does not wake a thread that sleeps
+            _thread.interrupt_main(number)
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
