@@ -144,15 +144,25 @@ class Team:
         if len(self.peers) == 1:
             module.to(device)
             return
-        for part in module.modules():
-            for held in (part._parameters, part._buffers):
-                for name, value in held.items():
-                    if value is not None:
-                        made = torch.empty_like(value, device=device) if value.is_meta else None
-                        moved = value.detach().to(device) if made is None else made
-                        torch.distributed.broadcast(moved, self.peers.start, group=self.group)
-                        weight = isinstance(value, nn.Parameter)
-                        held[name] = nn.Parameter(moved, value.requires_grad) if weight else moved  # type: ignore[index]
+        places = [
+            (held, name)
+            for part in module.modules()
+            for held in (part._parameters, part._buffers)
+            for name, value in held.items()
+            if value is not None
+        ]
+        # a reader may keep some in another dtype than was asked for
+        dtypes: list[Any] = [[cast(Tensor, held[name]).dtype for held, name in places]]
+        torch.distributed.broadcast_object_list(dtypes, self.peers.start, group=self.group)
+        for (held, name), dtype in zip(places, dtypes[0], strict=True):
+            value = cast(Tensor, held[name])
+            if value.is_meta:
+                moved = torch.empty_like(value, device=device, dtype=dtype)
+            else:
+                moved = value.detach().to(device, dtype)
+            torch.distributed.broadcast(moved, self.peers.start, group=self.group)
+            weight = isinstance(value, nn.Parameter)
+            held[name] = nn.Parameter(moved, value.requires_grad) if weight else moved  # type: ignore[index]
 
     def shared(self, tensors: Mapping[str, Tensor]) -> list[Any]:
         """The tensors of every process on this machine, in the order of their ranks, as open files

@@ -71,7 +71,7 @@ class Signals:
         if hasattr(signal, "pthread_kill"):
             signal.pthread_kill(cast(int, threading.main_thread().ident), number)
         else:  # on Windows, where it does not wake a thread that sleeps
-            _thread.interrupt_main(number)
+            _thread.interrupt_main(signal.Signals(number))
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
