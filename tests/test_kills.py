@@ -47,7 +47,7 @@ class Runs:
         self.config = folder / "c.yaml"
         self.config.write_text(
             f"model: {{name: {model}, resolution: 16, lora_rank: {rank}}}\n"
-            "algorithm: {type: awm}\nsampler: {steps: 2, kernel: ode, batch: 4}\n"
+            "algorithm: {type: awm}\nsampler: {steps: 3, kernel: ode, batch: 4}\n"
             "rewards: {mine:redness: 1.0}\ndata: {groups: 2, group_size: 4}\n"
             "train: {checkpoint_every: 1, ema: 0.5, lr: 1.0e-4}\neval: {prompts: null}\n"
         )

@@ -227,6 +227,7 @@ def test_a_divided_run_goes_on_with_another_number_of_processes(trained, tmp_pat
         shutil.copytree(place, copy)
         status, output = run(n, [script, copy], **environ)
         assert status == 0, output
+        assert "the optimisation starts anew" not in output
         ends[n] = copy
     assert checkpoint.load(ends[1])["epoch"] == state["epoch"] + 1 == 5
     assert distance(ends[1], ends[2]) < 1e-5
