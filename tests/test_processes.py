@@ -11,11 +11,12 @@ import pytest
 import torch
 from processes import FSDP, ROOT, run, start
 
-from diffalign.config import ModelConfig
+from diffalign.config import ModelConfig, TrainConfig
 from diffalign.config.decoding import ConfigError
 from diffalign.config.prompts import divided
 from diffalign.policies.sharding import whole
 from diffalign.record import checkpoint
+from diffalign.record.metrics import read_metrics
 from diffalign.training import engine
 
 REWARDS = """
@@ -188,17 +189,21 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize("algorithm", ["ddpo", "awm", "draft"])
-@pytest.mark.parametrize(("division", "n"), [("replicas", 2), ("replicas", 3), ("FSDP2", 2)])
+@pytest.mark.parametrize(
+    ("division", "n"), [("replicas", 2), ("replicas", 3), ("FSDP2", 2), ("FSDP2", 3)]
+)
 def test_weights_are_those_of_one_process(trained, algorithm, division, n):
     """4 epochs, 8 updates; three processes have 3, 3 and 2 of the 8 pictures."""
     if division == "FSDP2":
         one = trained("contiguous", 1, "contiguous")
-        several, ranks = trained("fsdp", n, **FSDP), (0,)
+        several, ranks = trained(f"fsdp{n}", n, **FSDP), (0,)
     else:
         one, several, ranks = trained("one", 1), trained(f"{n}", n), (0, 4)
     for rank in ranks:
         name = f"{algorithm}-{rank}"
         assert distance(one / name, several / name) < 1e-5, name
+        calls = [[r.get("reward_calls") for r in read_metrics(p / name)] for p in (one, several)]
+        assert calls[0] == calls[1]
         if not rank:
             folders = [place / name / "unet" for place in (one, several)]
             assert all(
@@ -208,7 +213,7 @@ def test_weights_are_those_of_one_process(trained, algorithm, division, n):
 
 def test_a_divided_run_goes_on_with_another_number_of_processes(trained, tmp_path):
     """Its checkpoint has the rows of two; taken up by one, and by three, it is the same state."""
-    place = trained("fsdp", 2, **FSDP) / "awm-0"
+    place = trained("fsdp2", 2, **FSDP) / "awm-0"
     state = checkpoint.load(place)
     files = {p.name for p in checkpoint.found(place)[0].iterdir()}
     assert "state-00001.safetensors" in files
@@ -243,10 +248,12 @@ def test_a_divided_run_goes_on_with_another_number_of_processes(trained, tmp_pat
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, r"dynamo_backend.*model\.compile=true"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, r"fsdp_version: 2"),
         (FSDP, r"FSDP, and model\.lora_rank=4"),
+        (FSDP | {"more": ("--model.lora_rank", "0", "--model.dtype", "float16")}, r"not divided"),
     ],
 )
 def test_what_is_not_honored_is_refused(config, environ, said):
-    process = started(config, "plain", processes=1, **environ)
+    environ = dict(environ)
+    process = started(config, "plain", *environ.pop("more", ()), processes=1, **environ)
     status, output, _ = finished(process, 60)
     assert status == 1
     assert re.search(said, output), output
@@ -283,9 +290,9 @@ def test_the_files_for_accelerate_ask_for_what_is_done(file, monkeypatch):
     fsdp = "fsdp2" in file.name
     assert args.num_processes == {"gpu": 1, "8gpu": 8, "2nodes": 16}[file.stem.split("_")[1]]
     assert engine.asked_to_divide() is fsdp
-    engine.check_launch(ModelConfig(lora_rank=0))
+    engine.check_launch(TrainConfig(ModelConfig(lora_rank=0)))
     if fsdp:
         with pytest.raises(ConfigError, match="FSDP, and"):
-            engine.check_launch(ModelConfig(lora_rank=8))
+            engine.check_launch(TrainConfig(ModelConfig(lora_rank=8)))
     else:
-        engine.check_launch(ModelConfig(lora_rank=8))
+        engine.check_launch(TrainConfig(ModelConfig(lora_rank=8)))

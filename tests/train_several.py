@@ -33,7 +33,7 @@ def main(folder: str, model: str, contiguous: bool) -> None:
                 {
                     "model": {"name": model, "resolution": 16, "lora_rank": rank},
                     "algorithm": {"type": algorithm, **OPTIONS[algorithm]},
-                    "sampler": {"steps": 3, "kernel": kernel, "batch": 3},
+                    "sampler": {"steps": 3, "kernel": kernel, "batch": 2},
                     "data": {"groups": 2, "group_size": 4},
                     "train": {
                         "epochs": 4, "updates_per_epoch": 2, "micro_batch": 3, "ema": 0.5,

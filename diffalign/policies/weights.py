@@ -48,7 +48,7 @@ class TrainedWeights:
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The float32 weights that train, in a fixed order."""
-        return [p for p in self.network.parameters() if p.requires_grad]
+        return [p for p in self._network("default").parameters() if p.requires_grad]
 
     def state_dict(self, name: str = "default") -> dict[str, Tensor | Shard]:
         """The trained weights, or their copy `name`, on the CPU: A and B of a LoRA, or the whole

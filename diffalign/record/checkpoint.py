@@ -45,6 +45,10 @@ def found(run_dir: Path) -> list[Path]:
     return [path for _, path in order]
 
 
+def named(run_dir: Path, epoch: int) -> Path:
+    return run_dir / f"checkpoint-{epoch}"
+
+
 def save(
     run_dir: Path,
     state: Mapping[str, Any],
@@ -68,7 +72,7 @@ def save(
     raises TimeoutError.
     """
     run_dir = Path(run_dir)
-    target = run_dir / f"checkpoint-{state['epoch']}"
+    target = named(run_dir, state["epoch"])
     tensors: dict[str, Tensor] = {}
     plain = json.dumps(_split(state, "", tensors), indent=0)
     seen: set[int] = set()

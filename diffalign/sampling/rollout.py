@@ -228,6 +228,7 @@ def rollout(
     until: int | None = None,
     store: bool = True,
     each: Callable[[Tensor], None] | None = None,
+    chunks: int = 0,
 ) -> Trajectories:
     """Sample one trajectory per row of `cond` in chunks of `batch`.
 
@@ -240,6 +241,8 @@ def rollout(
     the means of the transitions. until: take only
     this many steps, all stochastic; `final` is then the state after them. store: False keeps only
     the final latents. each: called with the final latents of every chunk as soon as they are drawn.
+    chunks: draw at least as many; further ones are of the last sample, and left out. Processes with
+    unequal numbers of samples that share a divided denoiser must call it equally often.
     """
     steps = sampling.steps if until is None else until
     window = window or Window.whole(len(seeds), steps)
@@ -251,6 +254,9 @@ def rollout(
             parts.append(_chunk(policy, sampling, wanted[i : i + batch]))
         if each is not None:
             each(parts[-1].final)
+    for _ in range(chunks - len(parts)):
+        with policy.merged():
+            _chunk(policy, sampling, wanted[len(seeds) - 1 :])
     return Trajectories(
         torch.cat([p.start for p in parts]),
         torch.cat([p.states for p in parts]),

@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
-from ..config import DataConfig, LogConfig, ModelConfig
+from ..config import DataConfig, LogConfig, TrainConfig
 from ..config.decoding import ConfigError
 from ..config.prompts import divided
 
@@ -22,9 +22,9 @@ def on(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
-def check_launch(model: ModelConfig) -> None:
+def check_launch(config: TrainConfig) -> None:
     """Raises ConfigError for what accelerate's config asks for and a run would not do."""
-    environ = os.environ
+    environ, model, sampler = os.environ, config.model, config.sampler
     asked = environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if asked != "no" and PRECISIONS.get(asked) != model.dtype:
         raise ConfigError(
@@ -64,6 +64,16 @@ def check_launch(model: ModelConfig) -> None:
             f"accelerate's config asks for FSDP, and model.lora_rank={model.lora_rank}: a LoRA is "
             "trained in replicas, each with the whole model; use "
             "configs/accelerate/lora_8gpu.yaml, or train all weights with model.lora_rank=0"
+        )
+    if model.dtype == "float16" or config.train.optimizer == "adamw8bit":
+        raise ConfigError(
+            f"FSDP with model.dtype={model.dtype} and train.optimizer={config.train.optimizer}: "
+            "the loss scale of float16, and 8-bit states, are not divided; use bfloat16 and adamw"
+        )
+    if sampler.window_schedule == "branch" and sampler.tail is not None:
+        raise ConfigError(
+            "FSDP with sampler.window_schedule=branch and a sampler.tail: the processes would call "
+            "the denoiser unequally often, and wait for each other; leave sampler.tail out"
         )
     for option, instead in {
         "FSDP_OFFLOAD_PARAMS": "it was never run; leave fsdp_offload_params out",

@@ -63,13 +63,14 @@ class Peak(TorchDispatchMode):
 @dataclass(frozen=True)
 class Need:
     """Bytes of a process on one device, by what holds them; a phase has what is always there and
-    its own. Before the texts are encoded there is only the VAE."""
+    its own. early: the sum of what is there while texts are encoded."""
 
     always: dict[str, int]
     phases: dict[str, dict[str, int]]
+    early: int
 
     def total(self, phase: str) -> int:
-        held = self.always["VAE"] if phase == "encoding" else sum(self.always.values())
+        held = self.early if phase == "encoding" else sum(self.always.values())
         return held + sum(self.phases[phase].values())
 
     @property
@@ -155,7 +156,9 @@ def need(plan: Plan, device: str) -> Need:
                 "merged LoRA": merged,
                 "one batch": max(called, decoded - merged),
             }
-    return Need(always, phases)
+    # the denoiser is read before, and comes to the device after
+    early = always["VAE"] + (always["denoiser"] if device == "cpu" else 0)
+    return Need(always, phases, early)
 
 
 def text_shapes(policy: Policy, model: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -67,7 +67,7 @@ class Plan:
         from .engine import check_launch
 
         config.check(advantages=method.needs is not Needs.GRADIENT)
-        check_launch(config.model)
+        check_launch(config)
         checks.check_updates(config, method)
         rewards = config.rewards if rewards is None else _with_options(rewards, config.rewards)
         checks.check_packages(config)

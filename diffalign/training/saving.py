@@ -107,17 +107,22 @@ def resolved(trainer: Trainer) -> TrainConfig:
 
 
 def save(trainer: Trainer, wait: float = 600.0) -> None:
-    """See `Trainer.save`. wait: seconds for the rows that other processes write."""
+    """See `Trainer.save`. wait: seconds for the rows that other processes write. Raises what
+    `checkpoint.save` and `checkpoint.load` do."""
     divided = trainer.policy.sharding is not None
     if not (trainer.main or divided):
         return
-    state, log = trainer.complete, trainer.config.log
-    ranks = (trainer.rank, trainer.world, f"-{trainer.token}") if divided else (0, 1, "")
-    path = checkpoint.save(trainer.dir, state, log.keep_checkpoints, *ranks, wait=wait)
+    state, keep = trainer.complete, trainer.config.log.keep_checkpoints
+    if not divided:
+        checkpoint.save(trainer.dir, state, keep)
+    elif state["epoch"] != trainer.written:  # the main process may still be collecting the rows
+        trainer.written = state["epoch"]
+        ranks = trainer.rank, trainer.world, f"-{trainer.token}"
+        checkpoint.save(trainer.dir, state, keep, *ranks, wait=wait)
     if not trainer.main:
         return
     if divided:  # what the others hold is read again
-        state = checkpoint.load(path)
+        state = checkpoint.load(checkpoint.named(trainer.dir, state["epoch"]))
     ema = trainer.config.train.ema
     trainer.policy.save(trainer.dir, state=state["copies"]["ema"] if ema else state["adapter"])
     trainer.tracker.curve(trainer.dir / "curve.png")
@@ -300,8 +305,8 @@ def end(trainer: Trainer, watch: Watch, error: BaseException) -> None:
             ruined = updates > 0 and trainer.config.model.dtype != "float16"
     if _lost(error):
         lines = ["a process of this run was lost, and the others cannot go on without it"]
-    first = watch.announce(RuntimeError("ruined") if ruined else error)
-    ruined = ruined or str(error) == "ruined"
+    ruined = ruined or getattr(error, "ruined", False)
+    first = watch.announce(error, ruined)
     saves = trainer.main or trainer.policy.sharding is not None
     kept = _keep(trainer, ruined) if saves else ""
     if trainer.main:
@@ -335,18 +340,13 @@ def _keep(trainer: Trainer, ruined: bool) -> str:
         how = f"{before}--resume goes on from there" if before else "start again"
         return f"epochs done: {done}, and these weights are not saved; {how}"
     try:
-        if _looked_at(trainer):
+        # for who goes on with the trainer: its weights are those that are saved
+        if trainer.world == 1 and threading.current_thread() is threading.main_thread():
             restore(trainer, trainer.complete)
-        trainer.save(wait=LAST_WAIT)
+        save(trainer, LAST_WAIT)
     except Exception as error:  # what ended the run matters more
         return f"epochs done: {done}, not saved ({error}); {before}mend that and use --resume"
     return f"epochs done: {done}, saved in {trainer.dir}; --resume goes on"
-
-
-def _looked_at(trainer: Trainer) -> bool:
-    """Whether somebody may go on with the trainer, whose weights are then to be those saved."""
-    here = threading.current_thread() is threading.main_thread()
-    return here and trainer.world == 1
 
 
 def _copied(value: Any) -> Any:

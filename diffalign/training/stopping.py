@@ -22,12 +22,12 @@ class TrainingStopped(RuntimeError):
     """Training cannot go on: a reward failed, gradients or weights are not finite, or the run
     folder cannot be written. The message says why, what was saved, and the remedy.
 
-    quiet: of several processes another one says it.
+    quiet: of several processes another one says it. ruined: the weights are not worth saving.
     """
 
-    def __init__(self, message: str, quiet: bool = False):
+    def __init__(self, message: str, quiet: bool = False, ruined: bool = False):
         super().__init__(message)
-        self.quiet = quiet
+        self.quiet, self.ruined = quiet, ruined
 
 
 class NotFinite(ValueError):

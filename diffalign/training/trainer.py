@@ -91,6 +91,7 @@ class Trainer:
         # tells the files of this session's processes from those of earlier ones
         (self.token,) = broadcast_object_list([secrets.token_hex(4)])
         self._build(state["epoch"] if state else 0)
+        self.written: int | None = None  # the epoch whose divided state was written last
         self.epoch, self.calls = 0, 0.0  # epochs done, and what they took of the denoiser
         if state is not None:
             for note in saving.restore(self, state, changed, force):
@@ -240,7 +241,9 @@ class Trainer:
         else:
             metrics, meter, pictures = self._from_gradients(epoch, data)
         metrics |= self._teach(pictures) | constrain(self.reward, metrics)
-        metrics |= Meter.means(gather_object([meter.totals()]))
+        done = self.policy.calls - calls, self.reward.images - scored
+        everyone = gather_object([(meter.totals(), *done)])
+        metrics |= Meter.means([totals for totals, *_ in everyone])
         metrics |= self.algorithm.end_epoch(metrics)
         for name, decay in self.copies.items():
             self.optimizer.follow(name, decay(self.optimizer.updates))
@@ -250,8 +253,8 @@ class Trainer:
             self.say(f"epoch {epoch + 1}: {worry}")
         return metrics | {
             "lr": self.optimizer.lr,
-            "denoiser_calls": float(self.policy.calls - calls) * self.world,
-            "reward_calls": float(self.reward.images - scored) * self.world,
+            "denoiser_calls": float(sum(made for _, made, _ in everyone)),
+            "reward_calls": float(sum(scored for *_, scored in everyone)),
             "reward_seconds": self.reward.seconds - scoring,
             "seconds": time.monotonic() - start,
         }
@@ -271,7 +274,7 @@ class Trainer:
             images = [j for *_, j in keys]
             steps = window(c.sampler, self.sampling.stochastic, epoch, seed, images)
         start = [sample_seed(seed, epoch, i, "start") for _, i, _ in keys]
-        drawn_by = self.algorithm.sampled_by
+        drawn_by, divided = self.algorithm.sampled_by, self.policy.sharding is not None
         with (
             Scorer(self.policy, self.reward, batch, c.data.group_size) as scorer,
             self.policy.adapter(drawn_by) if drawn_by else nullcontext(),
@@ -287,6 +290,7 @@ class Trainer:
                 means=self.algorithm.stores_means,
                 store=needs is Needs.TRAJECTORY,
                 each=scorer.add,
+                chunks=-(-max(map(len, self.shares)) // c.sampler.batch) if divided else 0,
             )
             return Rollout(batch, keys, cond, paths, scorer.finish())
 
@@ -329,8 +333,7 @@ class Trainer:
             values = {k: self._gather(parts[k]) for k in weights}
             advantage = combined_advantages(everyone, values, weights, groups, c)
         whitened = (everyone - everyone.mean()) / (everyone.std(correction=0) + 1e-8)
-        mine = self.shares[self.rank]
-        own = slice(mine.start, mine.stop)
+        own = slice(self.shares[self.rank].start, self.shares[self.rank].stop)
         figures = {"zero_variance_groups": zero_variance_share(everyone, groups)}
         return advantage[own].to(reward.device), whitened[own].to(reward.device), figures
 
@@ -386,11 +389,10 @@ class Trainer:
         """The averaged weights in place of the trained ones, where there are any."""
         return self.policy.adapter("ema") if self.config.train.ema else nullcontext()
 
-    def save(self, wait: float = 600.0) -> None:
-        """Checkpoint, weights and curve of the epochs done. All processes call this; where the
-        denoiser is divided each writes its rows, and the main one waits for them, `wait` seconds at
-        most, and else it alone writes."""
-        saving.save(self, wait)
+    def save(self) -> None:
+        """Checkpoint, weights and curve, as of the last epoch that was finished. All processes call
+        this; where the denoiser is divided each writes its rows, and else the main one alone."""
+        saving.save(self)
 
     def say(self, text: str) -> None:
         """Print beside the progress bar, once for all processes."""

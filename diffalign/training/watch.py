@@ -9,7 +9,9 @@ thread saves what is to be saved and ends the process.
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import signal
 import socket
 import sys
@@ -75,13 +77,14 @@ class Watch:
         """The main thread ends the run itself."""
         self._ending.set()
 
-    def announce(self, error: BaseException) -> bool:
-        """Tell the other processes why this one ends. Returns whether it is the first to, which
-        then speaks for all."""
+    def announce(self, error: BaseException, ruined: bool = False) -> bool:
+        """Tell the other processes why this one ends, and whether the weights are `ruined`. Returns
+        whether it is the first to, which then speaks for all."""
         if self._told is not None or self.store is None:
             return self._told or self.store is None
-        kind = f"signal {error.signum}" if isinstance(error, Interrupted) else "error 1"
-        what = f"{kind} {os.getpid()} {error}"  # that of no other process
+        signum = getattr(error, "signum", 0)
+        # a token makes it that of no other process
+        what = json.dumps([secrets.token_hex(4), signum, ruined, str(error)])
         try:
             first = self.store.compare_set("why", "", what).decode() == what
         except Exception:  # the process that keeps the store is gone
@@ -98,12 +101,14 @@ class Watch:
                 return
 
     def answered(self) -> str:
-        """What the main process has saved; "" where it does not say."""
+        """What the main process has saved."""
         try:
             self.store.wait(["saved"], timedelta(seconds=ANSWERS))
             return self.store.get("saved").decode()
         except Exception:
-            return "the main process did not say what it saved; --resume goes on from the newest"
+            return (
+                "the main process did not say what it saved; --resume goes on from the newest state"
+            )
 
     def _look(self) -> None:
         while not self._over.wait(POLL):
@@ -130,10 +135,10 @@ class Watch:
     def _reason(self) -> BaseException | None:
         why = self._announced()
         if why:
-            kind, number, _, text = why.split(" ", 3)
-            if kind == "signal":
-                return Interrupted(int(number))
-            return TrainingStopped(text, quiet=True)
+            _, signum, ruined, text = json.loads(why)
+            if signum:
+                return Interrupted(signum)
+            return TrainingStopped(text, quiet=True, ruined=ruined)
         now = time.monotonic()
         for name, since in dict(self.running()).items():
             if self.limit is not None and now - since > self.limit:
