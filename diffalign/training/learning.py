@@ -45,6 +45,7 @@ from ..sampling.rollout import Noise, Sampling, Trajectories, rollout, sample_se
 from .noise_scale import Parts
 from .optimizer import Optimizer
 from .scorer import Scores
+from .stopping import blame
 
 
 @dataclass(frozen=True)
@@ -252,34 +253,49 @@ class Learner:
         drawn = self._draw(data, mine, plan) if len(mine) else torch.empty(0)
         for pick in chunks(len(mine), c.micro_batch):
             rows, real = mine[pick], max(0, min(pick.stop, n) - pick.start)
-            share_of = torch.full((len(rows),), share, device=policy.device)
-            share_of[real:] = 0
             cond, states = data.cond[rows], drawn[pick]
+            batch = [data.prompts[j] for j in rows[:real].tolist()]
             seeds = [sample_seed(c.seed, *data.keys[j], "renoise") for j in rows.tolist()]
             noise, paths = Noise(seeds, policy.latent_shape, policy.device), [states]
             for _ in range(plan.renoised):
                 renoised = renoise_last(policy, cond, self.sampling, states, noise.draw())
                 paths.append(renoised)
             for states in paths:
-                x0 = reward_input(policy, cond, self.sampling, states, plan)
-                x0 = x0.detach().requires_grad_()
-                images = policy.decode(x0, differentiable=True, tiny=True)
-                batch = [data.prompts[j] for j in rows.tolist()]
-                if self.reward.learns:
-                    pictures += list(zip(images.detach().cpu(), batch, strict=True))[:real]
-                pixels, total, parts = self._pixel_gradient(images, batch)
-                finite = pixels.isfinite().flatten(1).all(1)
-                self.optimizer.suspects.append(partial(self._blame, finite, batch))
-                (grad,) = torch.autograd.grad(images, x0, pixels * share_of.view(-1, 1, 1, 1))
-                grad = self.optimizer.scaler.scale(grad)  # the sweep is linear in it
-                penalty = self._penalty(cond, share_of / len(plan.active), real, meter)
+                x0 = reward_input(policy, cond, self.sampling, states, plan).detach()
+                grad = torch.zeros_like(x0)
+                if real:
+                    seen = meter, rewards, pictures
+                    grad[:real] = self._latent_gradient(x0[:real], batch, share, *seen)
+                penalty = self._penalty(cond, share / len(plan.active), real, meter)
                 adjoint_sweep(policy, cond, self.sampling, states, grad, plan, penalty)
-                saturated = ((images <= 0) | (images >= 1)).float().flatten(1).mean(1)
-                meter.add({"saturated_pixels": saturated[:real]}, real)
-                for name, values in {"": total, **parts}.items():
-                    rewards.setdefault(name, []).append(values.detach()[:real])
             split.learnt(min(pick.stop, n))
         return split
+
+    def _latent_gradient(
+        self,
+        x0: Tensor,
+        batch: Sequence[Prompt],
+        share: float,
+        meter: Meter,
+        rewards: dict[str, list[Tensor]],
+        pictures: list[tuple[Tensor, Prompt]],
+    ) -> Tensor:
+        """share · ∂(Σ loss)/∂x0 at the clean latents x0 (n, *latent), scaled as gradients are in
+        float16; what is seen on the way is added to the last three."""
+        x0 = x0.requires_grad_()
+        images = self.policy.decode(x0, differentiable=True, tiny=True)
+        if self.reward.learns:
+            pictures += zip(images.detach().cpu(), batch, strict=True)
+        pixels, total, parts = self._pixel_gradient(images, batch)
+        finite = pixels.isfinite().flatten(1).all(1)
+        names = [name for name, weight in self.reward.weights.items() if weight != 0]
+        self.optimizer.suspects.append(partial(blame, finite, names, batch))
+        saturated = ((images <= 0) | (images >= 1)).float().flatten(1).mean(1)
+        meter.add({"saturated_pixels": saturated}, len(batch))
+        for name, values in {"": total, **parts}.items():
+            rewards.setdefault(name, []).append(values.detach())
+        (grad,) = torch.autograd.grad(images, x0, pixels * share)
+        return self.optimizer.scaler.scale(grad)  # the sweep is linear in it
 
     def _parts(self, data: Samples, mine: Tensor) -> Parts:
         """For an update's samples here, whose gradient can be told apart prompt by prompt."""
@@ -334,23 +350,12 @@ class Learner:
         merged = merge(torch.stack(each, 1), total.new_tensor(list(weights.values())), how)
         return merged * slope.view(-1, 1, 1, 1), total, parts
 
-    def _blame(self, finite: Tensor, batch: Sequence[Prompt]) -> str | None:
-        """What to say where the rewards' gradients to the pictures of a batch are not all `finite`
-        (n,). Read when a step is given up: to look at once would wait for the device."""
-        if finite.all():
-            return None
-        names = " or ".join(repr(k) for k, w in self.reward.weights.items() if w != 0)
-        return (
-            f"the gradient of the reward {names} to the pixels is NaN or infinite for the prompt "
-            f"{batch[finite.tolist().index(False)].text!r}"
-        )
-
     def _penalty(
-        self, cond: Cond, share: Tensor, real: int, meter: Meter
+        self, cond: Cond, share: float, real: int, meter: Meter
     ) -> Callable[[Tensor, Prediction, int], Tensor] | None:
         """kl_weight times the mean square between the outputs of policy and base (DRaFT+), both at
         the state that the policy saw: where that depends on the weights, through earlier steps, the
-        base's output does too. share: what each row counts (n,); the first `real` are measured."""
+        base's output does too. share: what each of the first `real` rows counts; others do not."""
         if not self.algorithm.kl_weight:
             return None
         weight = self.algorithm.kl_weight * share
@@ -360,7 +365,7 @@ class Learner:
             state = x.detach().requires_grad_(moves)
 
             def scaled(distance: Tensor) -> Tensor:
-                return self.optimizer.scaler.scale((weight * distance).sum())
+                return self.optimizer.scaler.scale(weight * distance[:real].sum())
 
             with torch.set_grad_enabled(moves), self.policy.reference():
                 base = self.sampling.predict(self.policy, state, i, cond).native

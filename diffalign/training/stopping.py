@@ -8,11 +8,16 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 from ..config import TrainConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..config.prompts import Prompt
 
 IN_A_ROW = 5  # updates without a finite gradient that end a run
 AGAIN = 5.0  # seconds after which a signal counts as a new one
@@ -131,6 +136,17 @@ def leave(status: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(status)
     raise SystemExit(status)
+
+
+def blame(finite: Tensor, rewards: Sequence[str], batch: Sequence[Prompt]) -> str | None:
+    """What to say where the rewards' gradients to the pictures of a batch are not all `finite`
+    (n,). Read when a step is given up: to look at once would wait for the device."""
+    if finite.all():
+        return None
+    return (
+        f"the gradient of the reward {' or '.join(map(repr, rewards))} to the pixels is NaN or "
+        f"infinite for the prompt {batch[finite.tolist().index(False)].text!r}"
+    )
 
 
 def unusable_gradient(
