@@ -159,15 +159,12 @@ def trained(tmp_path_factory, pipelines):
     """Runs of `train_several.py` by so many processes, which are made when they are asked for."""
     folder, made = tmp_path_factory.mktemp("several"), {}
 
-    def get(name, processes, *arguments, **environ):
+    def get(name, processes, *arguments, model="sd-v", **environ):
         if name not in made:
             place = folder / name
-            status, output = run(
-                processes,
-                ["tests/train_several.py", place, pipelines["sd-v"], *arguments],
-                200,
-                **environ,
-            )
+            which = "ddpo,awm,draft" if model == "sd-v" else "awm"
+            script = ["tests/train_several.py", place, pipelines[model], which, *arguments]
+            status, output = run(processes, script, 200, **environ)
             assert status == 0, output
             made[name] = place
         return made[name]
@@ -209,6 +206,14 @@ def test_weights_are_those_of_one_process(trained, algorithm, division, n):
             assert all(
                 (place / "diffusion_pytorch_model.safetensors").exists() for place in folders
             )
+
+
+def test_a_model_with_buffers_in_its_state_is_divided(trained):
+    """SD3 keeps its table of positions there."""
+    one = trained("one-sd3", 1, "contiguous", model="sd3") / "awm-0"
+    several = trained("fsdp-sd3", 2, model="sd3", **FSDP) / "awm-0"
+    assert distance(one, several) < 1e-5
+    assert len(checkpoint.load(several)["adapter"]["pos_embed.pos_embed"].shape) == 3
 
 
 def test_a_divided_run_goes_on_with_another_number_of_processes(trained, tmp_path):

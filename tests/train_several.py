@@ -1,6 +1,6 @@
 """Trains one run for each algorithm and kind of weights, for tests with several processes.
 
-    python tests/train_several.py FOLDER MODEL [contiguous]
+    python tests/train_several.py FOLDER MODEL ALGORITHM,... [contiguous]
 
 contiguous: the order in memory that FSDP2 needs, for one process to be compared with.
 """
@@ -24,16 +24,16 @@ def redness(images, prompts):
 redness.differentiable = True
 
 
-def main(folder: str, model: str, contiguous: bool) -> None:
+def main(folder: str, model: str, algorithms: str, contiguous: bool) -> None:
     if contiguous:
         base.LAYOUT = weights.LAYOUT = torch.contiguous_format
-    for algorithm, kernel in KERNELS.items():
+    for algorithm in algorithms.split(","):
         for rank in (0, 4):
             config = TrainConfig.from_dict(
                 {
                     "model": {"name": model, "resolution": 16, "lora_rank": rank},
                     "algorithm": {"type": algorithm, **OPTIONS[algorithm]},
-                    "sampler": {"steps": 3, "kernel": kernel, "batch": 2},
+                    "sampler": {"steps": 3, "kernel": KERNELS[algorithm], "batch": 2},
                     "data": {"groups": 2, "group_size": 4},
                     "train": {
                         "epochs": 4, "updates_per_epoch": 2, "micro_batch": 3, "ema": 0.5,
@@ -49,4 +49,4 @@ def main(folder: str, model: str, contiguous: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3], "contiguous" in sys.argv[3:])
+    main(*sys.argv[1:4], "contiguous" in sys.argv[4:])

@@ -67,9 +67,10 @@ def guarded(command: Command) -> Callable[..., int]:
             text = message(error)
             if text is None or os.environ.get("DIFFALIGN_DEBUG"):
                 raise
-            if not getattr(error, "quiet", False):  # another process says it
-                beside = os.environ.get("RANK", "0") != "0"  # the progress bar of the main one
-                print(f"{beside * chr(10)}error: {text}", file=sys.stderr)
+            # a refusal is alike on all of a machine; later another process may say it for all
+            aside = os.environ.get("LOCAL_RANK", "0") != "0"
+            if not (getattr(error, "quiet", False) or (aside and isinstance(error, ValueError))):
+                print("\n" * aside + f"error: {text}", file=sys.stderr)  # beside a progress bar
             return 1
         return status
 
@@ -149,7 +150,7 @@ def train(arguments: Sequence[str]) -> int:
         )
         result = trainer.train()
     except KeyboardInterrupt as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if os.environ.get("RANK", "0") == "0":
             print(f"\nstopped by {error or 'Ctrl-C'}")
         raise
     if trainer.main:

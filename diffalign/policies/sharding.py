@@ -128,7 +128,8 @@ class Team:
 
     def __init__(self, accelerator: Accelerator, divides: bool = False):
         self.accelerator, self.divides = accelerator, divides
-        self.plugin = accelerator.state.fsdp_plugin if divides else None  # type: ignore[attr-defined]
+        if divides:  # weights are handed out here
+            cast(Any, accelerator.state).fsdp_plugin.cpu_ram_efficient_loading = False
         world, rank = accelerator.num_processes, accelerator.process_index
         most = int(os.environ.get("LOCAL_WORLD_SIZE") or world) if world > 1 else 1
         first = rank - accelerator.local_process_index
@@ -188,15 +189,28 @@ class Team:
         weights."""
         return reader() if self.accelerator.is_main_process else empty(like)
 
+    @torch.no_grad()
     def divide(self, network: Any) -> Any:
-        """Divide a network, in place. Its weights are those of the main process; elsewhere they may
-        be on the meta device."""
-        return self._divided(network.to(memory_format=torch.contiguous_format), read=True)
+        """Divide a network, in place. Its weights and buffers are those of the main process;
+        elsewhere the weights may be on the meta device."""
+        network.to(memory_format=torch.contiguous_format)  # FSDP2 cannot divide another
+        given = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+        device = self.accelerator.device
+        self._divided(network.to("meta")).to_empty(device=device)
+        # accelerate would do this too, but for networks with buffers in their state
+        for name, held in [*network.named_parameters(), *network.named_buffers()]:
+            value = given[name].detach()
+            if not self.accelerator.is_main_process:
+                value = torch.empty(held.shape, dtype=held.dtype, device=device)
+            value = value.to(device)
+            torch.distributed.broadcast(value, 0)
+            put(held, value)
+        return network
 
     @torch.no_grad()
     def twin(self, network: Any) -> Any:
         """A network like a divided one, with the same weights, divided in the same way."""
-        made = self._divided(empty(network), read=False)
+        made = self._divided(empty(network).to("meta"))
         made.to_empty(device=local(next(network.parameters())).device)
         reshard(network)
         theirs = [*network.parameters(), *network.buffers()]
@@ -204,10 +218,9 @@ class Team:
             local(own).copy_(local(other))
         return made
 
-    def _divided(self, network: Any, read: bool) -> Any:
+    def _divided(self, network: Any) -> Any:
         from accelerate.utils import fsdp2_prepare_model
 
-        self.plugin.cpu_ram_efficient_loading = read  # type: ignore[union-attr]
         return fsdp2_prepare_model(self.accelerator, network)
 
 

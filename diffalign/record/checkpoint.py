@@ -74,7 +74,9 @@ def save(
     run_dir = Path(run_dir)
     target = named(run_dir, state["epoch"])
     tensors: dict[str, Tensor] = {}
-    plain = json.dumps(_split(state, "", tensors), indent=0)
+    rows: dict[str, Tensor] = {}
+    plain = json.dumps(_split(state, "", tensors, rows), indent=0)
+    tensors = rows if rank else tensors | rows  # what is whole is alike on all
     seen: set[int] = set()
     for name, tensor in tensors.items():  # a file does not hold two tensors of one memory
         at = tensor.untyped_storage().data_ptr()
@@ -110,7 +112,7 @@ def save(
 
 def check(state: Mapping[str, Any]) -> None:
     """Raises ConfigError for a value that `save` would not keep."""
-    _split(state, "", {})
+    _split(state, "", {}, {})
 
 
 @contextmanager
@@ -271,25 +273,27 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def _split(value: Any, where: str, tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON has it; its tensors go to `tensors`, under names that tell where they were.
+def _split(value: Any, where: str, tensors: dict[str, Tensor], rows: dict[str, Tensor]) -> Any:
+    """`value` as JSON has it; its tensors go to `tensors`, and what is here of divided ones to
+    `rows`, under names that tell where they were.
     Lists and dicts with texts as keys are themselves, all else is {"!kind": ...}."""
     if isinstance(value, Tensor):
         name = where if where not in tensors else f"{where}~{len(tensors)}"
         tensors[name] = value.detach().cpu().contiguous()
         return {"!tensor": name}
     if isinstance(value, Shard):
-        tensors[where] = value.rows.contiguous()
+        rows[where] = value.rows.contiguous()
         return {"!rows": [where, list(value.shape)]}
     if isinstance(value, Mapping):
         items = [
-            (k, _split(v, f"{where}.{k}" if where else str(k), tensors)) for k, v in value.items()
+            (k, _split(v, f"{where}.{k}" if where else str(k), tensors, rows))
+            for k, v in value.items()
         ]
         if all(isinstance(k, str) and not k.startswith("!") for k, _ in items):
             return dict(items)
-        return {"!dict": [[_split(k, where, tensors), v] for k, v in items]}
+        return {"!dict": [[_split(k, where, tensors, rows), v] for k, v in items]}
     if isinstance(value, (list, tuple)):
-        each = [_split(v, f"{where}.{i}", tensors) for i, v in enumerate(value)]
+        each = [_split(v, f"{where}.{i}", tensors, rows) for i, v in enumerate(value)]
         return {"!tuple": each} if isinstance(value, tuple) else each
     if value is None or isinstance(value, (bool, int, float, str)):
         return value  # NaN and infinity too, which Python's JSON reads
