@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from accelerate import Accelerator
 from processes import FSDP, ROOT, run, start
 
 from diffalign.config import ModelConfig, TrainConfig
@@ -18,6 +19,7 @@ from diffalign.policies.sharding import whole
 from diffalign.record import checkpoint
 from diffalign.record.metrics import read_metrics
 from diffalign.training import engine
+from diffalign.training.optimizer import Buckets
 
 REWARDS = """
 import os, time
@@ -301,3 +303,22 @@ def test_the_files_for_accelerate_ask_for_what_is_done(file, monkeypatch):
             engine.check_launch(TrainConfig(ModelConfig(lora_rank=8)))
     else:
         engine.check_launch(TrainConfig(ModelConfig(lora_rank=8)))
+
+
+@pytest.mark.filterwarnings("error")
+def test_buckets_hold_gradients_in_the_order_of_the_weights(monkeypatch):
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8 * 4, 5)
+    ).to(memory_format=torch.channels_last)
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    network(x).square().sum().backward()
+    plain = [p.grad.clone() for p in network.parameters()]
+    monkeypatch.setattr(Buckets, "LARGEST", 1000)  # bytes: two buffers
+    buckets = Buckets(network.parameters(), Accelerator(cpu=True))
+    assert len(buckets.buffers) > 1
+    network(x).square().sum().backward()
+    for p, gradient in zip(network.parameters(), plain, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+        assert p.grad.stride() == p.stride()
+    held = torch.cat([b.sort().values for b in buckets.buffers]).sort().values
+    torch.testing.assert_close(held, torch.cat([g.flatten() for g in plain]).sort().values)

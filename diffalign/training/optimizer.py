@@ -61,7 +61,12 @@ class Buckets:
             )
             self.buffers.append(buffer)
             parts = buffer.split([p.numel() for p in group])
-            self._views += [(p, g.view_as(p)) for p, g in zip(group, parts, strict=True)]
+            for p, g in zip(group, parts, strict=True):
+                # in the order in memory that the weight has, as autograd wants it
+                channels_last = p.ndim == 4 and p.is_contiguous(memory_format=torch.channels_last)
+                plain = torch.empty(p.shape, device="meta").stride()
+                strides = p.stride() if channels_last else plain
+                self._views.append((p, g.as_strided(p.shape, strides)))
         self.clear()
 
     @torch.no_grad()
