@@ -22,6 +22,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from families_flow import FLOW_BUILDERS
+from families_qwen import QWEN_BUILDERS
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffalign.emoji_world.workshop.tokenizer import LENGTH, build_tokenizer
@@ -145,4 +146,5 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "sd-turbo": partial(build_sd, scheduler=TURBO),
     "sdxl": build_sdxl,
     **FLOW_BUILDERS,
+    **QWEN_BUILDERS,
 }

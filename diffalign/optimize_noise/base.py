@@ -95,7 +95,9 @@ class Task:
     def affordable(self, rows: Sequence[int], most: int) -> int:
         """The number of plain samples per prompt, 1 to `most`, that the budgets of all `rows`
         allow."""
-        each = self.sampling.steps + self.policy.uses_cfg * sum(self.sampling.guided)
+        each = self.sampling.steps + self.policy.uses_cfg * sum(
+            self.sampling.guided(type(self.policy))
+        )
         left = [self.account.left(row) for row in rows]
         allowed = [min(x["denoiser_calls"] / each, x["reward_calls"]) for x in left]
         return max(1, ceil(min(most, *allowed)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -14,13 +14,16 @@ from ..dynamics import Levels
 from .acceleration import check as check_acceleration
 from .base import Policy
 from .cond import Cond
-from .configs import pixels_per_latent, read_config, text_options
+from .configs import read_config, text_options
 from .flux import FluxPolicy
+from .flux2 import Flux2Policy
 from .lora_files import check as check_lora
+from .qwen_image import QwenImage21Policy, QwenImagePolicy
 from .run_folder import resolve
 from .sd3 import SD3Policy
 from .sharding import Team
 from .unet import UNetPolicy
+from .z_image import ZImagePolicy
 
 if TYPE_CHECKING:
     from torch._subclasses.fake_tensor import FakeTensorMode
@@ -34,7 +37,7 @@ __all__ = [
     "check_lora",
     "check_tiny_vae",
     "family",
-    "knows_guidance",
+    "guided_by",
     "load",
     "merge",
     "peek",
@@ -57,6 +60,11 @@ FAMILIES: dict[str, type[Policy]] = {
     "StableDiffusionXLPipeline": UNetPolicy,
     "StableDiffusion3Pipeline": SD3Policy,
     "FluxPipeline": FluxPolicy,
+    "Flux2KleinPipeline": Flux2Policy,
+    "Flux2Pipeline": Flux2Policy,
+    "ZImagePipeline": ZImagePolicy,
+    "QwenImagePipeline": QwenImagePolicy,
+    "QwenImage21Pipeline": QwenImage21Policy,
 }
 
 
@@ -86,10 +94,12 @@ def peek(name: str, steps: int, resolution: int | None = None) -> tuple[Levels, 
     return family(name).peek(model.base, steps, resolution or model.resolution)
 
 
-def knows_guidance(name: str) -> bool:
-    """Whether a guidance scale changes a model's pictures; FLUX.1-schnell ignores it."""
-    kind = family(name)
-    return kind.knows_guidance(read_config(resolve(name).base, f"{kind.denoiser}/config.json"))
+def guided_by(name: str) -> Literal["cfg", "input"] | None:
+    """How a guidance scale acts on a model's pictures: by a second call of the denoiser, as an
+    input of it, or not at all (FLUX.1-schnell)."""
+    kind, base = family(name), resolve(name).base
+    network = read_config(base, f"{kind.denoiser}/config.json")
+    return kind.guided_by(read_config(base, "model_index.json"), network)
 
 
 def pipeline(name: str, merge_lora: str | None = None, **options: Any) -> Any:
@@ -140,7 +150,8 @@ def load(
     from . import loading  # imports diffusers: seconds that a refusal need not wait for
 
     kind = family(name)
-    peek(name, 1, resolution)  # refuses a bad model or size before any weights are read
+    # refuses a bad model or size before any weights are read; some schedules have no single step
+    peek(name, 2, resolution)
     half, size = getattr(torch, dtype), resolution or resolve(name).resolution
     dtypes = {"default": half, "vae": getattr(torch, vae_dtype)}
     if train_all:
@@ -170,7 +181,7 @@ def check_tiny_vae(tiny: str, name: str) -> None:
         )
     blocks = len(given["decoder_block_out_channels"]) - 1
     found = given["latent_channels"], given["upsampling_scaling_factor"] ** blocks
-    needed = vae["latent_channels"], pixels_per_latent(vae)
+    needed = vae["latent_channels"], family(name).pixels_per_latent(vae)
     if found != needed:
         raise ValueError(
             f"model.tiny_vae={tiny!r} decodes {found[0]} channels to {found[1]} pixels a latent, "

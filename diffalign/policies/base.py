@@ -7,18 +7,18 @@ here: classifier-free guidance, prompt cache, decoding, trained weights and thei
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..dynamics import PREDICTIONS, Levels, Prediction, native_target
 from .acceleration import accelerate
-from .cond import Cond
-from .configs import read_config
+from .cond import Cond, joined
+from .configs import pixels_per_latent, read_config, text_options
 from .guidance import Guidance
 from .sharding import Saved, Team
 from .weights import LAYOUT, TrainedWeights
@@ -34,8 +34,10 @@ class Policy(TrainedWeights, ABC):
     """
 
     repeated: ClassVar[tuple[str, ...]] = ()  # classes of the blocks to compile; () = the whole
-    uses_cfg: ClassVar[bool] = True  # False: guidance is an input of the network, or there is none
-    max_sequence_length: int | None = None  # T5 tokens per prompt; None = the pipeline's default
+    vaes: ClassVar[tuple[str, ...]] = ("AutoencoderKL", "AutoencoderTiny")
+    negative: ClassVar[str] = ""  # the negative prompt where none is given
+    uses_cfg: bool  # whether `guided_by` is "cfg"
+    max_sequence_length: int | None = None  # tokens per prompt; None = the pipeline's default
     zero_negative = False  # an empty negative prompt is zeros instead of the embedding of ""
     predicts: str  # what the network outputs: epsilon | v_prediction | flow
 
@@ -57,7 +59,9 @@ class Policy(TrainedWeights, ABC):
         self.tiny_vae: Any = None
         scheduler = pipe.scheduler
         config = {**scheduler.config, "_class_name": type(scheduler).__name__}
-        self.schedule_config = self.scheduler_config(type(pipe).__name__, config)
+        index = {**pipe.config, "_class_name": type(pipe).__name__}
+        self.schedule_config = self.scheduler_config(index, config)
+        self.uses_cfg = self.guided_by(index, self.network.config) == "cfg"
         self.latent_shape = self.shape(self.network.config, self.vae.config, resolution)
         self.resolution = resolution
         self.decode_batch = 16
@@ -86,7 +90,7 @@ class Policy(TrainedWeights, ABC):
                 part.to(self.device)
             else:
                 team.spread(part, self.device)
-            if name in (self.denoiser, "vae"):
+            if name in (self.denoiser, "vae") and all(p.ndim < 5 for p in part.parameters()):
                 part.to(memory_format=LAYOUT)
 
     @classmethod
@@ -96,10 +100,10 @@ class Policy(TrainedWeights, ABC):
         """Refuse a model that this family cannot run, by the configs of its pipeline, denoiser and
         VAE. No weights are read."""
         kind = index["vae"][1]
-        if kind not in ("AutoencoderKL", "AutoencoderTiny"):
-            raise ValueError(f"the VAE is a {kind}; use a pipeline with a plain AutoencoderKL")
-        taken, given = network["in_channels"], network.get("out_channels")
-        decoded, latent = vae["latent_channels"], cls.shape(network, vae, None)[0]
+        if kind not in cls.vaes:
+            raise ValueError(f"the VAE is a {kind}; use a pipeline with a plain {cls.vaes[0]}")
+        taken, given = network["in_channels"], cls.gives(network)
+        decoded, latent = cls.channels(vae), cls.shape(network, vae, None)[0]
         if given not in (None, taken) or latent != decoded:
             raise ValueError(
                 f"the denoiser takes {taken} channels and gives {given or taken}, and the VAE has "
@@ -116,15 +120,54 @@ class Policy(TrainedWeights, ABC):
         or the resolution cannot be run."""
 
     @classmethod
-    def knows_guidance(cls, network: Mapping[str, Any]) -> bool:
-        """Whether a guidance scale changes anything, by the config of the denoiser."""
-        return True
+    def gives(cls, network: Mapping[str, Any]) -> int | None:
+        """Channels that the denoiser gives, counted as its `in_channels`; None = as many."""
+        return network.get("out_channels")
 
     @classmethod
-    def scheduler_config(cls, pipeline: str, config: dict[str, Any]) -> dict[str, Any]:
+    def channels(cls, vae: Mapping[str, Any]) -> int:
+        """Channels of a latent, from the config of a VAE."""
+        return vae["latent_channels"]
+
+    @classmethod
+    def pixels_per_latent(cls, vae: Mapping[str, Any]) -> int:
+        """The factor between the sides of picture and latents, from the config of a VAE."""
+        return pixels_per_latent(vae)
+
+    @classmethod
+    def guided_by(
+        cls, index: Mapping[str, Any], network: Mapping[str, Any]
+    ) -> Literal["cfg", "input"] | None:
+        """How a guidance scale acts, by the configs of pipeline and denoiser: by a second call for
+        the negative prompt, as an input of the denoiser, or not at all."""
+        return "cfg"
+
+    @classmethod
+    def weighed(cls, guidance: float | Guidance) -> Guidance:
+        """Guidance whose scale is the w of u + w (c - u), from a scale as the model's own pipeline
+        counts it."""
+        return Guidance.of(guidance)
+
+    @classmethod
+    def guided(cls, guidance: float, n: int) -> dict[str, Any]:
+        """Arguments that guide the model's own pipeline as a scale guides the policy, for n
+        prompts."""
+        return {"guidance_scale": guidance}
+
+    @classmethod
+    def as_pipeline(cls, x: Tensor) -> Tensor:
+        """Latents (n, *latent) as the model's own pipeline takes them."""
+        return x
+
+    def renormed(self, guided: Tensor, c: Tensor) -> Tensor:
+        """What the pipeline makes of the guided output (n, *latent), given that for the prompt."""
+        return guided
+
+    @classmethod
+    def scheduler_config(cls, index: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
         """The scheduler's config in the form that `schedule` takes.
 
-        pipeline: class of the pipeline. `config["_class_name"]` is the scheduler's class.
+        index: config of the pipeline. `_class_name` is the class, here as there.
         """
         return config
 
@@ -135,8 +178,16 @@ class Policy(TrainedWeights, ABC):
         shape: of a latent."""
 
     @abstractmethod
-    def embed(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Text embeddings (n, ...) by name, as `call` wants them."""
+    def embed(self, prompts: list[str]) -> Mapping[str, Tensor | list[Tensor]]:
+        """Text embeddings (n, ...) by name, as `call` wants them; a list of n (L_i, ...) where each
+        text keeps its own number of tokens, and then their "length" (n,) too."""
+
+    @abstractmethod
+    def text_shapes(self, tokens: Callable[[str, int], int]) -> dict[str, tuple[int, ...]]:
+        """The shape of what `embed` makes of one prompt, by name, at most.
+
+        tokens: of a text, by the name of its tokenizer and by how many the pipeline takes at most.
+        """
 
     @abstractmethod
     def call(self, x: Tensor, t: Tensor, text: dict[str, Tensor], guidance: float) -> Tensor:
@@ -158,7 +209,7 @@ class Policy(TrainedWeights, ABC):
             cls.check(index, network, vae)
             shape = cls.shape(network, vae, resolution)
             config = {"_class_name": index["scheduler"][1], **scheduler}
-            config = cls.scheduler_config(index["_class_name"], config)
+            config = cls.scheduler_config(index, config)
             return cls.schedule(config, steps, shape), shape
         except KeyError as error:
             raise ValueError(
@@ -177,12 +228,18 @@ class Policy(TrainedWeights, ABC):
         timesteps.
         """
 
+    @property
+    def text_length(self) -> int:
+        """Tokens of a prompt at most, beside those of CLIPs."""
+        return self.max_sequence_length or text_options(self.pipe)["max_sequence_length"]
+
     def encode(self, prompts: Sequence[str], negative: str = "") -> Cond:
         """Conditioning of `prompts`; every distinct text goes through the encoders once per run.
 
         Raises RuntimeError for a new text once the encoders are freed.
         """
         zeros = self.zero_negative and not negative
+        negative = negative or self.negative
         texts = [*prompts, *([negative] if self.uses_cfg and not zeros else [])]
         missing = [p for p in dict.fromkeys(texts) if p not in self._prompts]
         if missing and not self.has_text_encoders:
@@ -198,10 +255,8 @@ class Policy(TrainedWeights, ABC):
                 self._prompts[prompt] = {k: v[i].cpu() for k, v in embedded.items()}
 
         def rows(texts: Sequence[str]) -> dict[str, Tensor]:
-            names = self._prompts[texts[0]]
-            return {
-                k: torch.stack([self._prompts[p][k] for p in texts]).to(self.device) for k in names
-            }
+            found = joined([{k: v[None] for k, v in self._prompts[p].items()} for p in texts])
+            return {k: v.to(self.device) for k, v in found.items()}
 
         positive = rows(prompts)
         if not self.uses_cfg:
@@ -214,7 +269,7 @@ class Policy(TrainedWeights, ABC):
     def encode_all(self, texts: Sequence[str], team: Team | None = None) -> None:
         """Encode texts ahead, and the empty one. The processes of a `team` that are on one machine
         share the work, and read what it makes from a file that they share."""
-        texts = sorted({*texts, ""})
+        texts = sorted({*texts, "", self.negative})
         if team is None or len(team.peers) == 1:
             self.encode(texts)
             return
@@ -247,17 +302,18 @@ class Policy(TrainedWeights, ABC):
         """The network's prediction for `x` (n, *latent) at `level` (one level, or one per sample).
 
         guidance: a scale w > 1 is classifier-free guidance `u + w (c - u)` (arXiv 2207.12598) on
-        the raw output, both branches in one call; w <= 1 turns it off, as in diffusers. A
+        the raw output, both branches in one call; w <= 1 turns it off, as in diffusers. Families
+        whose pipelines count or bound it in another way say so (`weighed`, `renormed`). A
         `Guidance` acts at some levels, or in another form. If `uses_cfg` is False the network gets
         w instead. The result is float32 and carries gradient where grad is enabled.
         """
-        how = Guidance.of(guidance)
+        how = self.weighed(guidance)
         rows = how.rows(level, len(x)) if self.uses_cfg else None
         if rows is None:
             output = self.output(x, level, cond, how.scale)
         else:
             u, output = self.branches(x, level, cond, rows)
-            guided = how.combine(u, output[rows])
+            guided = self.renormed(how.combine(u, output[rows]), output[rows])
             output = guided if isinstance(rows, slice) else output.index_copy(0, rows, guided)
         return self.parametrize(x, output, level)
 
@@ -274,7 +330,7 @@ class Policy(TrainedWeights, ABC):
         """The raw outputs for the negative prompts of some `rows` (m, *latent) and for the prompts
         of all (n, *latent), float32, in one call."""
         t = level.t.to(self.device).expand(len(x))
-        text = {k: torch.cat([cond.negative[k][rows], v]) for k, v in cond.positive.items()}
+        text = joined([{k: v[rows] for k, v in cond.negative.items()}, cond.positive])
         x, n = torch.cat([x[rows], x]), len(x)
         self.calls += len(x)
         with self.autocast():

@@ -48,13 +48,15 @@ def pixels_per_latent(vae: Mapping[str, Any]) -> int:
 
 
 def text_options(pipe: Any) -> dict[str, int]:
-    """Arguments that make `pipe(...)` encode prompts as a policy does: its number of T5 tokens.
+    """Arguments that make `pipe(...)` encode prompts as a policy does: its number of tokens, beside
+    those of CLIPs.
 
-    That is the pipeline's default, or the maximum of its T5 tokenizer if that is smaller.
+    That is the pipeline's default, or the maximum of its last tokenizer if that is smaller.
     """
     default = inspect.signature(pipe.__call__).parameters.get("max_sequence_length")
     if default is None:
         return {}
-    t5 = pipe.tokenizer_3 if "tokenizer_3" in pipe.components else pipe.tokenizer_2
-    most = default.default if t5 is None else t5.model_max_length
+    name = max(k for k in pipe.components if k.startswith("tokenizer"))
+    tokenizer = getattr(pipe, name)
+    most = default.default if tokenizer is None else tokenizer.model_max_length
     return {"max_sequence_length": min(default.default, most)}

@@ -1,7 +1,8 @@
-"""What SD3 and FLUX share: levels of a rectified flow as diffusers' Euler scheduler sets them."""
+"""What rectified flows share: levels as diffusers' Euler scheduler sets them, 2×2 packing."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ ODD = (
 )  # fmt: skip
 """Settings of the Euler scheduler that do more than shift the levels; they are refused."""
 
-PATCH = 2  # side of a token in latents, in every released SD3 and FLUX
+PATCH = 2  # side of a token in latents, in SD3, FLUX.1, Qwen-Image and Z-Image
 
 
 class FlowPolicy(Policy):
@@ -32,16 +33,21 @@ class FlowPolicy(Policy):
 
 
 def flow_levels(
-    config: dict[str, Any], steps: int, shape: tuple[int, ...], linspace: bool
+    config: dict[str, Any],
+    steps: int,
+    shape: tuple[int, ...],
+    linspace: bool | Sequence[float],
+    patch: int = PATCH,
+    mu: float | None = None,
 ) -> Levels:
     """Levels (steps + 1,) with alpha = 1 - sigma and t = 1000 sigma; the last has sigma = 0.
 
     The sigmas are shifted, sigma -> s sigma / (1 + (s - 1) sigma), where s is the constant `shift`.
     With `use_dynamic_shifting` s is e^mu or mu (`time_shift_type`), and mu is linear in the number
-    of image tokens. The sigmas are then stretched to end at `shift_terminal`, if that is set.
-    linspace: before the shift they run from 1 to 1 / steps, as in FluxPipeline; else over the
-    scheduler's own range, as in SD3's pipeline. Raises ValueError for any scheduler but the plain
-    Euler one.
+    of image tokens unless given. The sigmas are then stretched to end at `shift_terminal`, if that
+    is set. linspace: before the shift they run from 1 to 1 / steps, as in FluxPipeline; else over
+    the scheduler's own range, as in SD3's pipeline; or they are these. patch: side of a token in
+    latents. Raises ValueError for any scheduler but the plain Euler one.
     """
     name = config["_class_name"]
     odd = [f" with {k}" for k in ODD if config.get(k)]
@@ -51,8 +57,23 @@ def flow_levels(
             "pipeline with a plain FlowMatchEulerDiscreteScheduler (any solver integrates the same "
             "flow)"
         )
-    tokens = shape[1] // PATCH * (shape[2] // PATCH)
-    sigma = schedulers.flow_sigmas(config, steps, tokens, linspace)
+    tokens = shape[1] // patch * (shape[2] // patch)
+    sigma = schedulers.flow_sigmas(config, steps, tokens, linspace, mu)
     n = config.get("num_train_timesteps", schedulers.FLOW["num_train_timesteps"])
     sigma = torch.cat([sigma, torch.zeros(1)])
     return Levels(sigma * n, 1 - sigma, sigma)
+
+
+def packed(x: Tensor) -> Tensor:
+    """Latents (n, C, H, W) as tokens of 2×2, (n, H W / 4, 4 C), as FLUX.1 and Qwen-Image take
+    them."""
+    n, channels, height, width = x.shape
+    x = x.view(n, channels, height // PATCH, PATCH, width // PATCH, PATCH)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(n, height * width // PATCH**2, -1)
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of `packed`: latents (n, C, height, width)."""
+    n, rows, columns = len(tokens), height // PATCH, width // PATCH
+    grid = tokens.view(n, rows, columns, -1, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(n, -1, height, width)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..dynamics import Levels
-from .configs import latent_side, pixels_per_latent
-from .flow import PATCH, FlowPolicy, flow_levels
+from .configs import latent_side
+from .flow import PATCH, FlowPolicy, flow_levels, packed, unpacked
 
 
 class FluxPolicy(FlowPolicy):
@@ -26,7 +26,6 @@ class FluxPolicy(FlowPolicy):
     the single-stream blocks and all modulation.
     """
 
-    uses_cfg = False
     repeated = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
@@ -35,15 +34,17 @@ class FluxPolicy(FlowPolicy):
     )  # fmt: skip
 
     @classmethod
-    def knows_guidance(cls, network: Mapping[str, Any]) -> bool:
-        return bool(network.get("guidance_embeds"))  # not schnell
+    def guided_by(
+        cls, index: Mapping[str, Any], network: Mapping[str, Any]
+    ) -> Literal["cfg", "input"] | None:
+        return "input" if network.get("guidance_embeds") else None  # dev, and schnell
 
     @classmethod
     def shape(
         cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
     ) -> tuple[int, ...]:
         # the transformer's config names no size; the VAE's sample_size is 1024 for FLUX.1
-        side = latent_side(resolution or vae["sample_size"], pixels_per_latent(vae), PATCH)
+        side = latent_side(resolution or vae["sample_size"], cls.pixels_per_latent(vae), PATCH)
         return network["in_channels"] // PATCH**2, side, side
 
     @classmethod
@@ -51,27 +52,31 @@ class FluxPolicy(FlowPolicy):
         return flow_levels(config, steps, shape, linspace=True)
 
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
-        length = self.max_sequence_length
-        if length is None:
-            length = min(512, self.pipe.tokenizer_2.model_max_length)
         tokens, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, device=self.device, max_sequence_length=length
+            prompts, None, device=self.device, max_sequence_length=self.text_length
         )
         return {"prompt": tokens, "pooled": pooled}
 
+    def text_shapes(self, tokens: Callable[[str, int], int]) -> dict[str, tuple[int, ...]]:
+        c, length = self.network.config, self.max_sequence_length or tokens("tokenizer_2", 512)
+        return {"prompt": (length, c.joint_attention_dim), "pooled": (c.pooled_projection_dim,)}
+
+    @classmethod
+    def as_pipeline(cls, x: Tensor) -> Tensor:
+        return packed(x)
+
     def call(self, x: Tensor, t: Tensor, text: dict[str, Tensor], guidance: float) -> Tensor:
-        n, channels, height, width = x.shape
+        n, _, height, width = x.shape
         rows, columns = height // PATCH, width // PATCH
         # the last two coordinates are a token's row and column; text tokens are all at the origin
         places = torch.zeros(rows, columns, 3, device=x.device)
         places[..., 1] += torch.arange(rows, device=x.device)[:, None]
         places[..., 2] += torch.arange(columns, device=x.device)
-        packed = x.view(n, channels, rows, PATCH, columns, PATCH).permute(0, 2, 4, 1, 3, 5)
         scale = None
         if self.network.config.guidance_embeds:
             scale = torch.full((n,), float(guidance), device=x.device)
         out = self.network(
-            packed.reshape(n, rows * columns, -1).to(self.dtype),
+            packed(x).to(self.dtype),
             timestep=t / 1000,
             guidance=scale,
             encoder_hidden_states=text["prompt"].to(self.dtype),
@@ -79,5 +84,4 @@ class FluxPolicy(FlowPolicy):
             img_ids=places.view(-1, 3),
             txt_ids=torch.zeros(text["prompt"].shape[1], 3, device=x.device),
         ).sample
-        grid = out.view(n, rows, columns, channels, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-        return grid.reshape(n, channels, height, width)
+        return unpacked(out, height, width)

@@ -69,7 +69,7 @@ def denoiser(name: str, merge_lora: str | None, part: str) -> Any:
     model = resolve(name)
     index = read_config(model.base, "model_index.json")
     options = {"torch_dtype": torch.float32}
-    kept = (part, "scheduler")
+    kept = (part, "scheduler", "processor")  # Qwen-Image-2.1 asks its processor at once
     parts = {k: None for k, v in index.items() if isinstance(v, list) and k not in kept}
     if model.denoiser is not None:
         parts[part] = _whole(model.denoiser, part, index, options)
@@ -155,6 +155,8 @@ def skeleton(name: str) -> Any:
         if key == "scheduler":
             config = read_config(base, "scheduler/scheduler_config.json")
             parts[key] = getattr(diffusers, kind).from_config(config)
+        if key == "processor":
+            parts[key] = transformers.AutoProcessor.from_pretrained(base, subfolder=key)
     options = {
         "StableDiffusionPipeline": {"requires_safety_checker": False},
         XL: {"add_watermarker": False},

@@ -6,6 +6,7 @@ model is the reference.
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,22 +23,22 @@ def add(
     network: Any,
     rank: int,
     alpha: float | None,
-    targets: Sequence[str],
+    targets: Sequence[str] | str,
     seed: int,
     name: str = "default",
 ) -> None:
     """Add the adapter `name`: ΔW = (alpha / rank) B A with A Gaussian and B = 0, in float32.
 
-    targets are suffixes of module names. Raises ValueError when one matches no layer of the
-    network.
+    targets are suffixes of module names, or one regular expression for whole names. Raises
+    ValueError where one matches no layer of the network, or is no regular expression.
     """
     from peft import LoraConfig  # takes seconds that a refusal need not wait for
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = (nn.Linear, nn.Conv2d, BaseTunerLayer)
     modules = [n for n, m in network.named_modules() if isinstance(m, layers)]
-    for target in targets:
-        if not any(n == target or n.endswith("." + target) for n in modules):
+    for target in [targets] if isinstance(targets, str) else targets:
+        if not any(_matches(target, n, isinstance(targets, str)) for n in modules):
             ends = sorted({n.rsplit(".", 1)[-1] for n in modules if not n[-1].isdigit()})
             raise ValueError(
                 f"model.lora_targets names {target!r}, which matches no layer of "
@@ -48,7 +49,7 @@ def add(
         # lora_alpha is declared int by peft and used as a plain factor
         lora_alpha=rank if alpha is None else alpha,  # type: ignore[arg-type]
         init_lora_weights="gaussian",
-        target_modules=list(targets),
+        target_modules=targets if isinstance(targets, str) else list(targets),
     )
     before = network.active_adapters() if getattr(network, "peft_config", None) else [name]
     with torch.random.fork_rng():
@@ -62,6 +63,18 @@ def add(
     # add_adapter turns the new adapter on; a second one must stay off until it is asked for
     network.set_adapter(before)
     _KNOWN.pop(network, None)
+
+
+def _matches(target: str, name: str, regex: bool) -> bool:
+    if not regex:
+        return name == target or name.endswith("." + target)
+    try:
+        return re.fullmatch(target, name) is not None
+    except re.error as error:
+        raise ValueError(
+            f"model.lora_targets={target!r} is no regular expression: {error}; give one, or a list "
+            "of how names end"
+        ) from None
 
 
 def state_dict(network: nn.Module, name: str = "default") -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ The settings and defaults of diffusers' classes are written down here, so that n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -172,7 +172,13 @@ FLOW = {
 """The defaults of FlowMatchEulerDiscreteScheduler."""
 
 
-def flow_sigmas(config: Mapping[str, Any], steps: int, tokens: int, linspace: bool) -> Tensor:
+def flow_sigmas(
+    config: Mapping[str, Any],
+    steps: int,
+    tokens: int,
+    linspace: bool | Sequence[float],
+    mu: float | None = None,
+) -> Tensor:
     """The sigmas (steps,), float32, from noise to data, that a FlowMatchEulerDiscreteScheduler with
     this config sets for a picture of `tokens` tokens; see `flow.flow_levels`."""
     c = FLOW | dict(config)
@@ -181,7 +187,9 @@ def flow_sigmas(config: Mapping[str, Any], steps: int, tokens: int, linspace: bo
     def shifted(sigma: Any) -> Any:
         return shift * sigma / (1 + (shift - 1) * sigma)
 
-    if linspace:
+    if not isinstance(linspace, bool):
+        sigma = np.array(linspace, dtype=np.float32)
+    elif linspace:
         sigma = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
     else:
         ends = torch.tensor([float(n), 1.0]) / n
@@ -191,7 +199,8 @@ def flow_sigmas(config: Mapping[str, Any], steps: int, tokens: int, linspace: bo
         slope = (c["max_shift"] - c["base_shift"]) / (
             c["max_image_seq_len"] - c["base_image_seq_len"]
         )
-        mu = c["base_shift"] + slope * (tokens - c["base_image_seq_len"])
+        own: float = c["base_shift"] + slope * (tokens - c["base_image_seq_len"])
+        mu = own if mu is None else mu
         mu = math.exp(mu) if c["time_shift_type"] == "exponential" else mu
         sigma = mu / (mu + (1 / sigma - 1))
     else:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ..dynamics import Levels
-from .configs import latent_side, pixels_per_latent
+from .configs import latent_side
 from .flow import PATCH, FlowPolicy, flow_levels
 
 
@@ -34,13 +34,13 @@ class SD3Policy(FlowPolicy):
         if patch != PATCH:
             raise ValueError(f"patch_size={patch} of this transformer is not the {PATCH} of SD3's")
         if resolution is not None:
-            side = latent_side(resolution, pixels_per_latent(vae), patch)
+            side = latent_side(resolution, cls.pixels_per_latent(vae), patch)
         largest = network["pos_embed_max_size"] * patch
         if side > largest:
             raise ValueError(
                 f"model.resolution={resolution} needs {side // patch} tokens a side, and this "
                 f"model has positions for {largest // patch}; use "
-                f"{largest * pixels_per_latent(vae)} pixels at most"
+                f"{largest * cls.pixels_per_latent(vae)} pixels at most"
             )
         return network["in_channels"], side, side
 
@@ -50,19 +50,22 @@ class SD3Policy(FlowPolicy):
 
     def embed(self, prompts: list[str]) -> dict[str, Tensor]:
         """Without a T5 the pipeline appends as many zero tokens as a T5 prompt would have."""
-        length = self.max_sequence_length
-        if length is None:
-            t5 = self.pipe.tokenizer_3
-            length = min(256, t5.model_max_length) if t5 is not None else 256
         tokens, _, pooled, _ = self.pipe.encode_prompt(
             prompts,
             None,
             None,
             device=self.device,
             do_classifier_free_guidance=False,
-            max_sequence_length=length,
+            max_sequence_length=self.text_length,
         )
         return {"prompt": tokens, "pooled": pooled}
+
+    def text_shapes(self, tokens: Callable[[str, int], int]) -> dict[str, tuple[int, ...]]:
+        """The tokens of CLIP, then those of T5 or zeros in their place."""
+        c, t5 = self.network.config, self.pipe.text_encoder_3 is not None
+        last = self.max_sequence_length or (tokens("tokenizer_3", 256) if t5 else 256)
+        length = tokens("tokenizer", 77) + last
+        return {"prompt": (length, c.joint_attention_dim), "pooled": (c.pooled_projection_dim,)}
 
     def call(self, x: Tensor, t: Tensor, text: dict[str, Tensor], guidance: float) -> Tensor:
         return self.network(

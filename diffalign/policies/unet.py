@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from ..dynamics import Levels
 from . import schedulers
 from .base import Policy
-from .configs import latent_side, pixels_per_latent
+from .configs import latent_side
 
 XL = "StableDiffusionXLPipeline"
 
@@ -40,7 +40,7 @@ class UNetPolicy(Policy):
         self.is_xl = type(self.pipe).__name__ == XL
         if self.is_xl:
             self._check_time_ids()
-        factor = pixels_per_latent(self.vae.config)
+        factor = self.pixels_per_latent(self.vae.config)
         height, width = (side * factor for side in self.latent_shape[1:])
         # original size, crop corner, target size
         self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device)
@@ -96,12 +96,12 @@ class UNetPolicy(Policy):
         size = network["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         if resolution is not None:
-            height = width = latent_side(resolution, pixels_per_latent(vae))
+            height = width = latent_side(resolution, cls.pixels_per_latent(vae))
         return network["in_channels"], height, width
 
     @classmethod
-    def scheduler_config(cls, pipeline: str, config: dict[str, Any]) -> dict[str, Any]:
-        return schedulers.as_ddim(pipeline, config)
+    def scheduler_config(cls, index: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+        return schedulers.as_ddim(index["_class_name"], config)
 
     @classmethod
     def schedule(cls, config: dict[str, Any], steps: int, shape: tuple[int, ...]) -> Levels:
@@ -133,6 +133,16 @@ class UNetPolicy(Policy):
             prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         return {"prompt": embedded[0]} | ({"pooled": embedded[2]} if self.is_xl else {})
+
+    def text_shapes(self, tokens: Callable[[str, int], int]) -> dict[str, tuple[int, ...]]:
+        c = self.network.config
+        shapes: dict[str, tuple[int, ...]] = {
+            "prompt": (tokens("tokenizer", 77), c.cross_attention_dim)
+        }
+        if self.is_xl:
+            pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+            shapes["pooled"] = (pooled,)
+        return shapes
 
     def call(self, x: Tensor, t: Tensor, text: dict[str, Tensor], guidance: float) -> Tensor:
         added = None

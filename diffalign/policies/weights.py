@@ -22,7 +22,9 @@ class TrainedWeights:
     wholly trained denoiser are further denoisers, divided among processes as it is."""
 
     denoiser: ClassVar[str] = "transformer"  # its name in the pipeline: unet | transformer
-    lora_targets: ClassVar[tuple[str, ...]]  # layers that get a LoRA where the config names none
+    lora_targets: ClassVar[
+        tuple[str, ...] | str
+    ]  # of a LoRA where the config names none, see `lora.add`
     pipe: Any
     network: Any  # the denoiser
     device: torch.device
@@ -35,7 +37,7 @@ class TrainedWeights:
         self,
         rank: int,
         alpha: float | None = None,
-        targets: Sequence[str] | None = None,
+        targets: Sequence[str] | str | None = None,
         seed: int = 0,
         name: str = "default",
     ) -> None:
@@ -82,7 +84,8 @@ class TrainedWeights:
         """
         if self.is_lora:
             config = self.network.peft_config["default"]
-            targets = sorted(config.target_modules)
+            targets = config.target_modules  # a set, or a regular expression
+            targets = targets if isinstance(targets, str) else sorted(targets)
             lora.add(self.network, config.r, config.lora_alpha, targets, 0, name)
             lora.load_state_dict(self.network, lora.state_dict(self.network), name)
         elif self.sharding is not None:

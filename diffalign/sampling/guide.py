@@ -32,13 +32,14 @@ class Guide:
     on: Tensor | None = None  # the samples that are still guided, long
 
     def __call__(self, x: Tensor, i: int, cond: Cond) -> Prediction:
-        how, level = Guidance.of(self.sampling.guidance), self.sampling.levels[i]
-        guided = how.remembers and self.policy.uses_cfg and self.sampling.guided[i]
-        if not guided:
+        how, level = self.policy.weighed(self.sampling.guidance), self.sampling.levels[i]
+        guided = self.sampling.guided(type(self.policy))
+        if not (how.remembers and self.policy.uses_cfg and guided[i]):
             return self.sampling.predict(self.policy, x, i, cond)
-        if self.direction is not None and not how.again(sum(self.sampling.guided[:i])):
+        if self.direction is not None and not how.again(sum(guided[:i])):
             c = self.policy.output(x, level, cond)
-            return self.policy.parametrize(x, c + (how.scale - 1) * self.direction, level)
+            seen = self.policy.renormed(c + (how.scale - 1) * self.direction, c)
+            return self.policy.parametrize(x, seen, level)
         on = torch.arange(len(x), device=x.device) if self.on is None else self.on
         u, c = self.policy.branches(x, level, cond, on)
         seen = c.index_copy(0, on, how.combine(u, c[on]))
@@ -46,6 +47,7 @@ class Guide:
             self.direction = (seen - c) / (how.scale - 1)  # 0 where guided no more
         if how.adaptive is not None:
             self.on = on[self._matters(x[on], u, c[on], level, how)]
+        seen = c.index_copy(0, on, self.policy.renormed(seen[on], c[on]))
         return self.policy.parametrize(x, seen, level)
 
     def _matters(self, x: Tensor, u: Tensor, c: Tensor, level: Levels, how: Guidance) -> Tensor:

@@ -156,7 +156,7 @@ def check_drawing(
         raise ValueError(f"{option} {grid!r} does not end in .png, and that is what is written")
     if grid is not None:
         check_file(grid, option)
-    if guidance > 1 and not policies.knows_guidance(model):
+    if guidance > 1 and policies.guided_by(model) is None:
         print(f"{model} takes no guidance scale: {guidance:g} is that of none")
     return policies.peek(model, steps, resolution)
 
@@ -250,7 +250,7 @@ class Sampler:
         return self._noise(_generators(seeds), resolution).float()
 
     def _noise(self, generators: Sequence[torch.Generator], resolution: int | None) -> Tensor:
-        _, shape = policies.peek(self.model, 1, resolution)
+        _, shape = policies.peek(self.model, 2, resolution)
         draws = [torch.randn(shape, generator=g, dtype=self.dtype) for g in generators]
         return torch.stack(draws)
 
@@ -270,29 +270,23 @@ class Sampler:
         x = self._noise(generators, resolution)
         if noise is not None:
             x = noise.to(x)
-        height, width = (side * self.pipe.vae_scale_factor for side in x.shape[2:])
-        flux = type(self.pipe).__name__ == "FluxPipeline"
+        family = policies.family(self.model)
+        factor = family.pixels_per_latent(self.pipe.vae.config)
+        height, width = (side * factor for side in x.shape[2:])
         return self.pipe(
-            list(texts),
+            prompt=list(texts),  # FLUX.2's first argument is another
             num_inference_steps=steps,
-            guidance_scale=guidance,
             generator=generators,
-            latents=_tokens(x) if flux else x,
+            latents=family.as_pipeline(x),
             height=height,
             width=width,
+            **family.guided(guidance, len(texts)),
             **policies.text_options(self.pipe),
         ).images
 
 
 def _generators(seeds: Sequence[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """Latents (n, C, H, W) as FluxPipeline packs them: (n, H W / 4, 4 C)."""
-    n, c, height, width = x.shape
-    x = x.view(n, c, height // 2, 2, width // 2, 2).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(n, height * width // 4, 4 * c)
 
 
 def pictures(

@@ -76,17 +76,20 @@ class Sampling:
         """Whether each of the K steps is drawn from the kernel; the others follow the ODE."""
         return (self.stds > 0).tolist()
 
-    @cached_property
-    def guided(self) -> list[bool]:
-        """Whether classifier-free guidance acts at each of the K steps."""
-        how = Guidance.of(self.guidance)
-        return (how.inside(self.levels[:-1]) & (how.scale > 1)).tolist()
+    def guided(self, family: type[Policy]) -> list[bool]:
+        """Whether classifier-free guidance acts at each of the K steps of a model with CFG."""
+        how = family.weighed(self.guidance)
+        return [inside and how.scale > 1 for inside in self._inside]
 
     @cached_property
-    def branches(self) -> list[int]:
+    def _inside(self) -> list[bool]:
+        # kept, since to ask waits for the device
+        return Guidance.of(self.guidance).inside(self.levels[:-1]).tolist()
+
+    def branches(self, family: type[Policy]) -> list[int]:
         """Calls that a sample takes at each of the K steps of a model with CFG; at most, where
         guidance adapts."""
-        again, on = Guidance.of(self.guidance).again, self.guided
+        again, on = Guidance.of(self.guidance).again, self.guided(family)
         return [1 + (guided and again(sum(on[:i]))) for i, guided in enumerate(on)]
 
     @cached_property
@@ -122,7 +125,7 @@ class Sampling:
         how = self.guidance
         if isinstance(how, Guidance) and isinstance(index, int) and policy.uses_cfg:
             # known here, where to compare levels would wait for the device
-            how = replace(how, low=0.0, high=math.inf) if self.guided[index] else 1.0
+            how = replace(how, low=0.0, high=math.inf) if self._inside[index] else 0.0
         return policy.predict(x, self.levels[index], cond, how)
 
     def step(self, x: Tensor, seen: Prediction, index: int | Tensor) -> Gaussian:

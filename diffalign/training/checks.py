@@ -81,9 +81,9 @@ def check_guidance(config: TrainConfig, needs: Needs) -> None:
     for option, (value, scale) in given.items():
         section, key = option.split(".")
         why, remedy = "", "leave it out"
-        if not kind.uses_cfg:
+        if policies.guided_by(name) != "cfg":
             why = f"{name!r} is called once a step whatever its guidance is"
-        elif scale <= 1:
+        elif kind.weighed(scale).scale <= 1:
             why = f"there is no guidance with {section}.guidance={scale:g}"
         elif section == "sampler" and key in ("guidance_reuse", "guidance_adaptive") and scored:
             why = (
@@ -97,7 +97,7 @@ def check_guidance(config: TrainConfig, needs: Needs) -> None:
             raise ConfigError(f"{option}={value} cannot be: {why}; {remedy}")
     for section in ("sampler", "eval"):
         scale = getattr(config, section).guidance
-        if scale is not None and scale > 1 and not policies.knows_guidance(name):
+        if scale is not None and scale > 1 and policies.guided_by(name) is None:
             raise ConfigError(
                 f"{section}.guidance={scale:g} does nothing: {name!r} takes no guidance scale, as "
                 "FLUX.1-schnell does not; use 1"

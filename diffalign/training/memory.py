@@ -150,7 +150,7 @@ def need(plan: Plan, device: str) -> Need:
         if plan.eval_prompts:
             n = min(c.sampler.batch, len(plan.eval_prompts) * c.eval.images_per_prompt)
             decoded = made.decoded(min(c.model.decode_batch, n), learn=False, tiny=False)
-            scale = c.eval_guidance if max(plan.eval_branches) > 1 else 1.0
+            scale = c.eval_guidance if max(plan.eval_branches) > 1 else 0.0
             called = made.called(n, learn=False, guided=scale)
             phases["evaluation"] = {
                 "merged LoRA": merged,
@@ -163,27 +163,13 @@ def need(plan: Plan, device: str) -> Need:
 
 def text_shapes(policy: Policy, model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of the embeddings of a prompt, by name, as the families' `embed` makes them."""
-    c, base = policy.network.config, policies.resolve(model.name).base
+    base = policies.resolve(model.name).base
 
     def tokens(part: str, most: int) -> int:
         config = read_config(base, f"{part}/tokenizer_config.json")
         return min(most, int(config.get("model_max_length") or most))
 
-    if policy.denoiser == "unet":
-        shapes: dict[str, tuple[int, ...]] = {
-            "prompt": (tokens("tokenizer", 77), c.cross_attention_dim)
-        }
-        if c.addition_embed_type == "text_time":
-            pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
-            shapes["pooled"] = (pooled,)
-        return shapes
-    if policy.uses_cfg:  # SD3: the tokens of CLIP, then those of T5, or zeros in their place
-        t5 = policy.pipe.text_encoder_3 is not None
-        clip, last = tokens("tokenizer", 77), tokens("tokenizer_3", 256) if t5 else 256
-    else:
-        clip, last = 0, tokens("tokenizer_2", 512)
-    length = clip + (model.max_sequence_length or last)
-    return {"prompt": (length, c.joint_attention_dim), "pooled": (c.pooled_projection_dim,)}
+    return policy.text_shapes(tokens)
 
 
 def size(tensors: Iterable[Tensor]) -> int:
@@ -232,7 +218,7 @@ class _Made:
         """One call of the denoiser, with its backward pass where it learns; guided as rollouts are
         unless given."""
         if guided is None:
-            guided = self.plan.config.sampler.guidance if max(self.plan.branches) > 1 else 1.0
+            guided = self.plan.config.sampler.guidance if max(self.plan.branches) > 1 else 0.0
         x = torch.zeros(rows, *self.policy.latent_shape, device=self.policy.device)
         cond = self.text(rows)
 

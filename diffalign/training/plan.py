@@ -83,7 +83,8 @@ class Plan:
         stochastic = sampling.stochastic
 
         def called(how: Sampling) -> list[int]:
-            return how.branches if policies.family(name).uses_cfg else [1] * how.steps
+            cfg = policies.guided_by(name) == "cfg"
+            return how.branches(policies.family(name)) if cfg else [1] * how.steps
 
         checks.check_steps(config, method, stochastic, rewards)
         return cls(
