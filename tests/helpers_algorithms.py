@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import perturb
+from conftest import perturb, side_of
 from safetensors.torch import load_file
 from test_trainer import OBJECTS, redness
 
@@ -19,7 +19,8 @@ from diffalign.sampling.rollout import Sampling
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 LATENT = (4, 8, 8)
 PROMPTS = [f"a red {o}" for o in OBJECTS[:4]]
-KINDS = ["sd-epsilon", "sd-v", "sdxl", "sd3", "flux-dev"]
+FLOWS = ["sd3", "flux-dev", "z-image", "klein-base", "qwen", "qwen21"]
+KINDS = ["sd-epsilon", "sd-v", "sdxl", *FLOWS]
 
 
 def golden(name):
@@ -104,7 +105,11 @@ def make(pipelines, tmp_path):
 
     def make(algorithm, run="a", resume=False, kind="sd-v", **overrides):
         tree = {
-            "model": {"name": pipelines[kind], "lora_rank": 2, "resolution": 16},
+            "model": {
+                "name": pipelines[kind],
+                "lora_rank": 2,
+                "resolution": max(16, side_of(kind)),
+            },
             "algorithm": {"type": algorithm},
             "sampler": {"steps": 4, "guidance": 2.0, "batch": 4},
             "data": {"groups": 2, "group_size": 2},

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import perturb
 from helpers_algorithms import (
+    FLOWS,
     KINDS,
     LATENT,
     SD3,
@@ -71,13 +72,20 @@ def frozen(trainer):
 
 def in_family(algorithm, kind):
     """Options that suit both."""
-    needs, flows = ALGORITHMS[algorithm].needs, kind in ("sd3", "flux-dev")
+    needs, flows = ALGORITHMS[algorithm].needs, kind in FLOWS
     options = {"sampler.steps": 3}
     if needs is Needs.FINAL:
         options["sampler.kernel"] = "ode"
     elif flows and algorithm in ("flow_grpo", "grpo_guard"):
         options |= {"sampler.kernel": "flow_sde", "sampler.eta": 0.7}
     return options
+
+
+# the last block computes queries of the text, or text, that nothing reads
+LAST = "transformer_blocks.1."
+UNUSED = {"sd3": {f"{LAST}attn.add_q_proj"}}
+UNUSED["qwen"] = {f"{LAST}attn.add_q_proj", f"{LAST}attn.to_add_out"}
+UNUSED["qwen"] |= {f"{LAST}txt_mlp.net.0.proj", f"{LAST}txt_mlp.net.2"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,8 +98,7 @@ def test_every_algorithm_trains_every_family(make, algorithm, kind):
     rest = frozen(trainer)
     metrics = trainer.run_epoch(0)
     still = {k.split(".lora")[0] for k, b in before.items() if torch.equal(b, parameters[k])}
-    # SD3's last block computes queries of the text and drops what comes of them
-    assert still == ({"transformer_blocks.1.attn.add_q_proj"} if kind == "sd3" else set())
+    assert still == UNUSED.get(kind, set())
     after = frozen(trainer)
     assert rest.keys() == after.keys()
     assert [k for k in rest if not torch.equal(rest[k], after[k])] == []

@@ -105,6 +105,7 @@ def train(tmp_path, monkeypatch):
     """
     monkeypatch.setattr(policies, "check", lambda name: None)
     monkeypatch.setattr(policies, "family", lambda name: ToyPolicy)
+    monkeypatch.setattr(policies, "guided_by", lambda name: None)
     monkeypatch.setattr(policies, "load", lambda *_, **__: ToyPolicy())
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a\nb\nc\nd\n")

@@ -40,6 +40,8 @@ class Value(nn.Module):
 def text_of(cond: Cond) -> Tensor:
     """The first text embedding of every row, averaged over its tokens, (m, width) float32."""
     embedding = next(iter(cond.positive.values())).float()
+    if "length" in cond.positive:  # what is behind it is zero
+        return embedding.sum(1) / cond.positive["length"][:, None]
     return embedding.flatten(1, -2).mean(1) if embedding.ndim > 2 else embedding
 
 

@@ -251,8 +251,9 @@ def _ready(policy: Policy, m: ModelConfig, seed: int) -> Policy:
     policy.decode_batch = m.decode_batch
     if m.gradient_checkpointing:
         for part in (policy.network, policy.vae, policy.tiny_vae):
-            if part is not None:
+            if part is not None and part._supports_gradient_checkpointing:
                 part.enable_gradient_checkpointing()
+        policy.recompute_decoding = not policy.vae._supports_gradient_checkpointing
     return policy
 
 

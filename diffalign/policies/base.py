@@ -1,30 +1,33 @@
 """The contract between a diffusers pipeline and everything above it.
 
 A family file (`unet.py`, ...) says how its network is called and what its output means; the rest is
-here: classifier-free guidance, prompt cache, decoding, trained weights and their copies.
+here: classifier-free guidance and decoding; the prompt cache is in `texts`, trained weights and
+their copies in `weights`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..dynamics import PREDICTIONS, Levels, Prediction, native_target
 from .acceleration import accelerate
 from .cond import Cond, joined
-from .configs import pixels_per_latent, read_config, text_options
+from .configs import pixels_per_latent, read_config
 from .guidance import Guidance
-from .sharding import Saved, Team
+from .sharding import Team
+from .texts import Texts
 from .weights import LAYOUT, TrainedWeights
 
 
-class Policy(TrainedWeights, ABC):
+class Policy(TrainedWeights, Texts, ABC):
     """A text-to-image pipeline as a policy: what algorithms may ask of a model.
 
     Latents are float32 (n, *latent_shape); pictures are (n, 3, H, W) in [0, 1]. Frozen weights run
@@ -35,10 +38,7 @@ class Policy(TrainedWeights, ABC):
 
     repeated: ClassVar[tuple[str, ...]] = ()  # classes of the blocks to compile; () = the whole
     vaes: ClassVar[tuple[str, ...]] = ("AutoencoderKL", "AutoencoderTiny")
-    negative: ClassVar[str] = ""  # the negative prompt where none is given
-    uses_cfg: bool  # whether `guided_by` is "cfg"
-    max_sequence_length: int | None = None  # tokens per prompt; None = the pipeline's default
-    zero_negative = False  # an empty negative prompt is zeros instead of the embedding of ""
+    recompute_decoding = False  # in the backward pass, where the VAE cannot do so block by block
     predicts: str  # what the network outputs: epsilon | v_prediction | flow
 
     def __init__(
@@ -66,7 +66,7 @@ class Policy(TrainedWeights, ABC):
         self.resolution = resolution
         self.decode_batch = 16
         self.calls = 0  # samples through the denoiser so far, both branches of CFG counted
-        self._prompts: dict[str, Mapping[str, Tensor]] = {}
+        self._prompts = {}
         self.read_base = self._read_base
         self.sharding = None
         self.accelerated = lambda network: None
@@ -178,18 +178,6 @@ class Policy(TrainedWeights, ABC):
         shape: of a latent."""
 
     @abstractmethod
-    def embed(self, prompts: list[str]) -> Mapping[str, Tensor | list[Tensor]]:
-        """Text embeddings (n, ...) by name, as `call` wants them; a list of n (L_i, ...) where each
-        text keeps its own number of tokens, and then their "length" (n,) too."""
-
-    @abstractmethod
-    def text_shapes(self, tokens: Callable[[str, int], int]) -> dict[str, tuple[int, ...]]:
-        """The shape of what `embed` makes of one prompt, by name, at most.
-
-        tokens: of a text, by the name of its tokenizer and by how many the pipeline takes at most.
-        """
-
-    @abstractmethod
     def call(self, x: Tensor, t: Tensor, text: dict[str, Tensor], guidance: float) -> Tensor:
         """Raw network output for `x` (n, *latent), `t` (n,) and embeddings (n, ...).
 
@@ -227,74 +215,6 @@ class Policy(TrainedWeights, ABC):
         A flow's time is sigma; that of a DDPM schedule is the timestep over the number of training
         timesteps.
         """
-
-    @property
-    def text_length(self) -> int:
-        """Tokens of a prompt at most, beside those of CLIPs."""
-        return self.max_sequence_length or text_options(self.pipe)["max_sequence_length"]
-
-    def encode(self, prompts: Sequence[str], negative: str = "") -> Cond:
-        """Conditioning of `prompts`; every distinct text goes through the encoders once per run.
-
-        Raises RuntimeError for a new text once the encoders are freed.
-        """
-        zeros = self.zero_negative and not negative
-        negative = negative or self.negative
-        texts = [*prompts, *([negative] if self.uses_cfg and not zeros else [])]
-        missing = [p for p in dict.fromkeys(texts) if p not in self._prompts]
-        if missing and not self.has_text_encoders:
-            raise RuntimeError(
-                f"the prompt {missing[0]!r} was not encoded before the text encoders were freed; "
-                "set model.free_text_encoders=false to encode prompts at any time"
-            )
-        for start in range(0, len(missing), 64):
-            chunk = missing[start : start + 64]
-            with torch.no_grad():
-                embedded = self.embed(chunk)
-            for i, prompt in enumerate(chunk):
-                self._prompts[prompt] = {k: v[i].cpu() for k, v in embedded.items()}
-
-        def rows(texts: Sequence[str]) -> dict[str, Tensor]:
-            found = joined([{k: v[None] for k, v in self._prompts[p].items()} for p in texts])
-            return {k: v.to(self.device) for k, v in found.items()}
-
-        positive = rows(prompts)
-        if not self.uses_cfg:
-            return Cond(positive, {})
-        if zeros:
-            return Cond(positive, {k: torch.zeros_like(v) for k, v in positive.items()})
-        one = rows([negative])  # shown for all
-        return Cond(positive, {k: v.expand(len(prompts), *v.shape[1:]) for k, v in one.items()})
-
-    def encode_all(self, texts: Sequence[str], team: Team | None = None) -> None:
-        """Encode texts ahead, and the empty one. The processes of a `team` that are on one machine
-        share the work, and read what it makes from a file that they share."""
-        texts = sorted({*texts, "", self.negative})
-        if team is None or len(team.peers) == 1:
-            self.encode(texts)
-            return
-        rank, n = team.accelerator.process_index - team.peers.start, len(team.peers)
-        mine = texts[rank::n]
-        self.encode(mine)
-        own = {f"{i} {k}": v for i, p in enumerate(mine) for k, v in self._prompts[p].items()}
-        for part, file in enumerate(team.shared(own)):
-            for i, text in enumerate(texts[part::n]):
-                self._prompts[text] = Saved(file, f"{i} ")
-
-    def knows(self, prompts: Sequence[str]) -> bool:
-        """Whether `encode` can do without text encoders for these prompts."""
-        return all(p in self._prompts for p in prompts)
-
-    @property
-    def has_text_encoders(self) -> bool:
-        return any(v is not None for k, v in self.pipe.components.items() if "text_encoder" in k)
-
-    def free_text_encoders(self) -> None:
-        """Drop the text encoders from memory; texts encoded so far stay known."""
-        names = [k for k in self.pipe.components if "text_encoder" in k]
-        self.pipe.register_modules(**dict.fromkeys(names))
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def predict(
         self, x: Tensor, level: Levels, cond: Cond, guidance: float | Guidance = 1.0
@@ -358,8 +278,11 @@ class Policy(TrainedWeights, ABC):
         `x0`. tiny: use the tiny VAE, if one was added.
         """
         vae = self.tiny_vae if tiny and self.tiny_vae is not None else self.vae
+        decode = self._decode
+        if differentiable and self.recompute_decoding:
+            decode = partial(checkpoint, decode, use_reentrant=False)
         with torch.set_grad_enabled(differentiable):
-            return torch.cat([self._decode(chunk, vae) for chunk in x0.split(self.decode_batch)])
+            return torch.cat([decode(chunk, vae) for chunk in x0.split(self.decode_batch)])
 
     def _decode(self, x0: Tensor, vae: Any) -> Tensor:
         image = vae.decode(self.unscaled(x0, vae.config).to(vae.dtype)).sample.float()

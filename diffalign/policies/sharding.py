@@ -4,10 +4,9 @@ rows of every weight, while the rest of a block is gathered as it runs."""
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
@@ -102,23 +101,6 @@ def reshard(network: Any) -> None:
             module.reshard()
 
 
-class Saved(Mapping[str, Tensor]):
-    """The tensors of an open safetensors file whose names begin with `prefix`."""
-
-    def __init__(self, file: Any, prefix: str):
-        self.file, self.prefix = file, prefix
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.file.get_tensor(self.prefix + key)
-
-    def __iter__(self) -> Iterator[str]:
-        names = self.file.keys()
-        return (k[len(self.prefix) :] for k in names if k.startswith(self.prefix))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-
 class Team:
     """The processes of a run, as far as they share a model. divides: whether the denoiser that
     trains is divided among them, as the FSDP2 plugin of `accelerator` says.
@@ -165,24 +147,20 @@ class Team:
             weight = isinstance(value, nn.Parameter)
             held[name] = nn.Parameter(moved, value.requires_grad) if weight else moved  # type: ignore[index]
 
-    def shared(self, tensors: Mapping[str, Tensor]) -> list[Any]:
-        """The tensors of every process on this machine, in the order of their ranks, as open files
-        of safetensors. The system keeps one copy of what is read from them, and removes them when
-        the last of these processes ends."""
-        from safetensors import safe_open
-        from safetensors.torch import save_file
+    @property
+    def rank(self) -> int:
+        """Of this process among those on its machine."""
+        return self.accelerator.process_index - self.peers.start
 
+    def folder(self) -> Path:
+        """A new folder for temporary files that the processes on this machine share."""
         name: list[Any] = [tempfile.mkdtemp(prefix="diffalign-") if self.reads else None]
         torch.distributed.broadcast_object_list(name, self.peers.start, group=self.group)
-        folder = Path(name[0])
-        rank = self.accelerator.process_index - self.peers.start
-        save_file({k: v.contiguous() for k, v in tensors.items()}, folder / str(rank))
+        return Path(name[0])
+
+    def wait(self) -> None:
+        """Until all processes on this machine are here."""
         torch.distributed.barrier(self.group)
-        files = [safe_open(folder / str(i), "pt") for i in range(len(self.peers))]
-        torch.distributed.barrier(self.group)
-        if self.reads:
-            shutil.rmtree(folder)
-        return files
 
     def read(self, reader: Callable[[], Any], like: Any) -> Any:
         """What `reader` reads on the main process; elsewhere a network like `like` without

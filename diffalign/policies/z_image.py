@@ -63,7 +63,8 @@ class ZImagePolicy(FlowPolicy):
 
     @classmethod
     def schedule(cls, config: dict[str, Any], steps: int, shape: tuple[int, ...]) -> Levels:
-        return flow_levels(config, steps, shape, linspace=True)
+        # as its pipeline rounds them
+        return flow_levels(config, steps, shape, torch.linspace(1.0, 1 / steps, steps).tolist())
 
     def embed(self, prompts: list[str]) -> Mapping[str, Tensor | list[Tensor]]:
         rows, _ = self.pipe.encode_prompt(

@@ -315,10 +315,8 @@ def end(trainer: Trainer, watch: Watch, error: BaseException) -> None:
         why = (error.strerror or str(error)).removeprefix("cannot be written: ")
         lines = [f"{error.filename or trainer.dir} cannot be written: {why}"]
     elif not isinstance(error, (RewardError, NotFinite, TrainingStopped)) and not _lost(error):
-        if first and trainer.main:
-            trainer.say(kept)
-        elif first:  # if it left before the main process has saved, the launcher would end that
-            print(f"\n{watch.answered()}", flush=True)  # beside a progress bar
+        if first:  # if it left before the main process has saved, the launcher would end that
+            print(f"\n{kept if trainer.main else watch.answered()}", flush=True)
         return
     if first and not trainer.main:
         kept = watch.answered()
