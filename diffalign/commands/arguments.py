@@ -111,7 +111,7 @@ def grid() -> argparse.ArgumentParser:
     parser.add_argument("--merge-lora", help=f"LoRA merged into the model first{own}")
     parser.add_argument("--steps", type=int, help=f"denoising steps{own}, or 20")
     parser.add_argument("--guidance", type=float, help=f"guidance scale{own}, or 3")
-    parser.add_argument("--resolution", type=int, help=f"side in pixels{own}")
+    parser.add_argument("--resolution", type=size, help=f"side, or HEIGHTxWIDTH, in pixels{own}")
     parser.add_argument("--dtype", choices=get_args(Dtype), help=f"of the network{own}")
     device_of(parser)
     parser.add_argument("--cell", type=int, help="side of a picture in the grid; default: 192-512")
@@ -139,3 +139,14 @@ def evaluation() -> argparse.ArgumentParser:
     device_of(parser)
     parser.add_argument("--out", help="folder for scores.json and a grid of pictures a column")
     return parser
+
+
+def size(text: str) -> int | list[int]:
+    """The size of a picture, as typed: the side of a square, or HEIGHTxWIDTH, in pixels."""
+    try:
+        pair = [int(side) for side in text.lower().split("x")]
+    except ValueError:
+        pair = []
+    if len(pair) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write 512 or 512x768")
+    return pair[0] if len(pair) == 1 else pair

@@ -221,7 +221,7 @@ def sample(arguments: Sequence[str]) -> int:
     parser.add_argument("--seeds", help='"0-7", "3" or "1,5,9"; default: 0-3')
     parser.add_argument("--steps", type=int, help="denoising steps; default: 20")
     parser.add_argument("--guidance", type=float, help="guidance scale; default: 3")
-    parser.add_argument("--resolution", type=int, help="side in pixels; default: the model's own")
+    parser.add_argument("--resolution", type=parsers.size, help="pixels: SIDE or HEIGHTxWIDTH")
     parser.add_argument("--dtype", choices=get_args(Dtype), help="default: float32")
     parsers.device_of(parser)
     parser.add_argument("--grid", default="grid.png", help="PNG to write: a row a prompt")

@@ -62,7 +62,7 @@ def compare(
     seeds: Sequence[int] = (0,),
     steps: int = 20,
     guidance: float = 3.0,
-    resolution: int | None = None,
+    resolution: policies.Size | None = None,
     merge_lora: str | None = None,
     dtype: str = "float32",
     rewards: reward_library.Spec | None = None,

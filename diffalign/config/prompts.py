@@ -25,6 +25,25 @@ class Prompt:
     text: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width in pixels that the metadata ask for by `resolution`, if they do. Raises
+        ValueError."""
+        asked = self.metadata.get("resolution")
+        return None if asked is None else sides(asked, f'"resolution" of {self.text[:40]!r}')
+
+
+def sides(resolution: int | Sequence[int], what: str = "model.resolution") -> tuple[int, int]:
+    """Height and width in pixels; one number is both. Raises ValueError."""
+    pair = [resolution] * 2 if isinstance(resolution, int) else resolution
+    whole = isinstance(pair, (list, tuple)) and len(pair) == 2
+    if not whole or not all(type(side) is int and side > 0 for side in pair):
+        raise ValueError(
+            f"{what}={resolution!r} is no size; use the side of a square in pixels, or "
+            "[height, width]"
+        )
+    return pair[0], pair[1]
+
 
 def for_rewards(prompts: Sequence[Prompt]) -> tuple[list[str], list[dict[str, Any]]]:
     """Texts and metadata, as a reward takes them."""
@@ -206,15 +225,6 @@ class PromptSampler:
             ids += self._order(turn + 1)[: self.groups - len(ids)]
         return ids
 
-    def seen(self, epochs: Iterable[int], places: slice) -> set[int]:
-        """The ids at these places of any of the epochs."""
-        ids: set[int] = set()
-        for k in epochs:
-            ids |= set(self.epoch(k)[places])
-            if len(ids) == self.n:
-                break
-        return ids
-
     def _order(self, turn: int) -> list[int]:
         """The permutation of pass `turn`.
 
@@ -234,3 +244,56 @@ class PromptSampler:
                 taken = set(front)
                 order = front + [i for i in fresh if i not in taken]
         return order
+
+
+class Buckets:
+    """Which prompts an epoch uses, all of one size; with prompts of one size a `PromptSampler`.
+
+    Sizes alternate as evenly as their shares of the prompts allow. A pure function of (seed,
+    epoch). Raises ValueError for a size with fewer prompts than an epoch
+    takes.
+    """
+
+    def __init__(self, prompts: Sequence[Prompt], groups: int, seed: int = 0):
+        sizes = [p.size for p in prompts]
+        ids: dict[tuple[int, int] | None, list[int]] = {}
+        for i, size in enumerate(sizes):
+            ids.setdefault(size, []).append(i)
+        few = [size for size, own in ids.items() if len(own) < groups]
+        if few and len(ids) > 1:
+            raise ValueError(
+                f"an epoch takes data.groups={groups} prompts of one size, and of {few[0]} there "
+                f"are {len(ids[few[0]])}; use fewer groups, or add prompts of that size"
+            )
+        self.n, self.ids = len(sizes), ids
+        self.samplers = {size: PromptSampler(len(own), groups, seed) for size, own in ids.items()}
+        self._turns: list[tuple[int, int] | None] = []
+        self._counts = dict.fromkeys(ids, 0)
+        self._places: list[int] = []  # of each epoch among those of its size
+
+    def size(self, k: int) -> tuple[int, int] | None:
+        """Of the pictures of epoch k >= 0."""
+        while len(self._turns) <= k:
+            due = {
+                size: len(own) / self.n * (len(self._turns) + 1) - self._counts[size]
+                for size, own in self.ids.items()
+            }
+            turn = max(due, key=lambda size: due[size])
+            self._places.append(self._counts[turn])
+            self._counts[turn] += 1
+            self._turns.append(turn)
+        return self._turns[k]
+
+    def epoch(self, k: int) -> list[int]:
+        """The distinct prompt ids of epoch k >= 0."""
+        size = self.size(k)
+        return [self.ids[size][i] for i in self.samplers[size].epoch(self._places[k])]
+
+    def seen(self, epochs: Iterable[int], places: slice) -> set[int]:
+        """The ids at these places of any of the epochs."""
+        ids: set[int] = set()
+        for k in epochs:
+            ids |= set(self.epoch(k)[places])
+            if len(ids) == self.n:
+                break
+        return ids

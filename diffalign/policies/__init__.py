@@ -14,7 +14,7 @@ from ..dynamics import Levels
 from .acceleration import check as check_acceleration
 from .base import Policy
 from .cond import Cond
-from .configs import read_config, text_options
+from .configs import Size, read_config, text_options
 from .flux import FluxPolicy
 from .flux2 import Flux2Policy
 from .lora_files import check as check_lora
@@ -32,6 +32,7 @@ __all__ = [
     "FAMILIES",
     "Cond",
     "Policy",
+    "Size",
     "check",
     "check_acceleration",
     "check_lora",
@@ -88,7 +89,7 @@ def family(name: str) -> type[Policy]:
     return FAMILIES[pipeline]
 
 
-def peek(name: str, steps: int, resolution: int | None = None) -> tuple[Levels, tuple[int, ...]]:
+def peek(name: str, steps: int, resolution: Size | None = None) -> tuple[Levels, tuple[int, ...]]:
     """(K + 1,) levels and latent shape of a pipeline, without reading any weights."""
     model = resolve(name)
     return family(name).peek(model.base, steps, resolution or model.resolution)
@@ -127,7 +128,7 @@ def load(
     name: str,
     device: torch.device | str = "cpu",
     dtype: str = "float32",
-    resolution: int | None = None,
+    resolution: Size | None = None,
     train_all: bool = False,
     merge_lora: str | None = None,
     attention: str = "auto",
@@ -238,8 +239,6 @@ def skeleton(
     for part in (policy.network, policy.vae):
         loading.fake_weights(part, fake, device)
     policy.device = torch.device(device)
-    if isinstance(ids := getattr(policy, "time_ids", None), torch.Tensor):
-        policy.time_ids = torch.zeros(ids.shape, device=device)  # type: ignore[attr-defined]
     policy.accelerate(m.attention, compile=False)
     return policy, sum(p.nbytes for e in encoders for p in e.parameters())
 

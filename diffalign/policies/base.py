@@ -8,8 +8,8 @@ their copies in `weights`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..dynamics import PREDICTIONS, Levels, Prediction, native_target
 from .acceleration import accelerate
 from .cond import Cond, joined
-from .configs import pixels_per_latent, read_config
+from .configs import Size, pixels_per_latent, read_config
 from .guidance import Guidance
 from .sharding import Team
 from .texts import Texts
@@ -33,7 +33,7 @@ class Policy(TrainedWeights, Texts, ABC):
     Latents are float32 (n, *latent_shape); pictures are (n, 3, H, W) in [0, 1]. Frozen weights run
     in `dtype` under autocast; trained weights stay float32.
 
-    resolution: side of the pictures in pixels, None = the model's own.
+    resolution: of the pictures in pixels, None = the model's own.
     """
 
     repeated: ClassVar[tuple[str, ...]] = ()  # classes of the blocks to compile; () = the whole
@@ -46,7 +46,7 @@ class Policy(TrainedWeights, Texts, ABC):
         pipe: Any,
         device: torch.device | str,
         dtype: torch.dtype,
-        resolution: int | None = None,
+        resolution: Size | None = None,
     ):
         self.pipe = pipe
         self.device = torch.device(device)
@@ -63,7 +63,7 @@ class Policy(TrainedWeights, Texts, ABC):
         self.schedule_config = self.scheduler_config(index, config)
         self.uses_cfg = self.guided_by(index, self.network.config) == "cfg"
         self.latent_shape = self.shape(self.network.config, self.vae.config, resolution)
-        self.resolution = resolution
+        self.made_for = self.resolution = resolution
         self.decode_batch = 16
         self.calls = 0  # samples through the denoiser so far, both branches of CFG counted
         self._prompts = {}
@@ -75,6 +75,23 @@ class Policy(TrainedWeights, Texts, ABC):
 
     def setup(self) -> None:
         """Set what else a family needs; called once, at the end of `__init__`."""
+
+    def resize(self, resolution: Size | None) -> None:
+        """Draw pictures of another size from now on, None = that which the policy was made for.
+        Raises ValueError for one that the model cannot draw."""
+        resolution = resolution or self.made_for
+        self.latent_shape = self.shape(self.network.config, self.vae.config, resolution)
+        self.resolution = resolution
+
+    @contextmanager
+    def resized(self, resolution: Size | None) -> Iterator[None]:
+        """Draw pictures of another size inside, see `resize`."""
+        before = self.resolution
+        self.resize(resolution)
+        try:
+            yield
+        finally:
+            self.resize(before)
 
     def place(self, team: Team | None = None, denoiser: bool = True) -> None:
         """Move the denoiser, or all else, to the device. Of a `team` one process has read the
@@ -114,7 +131,7 @@ class Policy(TrainedWeights, Texts, ABC):
     @classmethod
     @abstractmethod
     def shape(
-        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
+        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: Size | None
     ) -> tuple[int, ...]:
         """Shape of a latent, from the configs of denoiser and VAE. Raises ValueError if the model
         or the resolution cannot be run."""
@@ -186,7 +203,7 @@ class Policy(TrainedWeights, Texts, ABC):
 
     @classmethod
     def peek(
-        cls, name: str, steps: int, resolution: int | None = None
+        cls, name: str, steps: int, resolution: Size | None = None
     ) -> tuple[Levels, tuple[int, ...]]:
         """Levels of a sampling run and shape of a latent, from the pipeline's configs alone."""
         index = read_config(name, "model_index.json")

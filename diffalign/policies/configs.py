@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rewards.loading import reading
+
+from ..config.prompts import sides
+
+Size = int | Sequence[int]
+"""Of a picture in pixels: the side of a square, or height and width."""
 
 
 def read_config(name: str, file: str, option: str = "model.name") -> dict[str, Any]:
@@ -26,20 +31,21 @@ def read_config(name: str, file: str, option: str = "model.name") -> dict[str, A
         return config
 
 
-def latent_side(resolution: int, factor: int, patch: int = 1) -> int:
-    """Side of the latents of a picture of `resolution` pixels.
+def latent_sides(resolution: Size, factor: int, patch: int = 1) -> tuple[int, int]:
+    """Height and width of the latents of a picture of this size.
 
-    factor: pixels per latent. patch: latents per token of a transformer. Raises ValueError if the
-    resolution is no multiple of factor * patch.
+    factor: pixels per latent. patch: latents per token of a transformer. Raises ValueError if a
+    side is no multiple of factor * patch.
     """
-    step = factor * patch
-    if resolution % step:
-        valid = max(step, round(resolution / step) * step)
+    step, found = factor * patch, sides(resolution)
+    if any(side % step for side in found):
+        near = [max(step, round(side / step) * step) for side in found]
+        valid = near[0] if isinstance(resolution, int) else near
         raise ValueError(
             f"model.resolution={resolution} is not a multiple of {step}, the pixels of a "
             f"{'latent' if patch == 1 else 'token'} of this model; the nearest is {valid}"
         )
-    return resolution // factor
+    return found[0] // factor, found[1] // factor
 
 
 def pixels_per_latent(vae: Mapping[str, Any]) -> int:

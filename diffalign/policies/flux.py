@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dynamics import Levels
-from .configs import latent_side
+from .configs import Size, latent_sides
 from .flow import PATCH, FlowPolicy, flow_levels, packed, unpacked
 
 
@@ -41,11 +41,12 @@ class FluxPolicy(FlowPolicy):
 
     @classmethod
     def shape(
-        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
+        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: Size | None
     ) -> tuple[int, ...]:
         # the transformer's config names no size; the VAE's sample_size is 1024 for FLUX.1
-        side = latent_side(resolution or vae["sample_size"], cls.pixels_per_latent(vae), PATCH)
-        return network["in_channels"] // PATCH**2, side, side
+        asked = resolution or vae["sample_size"]
+        latents = latent_sides(asked, cls.pixels_per_latent(vae), PATCH)
+        return network["in_channels"] // PATCH**2, *latents
 
     @classmethod
     def schedule(cls, config: dict[str, Any], steps: int, shape: tuple[int, ...]) -> Levels:

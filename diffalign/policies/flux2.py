@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dynamics import Levels
-from .configs import latent_side, pixels_per_latent
+from .configs import Size, latent_sides, pixels_per_latent
 from .flow import PATCH, FlowPolicy, flow_levels
 
 
@@ -63,10 +63,10 @@ class Flux2Policy(FlowPolicy):
 
     @classmethod
     def shape(
-        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
+        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: Size | None
     ) -> tuple[int, ...]:
-        side = latent_side(resolution or 1024, cls.pixels_per_latent(vae))  # the pipelines' own
-        return network["in_channels"], side, side
+        # the size that the pipelines draw unless asked
+        return network["in_channels"], *latent_sides(resolution or 1024, cls.pixels_per_latent(vae))
 
     @classmethod
     def schedule(cls, config: dict[str, Any], steps: int, shape: tuple[int, ...]) -> Levels:

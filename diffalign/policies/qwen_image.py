@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..dynamics import Levels
-from .configs import latent_side
+from .configs import Size, latent_sides
 from .flow import PATCH, FlowPolicy, flow_levels, packed, unpacked
 
 
@@ -94,10 +94,10 @@ class QwenImagePolicy(QwenPolicy):
 
     @classmethod
     def shape(
-        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
+        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: Size | None
     ) -> tuple[int, ...]:
-        side = latent_side(resolution or 1024, cls.pixels_per_latent(vae), PATCH)
-        return network["in_channels"] // PATCH**2, side, side
+        latents = latent_sides(resolution or 1024, cls.pixels_per_latent(vae), PATCH)
+        return network["in_channels"] // PATCH**2, *latents
 
     @classmethod
     def schedule(cls, config: dict[str, Any], steps: int, shape: tuple[int, ...]) -> Levels:
@@ -156,10 +156,10 @@ class QwenImage21Policy(QwenPolicy):
 
     @classmethod
     def shape(
-        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
+        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: Size | None
     ) -> tuple[int, ...]:
-        side = latent_side(resolution or 1024, cls.pixels_per_latent(vae), cls.SLOT)
-        return network["in_channels"], side, side
+        latents = latent_sides(resolution or 1024, cls.pixels_per_latent(vae), cls.SLOT)
+        return network["in_channels"], *latents
 
     @classmethod
     def scheduler_config(cls, index: Mapping[str, Any], config: dict[str, Any]) -> dict[str, Any]:

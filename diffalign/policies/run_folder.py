@@ -20,7 +20,7 @@ class Model:
     base: str  # a pipeline's folder or hub id
     denoiser: str | None = None  # the run whose whole denoiser takes the place of the base's
     loras: tuple[str, ...] = ()  # merged into the base, in this order
-    resolution: int | None = None  # of the run, in pixels
+    resolution: Any = None  # of the run, in pixels
 
 
 def trained_denoiser(run: str) -> str | None:

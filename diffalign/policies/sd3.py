@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..dynamics import Levels
-from .configs import latent_side
+from .configs import Size, latent_sides
 from .flow import PATCH, FlowPolicy, flow_levels
 
 
@@ -28,21 +28,21 @@ class SD3Policy(FlowPolicy):
 
     @classmethod
     def shape(
-        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
+        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: Size | None
     ) -> tuple[int, ...]:
-        side, patch = network["sample_size"], network["patch_size"]
+        latents, patch = (network["sample_size"],) * 2, network["patch_size"]
         if patch != PATCH:
             raise ValueError(f"patch_size={patch} of this transformer is not the {PATCH} of SD3's")
         if resolution is not None:
-            side = latent_side(resolution, cls.pixels_per_latent(vae), patch)
-        largest = network["pos_embed_max_size"] * patch
+            latents = latent_sides(resolution, cls.pixels_per_latent(vae), patch)
+        largest, side = network["pos_embed_max_size"] * patch, max(latents)
         if side > largest:
             raise ValueError(
                 f"model.resolution={resolution} needs {side // patch} tokens a side, and this "
                 f"model has positions for {largest // patch}; use "
                 f"{largest * cls.pixels_per_latent(vae)} pixels at most"
             )
-        return network["in_channels"], side, side
+        return network["in_channels"], *latents
 
     @classmethod
     def schedule(cls, config: dict[str, Any], steps: int, shape: tuple[int, ...]) -> Levels:

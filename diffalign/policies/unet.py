@@ -11,7 +11,7 @@ from torch import Tensor
 from ..dynamics import Levels
 from . import schedulers
 from .base import Policy
-from .configs import latent_side
+from .configs import Size, latent_sides
 
 XL = "StableDiffusionXLPipeline"
 
@@ -40,10 +40,6 @@ class UNetPolicy(Policy):
         self.is_xl = type(self.pipe).__name__ == XL
         if self.is_xl:
             self._check_time_ids()
-        factor = self.pixels_per_latent(self.vae.config)
-        height, width = (side * factor for side in self.latent_shape[1:])
-        # original size, crop corner, target size
-        self.time_ids = torch.tensor([[height, width, 0, 0, height, width]], device=self.device)
 
     def _check_time_ids(self) -> None:
         c = self.network.config
@@ -91,12 +87,12 @@ class UNetPolicy(Policy):
 
     @classmethod
     def shape(
-        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
+        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: Size | None
     ) -> tuple[int, ...]:
         size = network["sample_size"]
         height, width = (size, size) if isinstance(size, int) else size
         if resolution is not None:
-            height = width = latent_side(resolution, cls.pixels_per_latent(vae))
+            height, width = latent_sides(resolution, cls.pixels_per_latent(vae))
         return network["in_channels"], height, width
 
     @classmethod
@@ -147,7 +143,12 @@ class UNetPolicy(Policy):
     def call(self, x: Tensor, t: Tensor, text: dict[str, Tensor], guidance: float) -> Tensor:
         added = None
         if self.is_xl:
-            added = {"text_embeds": text["pooled"], "time_ids": self.time_ids.expand(len(x), -1)}
+            factor = self.pixels_per_latent(self.vae.config)
+            height, width = (side * factor for side in x.shape[2:])
+            # original size, crop corner, target size; filled on the device, which waits for nothing
+            sizes = (height, width, 0, 0, height, width)
+            ids = torch.stack([x.new_full((len(x),), float(side)) for side in sizes], 1)
+            added = {"text_embeds": text["pooled"], "time_ids": ids}
         embeds = text["prompt"].to(self.dtype)
         return self.network(
             x.to(self.dtype), t, encoder_hidden_states=embeds, added_cond_kwargs=added

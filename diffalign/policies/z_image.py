@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dynamics import Levels
-from .configs import latent_side
+from .configs import Size, latent_sides
 from .flow import PATCH, FlowPolicy, flow_levels
 from .guidance import Guidance
 
@@ -49,17 +49,18 @@ class ZImagePolicy(FlowPolicy):
 
     @classmethod
     def shape(
-        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: int | None
+        cls, network: Mapping[str, Any], vae: Mapping[str, Any], resolution: Size | None
     ) -> tuple[int, ...]:
         # no config names a size; the pipeline's own is 1024
         factor = cls.pixels_per_latent(vae)
-        side = latent_side(resolution or 1024, factor, PATCH)
+        latents = latent_sides(resolution or 1024, factor, PATCH)
+        side = max(latents)
         if side // PATCH > (most := min(network["axes_lens"][1:])):
             raise ValueError(
                 f"model.resolution={resolution} needs {side // PATCH} tokens a side, and this "
                 f"model has positions for {most}; use {most * PATCH * factor} pixels at most"
             )
-        return network["in_channels"], side, side
+        return network["in_channels"], *latents
 
     @classmethod
     def schedule(cls, config: dict[str, Any], steps: int, shape: tuple[int, ...]) -> Levels:

@@ -18,7 +18,7 @@ from .. import policies
 from ..config import Dtype
 from ..config.decoding import ConfigError, decode, field_types, suggest
 from ..config.files import check_file
-from ..config.prompts import Prompt, collect
+from ..config.prompts import Prompt, collect, sides
 from ..config.reading import read_sections
 from ..drawing import grids
 from ..dynamics import Levels
@@ -36,7 +36,7 @@ class Settings:
 
     model: str = "assets/emoji-sd"
     merge_lora: str | None = None
-    resolution: int | None = None
+    resolution: int | list[int] | None = None
     dtype: str = "float32"
     steps: int = 20
     guidance: float = 3.0
@@ -139,7 +139,7 @@ def check_drawing(
     model: str,
     steps: int,
     guidance: float,
-    resolution: int | None,
+    resolution: policies.Size | None,
     grid: str | None = None,
     option: str = "--grid",
 ) -> tuple[Levels, tuple[int, ...]]:
@@ -150,8 +150,8 @@ def check_drawing(
         raise ValueError(f"--steps {steps} draws nothing; use 1 or more")
     if not 0 <= guidance < math.inf:
         raise ValueError(f"--guidance {guidance:g} is no guidance scale; use 0 or more")
-    if resolution is not None and resolution < 1:
-        raise ValueError(f"--resolution {resolution} is no size; use the side in pixels")
+    if resolution is not None:
+        sides(resolution, "--resolution")
     if grid is not None and not grid.lower().endswith(".png"):
         raise ValueError(f"{option} {grid!r} does not end in .png, and that is what is written")
     if grid is not None:
@@ -161,10 +161,12 @@ def check_drawing(
     return policies.peek(model, steps, resolution)
 
 
-def check_plain(model: str, resolution: int | None) -> None:
+def check_plain(model: str, resolution: policies.Size | None) -> None:
     """Refuse a size that diffusers' own pipeline does not draw, though the network could."""
-    if resolution is not None and resolution % 8 and family_of(model) == "UNet":
-        near = max(8, round(resolution / 8) * 8)
+    asked = sides(resolution, "--resolution") if resolution is not None else ()
+    if any(side % 8 for side in asked) and family_of(model) == "UNet":
+        pair = [max(8, round(side / 8) * 8) for side in asked]
+        near = pair[0] if isinstance(resolution, int) else pair
         raise ValueError(
             f"--resolution {resolution} is no multiple of 8, and diffusers' pipelines of a UNet "
             f"draw nothing else; the nearest is {near}"
@@ -245,11 +247,13 @@ class Sampler:
         elif self.adapters:
             self.pipe.disable_lora()
 
-    def noise(self, seeds: Sequence[int], resolution: int | None = None) -> Tensor:
+    def noise(self, seeds: Sequence[int], resolution: policies.Size | None = None) -> Tensor:
         """The noise (n, *latent) from which the pipeline starts for these seeds, float32."""
         return self._noise(_generators(seeds), resolution).float()
 
-    def _noise(self, generators: Sequence[torch.Generator], resolution: int | None) -> Tensor:
+    def _noise(
+        self, generators: Sequence[torch.Generator], resolution: policies.Size | None
+    ) -> Tensor:
         _, shape = policies.peek(self.model, 2, resolution)
         draws = [torch.randn(shape, generator=g, dtype=self.dtype) for g in generators]
         return torch.stack(draws)
@@ -260,7 +264,7 @@ class Sampler:
         seeds: Sequence[int],
         steps: int,
         guidance: float,
-        resolution: int | None = None,
+        resolution: policies.Size | None = None,
         noise: Tensor | None = None,
     ) -> list[Image.Image]:
         """One picture per text, in one batch, from the noise of its seed, as `pipe(generator=...)`

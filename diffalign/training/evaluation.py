@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -19,12 +20,12 @@ from ..config import TrainConfig
 from ..config.prompts import Prompt, for_judges, for_rewards
 from ..drawing import grids
 from ..policies import Cond, Policy, read_text_encoders
-from ..policies.guidance import of_evaluation
 from ..record.pictures import fitted
 from ..record.pictures import save as save_pictures
 from ..sampling.rollout import Sampling, rollout, sample_seed
 from ..verdict import VERDICTS, WARNINGS
 from .guard import Guard, diversity, thumbnails
+from .sizes import evaluation_sampling, looked_at
 
 
 class Evaluation:
@@ -53,8 +54,6 @@ class Evaluation:
         # all processes must call a divided denoiser as often: the last pictures are drawn twice
         again = pictures[-1:] * (-len(pictures) % world) if policy.sharding is not None else []
         self.mine = [*pictures, *again][accelerator.process_index :: world]
-        levels = policy.levels(config.eval_steps)
-        self.sampling = Sampling(levels, "ode", 0.0, of_evaluation(config, levels))
         self.guard = Guard(e.guard_drop, e.guard_diversity, list(e.rewards))
         self.scores: dict[str, list[float]] = {}  # of every picture of the last evaluation
         self.drawn: list[str] = []  # and its prompt
@@ -93,22 +92,17 @@ class Evaluation:
     def run(self, label: str) -> dict[str, float]:
         """Means over the pictures. `label` heads their column of the grid; "base" says that they
         are the base model's."""
-        c, rows, images, half = self.config, [], {}, self.sampling.steps // 2
+        c, rows, images = self.config, [], {}
         kept: dict[int, Image.Image] = {}
-        for start in range(0, len(self.mine), c.sampler.batch):
-            chunk = self.mine[start : start + c.sampler.batch]
+        for size, chunk in self._chunks():
             batch = [self.prompts[i] for i, _ in chunk]
-            cond = self.policy.encode([p.text for p in batch])
             seeds = [sample_seed(c.train.seed, "eval", i, j) for i, j in chunk]
-            paths = rollout(self.policy, cond, self.sampling, seeds, batch=c.sampler.batch)
-            pictures = self.policy.decode(paths.final)
+            with self.policy.resized(size):
+                pictures, kl = self._drawn(batch, seeds, far=label != "base")
             total, parts = self.reward.score(pictures, *for_rewards(batch), held_out=True)
             if self.judge is not None:
                 parts = parts | self.judge.score(pictures, *for_judges(batch))[1]
-            if self.policy.is_lora:
-                x, same = paths.states[:, half], torch.zeros_like(total)
-                kl = same if label == "base" else self._distance(x, half, cond)
-                parts = parts | {"kl": kl}
+            parts = parts if kl is None else parts | {"kl": kl.to(total)}
             small = thumbnails(pictures)
             values = {k: v.tolist() for k, v in {"reward": total, **parts}.items()}
             for row, (i, j) in enumerate(chunk):
@@ -137,6 +131,32 @@ class Evaluation:
             self._wrong()
         return means | ({} if self.spread is None else {"eval/diversity": self.spread})
 
+    def _chunks(self) -> Iterator[tuple[tuple[int, int] | None, list[tuple[int, int]]]]:
+        """This process's pictures, (prompt, number), as many of one size as are drawn at a time."""
+        sized: dict[Any, list[tuple[int, int]]] = {}
+        for i, j in self.mine:
+            sized.setdefault(looked_at(self.config, self.prompts[i]), []).append((i, j))
+        n = self.config.sampler.batch
+        for size, own in sized.items():
+            for start in range(0, len(own), n):
+                yield size, own[start : start + n]
+
+    def _drawn(
+        self, batch: Sequence[Prompt], seeds: Sequence[int], far: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """Pictures (n, 3, H, W), and of a LoRA how `far` it is from the base model half way (n,), 0
+        unless asked."""
+        policy, c = self.policy, self.config
+        how = evaluation_sampling(c, policy.levels(c.eval_steps))
+        cond = policy.encode([p.text for p in batch])
+        paths = rollout(policy, cond, how, seeds, batch=c.sampler.batch)
+        pictures = policy.decode(paths.final)
+        if not policy.is_lora:
+            return pictures, None
+        half = how.steps // 2
+        x = paths.states[:, half]
+        return pictures, self._distance(how, x, half, cond) if far else torch.zeros(len(x))
+
     @torch.no_grad()
     def draw(
         self,
@@ -148,9 +168,8 @@ class Evaluation:
         """A picture of every text from the initial noise of every seed, all of a text's together:
         the noise that diffusers draws with `torch.Generator().manual_seed(seed)`. Text encoders
         that were freed are read again where a text is new."""
-        policy, how, size = self.policy, self.sampling, self.config.sampler.batch
-        if steps is not None:
-            how = replace(how, levels=policy.levels(steps))
+        c, policy, size = self.config, self.policy, self.config.sampler.batch
+        how = evaluation_sampling(c, policy.levels(c.eval_steps if steps is None else steps))
         if guidance is not None:
             how = replace(how, guidance=guidance)
         read = not (policy.has_text_encoders or policy.knows(texts))
@@ -175,11 +194,11 @@ class Evaluation:
         if self.grid is not None:
             grids.save_png(self.grid, run_dir / "grid.png", self.config.to_dict())
 
-    def _distance(self, x: Tensor, step: int, cond: Cond) -> Tensor:
+    def _distance(self, how: Sampling, x: Tensor, step: int, cond: Cond) -> Tensor:
         """mean_D (f_θ - f_ref)² of the network's outputs at x (n, *latent), (n,)."""
-        seen = self.sampling.predict(self.policy, x, step, cond).native
+        seen = how.predict(self.policy, x, step, cond).native
         with self.policy.reference():
-            base = self.sampling.predict(self.policy, x, step, cond).native
+            base = how.predict(self.policy, x, step, cond).native
         return (seen - base).square().flatten(1).mean(1)
 
     def _draw_grid(self, label: str, images: list[tuple[Tensor, dict[str, float]]]) -> None:

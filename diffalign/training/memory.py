@@ -7,6 +7,7 @@ libraries, a GPU's context: some hundred MB) is left out, and so are rewards and
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -100,6 +101,8 @@ def need(plan: Plan, device: str) -> Need:
     c, kind = plan.config, plan.algorithm.needs
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     policy, encoders = policies.skeleton(c.model, fake, device)
+    sizes = [p.size for p in plan.train_prompts if p.size is not None]
+    policy.resize(max(sizes, key=math.prod, default=None))
     made = _Made(policy, plan, policy.levels(2)[0])
     with fake:
         adapters = size(policy.trainable_parameters())
@@ -149,6 +152,8 @@ def need(plan: Plan, device: str) -> Need:
         }
         if plan.eval_prompts:
             n = min(c.sampler.batch, len(plan.eval_prompts) * c.eval.images_per_prompt)
+            if c.eval.resolution:
+                policy.resize(c.eval.resolution)
             decoded = made.decoded(min(c.model.decode_batch, n), learn=False, tiny=False)
             scale = c.eval_guidance if max(plan.eval_branches) > 1 else 0.0
             called = made.called(n, learn=False, guided=scale)

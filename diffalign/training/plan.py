@@ -12,7 +12,7 @@ import rewards as reward_library
 from .. import algorithms
 from ..config import TrainConfig, prompts
 from ..config.decoding import ConfigError
-from ..config.prompts import Prompt, PromptSampler
+from ..config.prompts import Buckets, Prompt
 from .cost import Cost, advice
 
 if TYPE_CHECKING:
@@ -61,9 +61,8 @@ class Plan:
         config, method = _with_algorithm(config, algorithm)
         from .. import policies
         from ..algorithms.base import Needs
-        from ..policies.guidance import of_evaluation, of_sampler
         from ..sampling.rollout import Sampling
-        from . import checks
+        from . import checks, sizes
         from .engine import check_launch
 
         config.check(advantages=method.needs is not Needs.GRADIENT)
@@ -75,11 +74,13 @@ class Plan:
         checks.check_rewards(rewards, config.eval.rewards, trained, held_out)
         name, resolution, s = config.model.name, config.model.resolution, config.sampler
         levels, shape = policies.peek(name, s.steps, resolution)
-        looked_at = policies.peek(name, config.eval_steps, resolution)[0] if held_out else levels
+        sizes.check(config, trained, held_out)
+        size = config.eval.resolution or resolution
+        looked_at = policies.peek(name, config.eval_steps, size)[0] if held_out else levels
         checks.check_guidance(config, method.needs)
         checks.check_tiny_vae(config)
-        sampling = Sampling(levels, s.kernel, s.eta, of_sampler(s, levels))
-        evaluated = Sampling(looked_at, "ode", 0.0, of_evaluation(config, looked_at))
+        sampling = sizes.training_sampling(config, levels)
+        evaluated = sizes.evaluation_sampling(config, looked_at)
         stochastic = sampling.stochastic
 
         def called(how: Sampling) -> list[int]:
@@ -155,7 +156,7 @@ def _prompts(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """The prompts to train on, enough for an epoch, and those held out."""
     trained = prompts.load(config.data.prompts) if given is None else prompts.collect(given)
-    PromptSampler(len(trained), config.data.groups)
+    Buckets(trained, config.data.groups)
     return trained, prompts.load(config.eval.prompts) if config.eval.prompts else []
 
 

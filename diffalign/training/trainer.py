@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,13 @@ import rewards as reward_library
 from .. import policies
 from ..algorithms.base import Algorithm, Needs
 from ..config import TrainConfig
-from ..config.prompts import Given, Prompt, PromptSampler, collect
-from ..policies.guidance import of_sampler
+from ..config.prompts import Buckets, Given, Prompt, collect
 from ..policies.sharding import Team
 from ..record import checkpoint
 from ..record.metrics import Meter, worries
-from ..sampling.rollout import Sampling, rollout, sample_seed
+from ..sampling.rollout import rollout, sample_seed
 from ..sampling.windows import window
-from . import engine, identity, saving
+from . import engine, identity, saving, sizes
 from .advantages import PromptTracker, combined_advantages, zero_variance_share
 from .evaluation import Evaluation
 from .guard import diversity
@@ -110,13 +110,11 @@ class Trainer:
             self.reward.require_differentiable()
         judge = reward_library.build(c.eval.rewards).to(device) if c.eval.rewards else None
         self.shares = engine.shares(c.data, self.world, self.reward.per_group)
-        self.sampler = PromptSampler(len(self.plan.train_prompts), c.data.groups, c.train.seed)
+        self.sampler = Buckets(self.plan.train_prompts, c.data.groups, c.train.seed)
         team = Team(self.accelerator, engine.divides(self.accelerator))
         texts = self._texts(epoch, team.peers) if c.model.free_text_encoders else None
         self.policy = policies.prepared(c.model, c.train.seed, device, team, texts)
-        s = c.sampler
-        levels = self.policy.levels(s.steps)
-        self.sampling = Sampling(levels, s.kernel, s.eta, of_sampler(s, levels))
+        self.sampling = sizes.training_sampling(c, self.policy.levels(c.sampler.steps))
         self.history = PromptTracker(c.advantage.buffer_size, c.advantage.min_count)
         self.algorithm.setup(self.policy)
         self.copies = self.algorithm.copies()
@@ -227,14 +225,16 @@ class Trainer:
         size, shares = self.config.data.group_size, [self.shares[rank] for rank in ranks]
         places = slice(shares[0].start // size, -(-shares[-1].stop // size))
         ids = self.sampler.seen(range(epoch, self.config.train.epochs), places)
-        held_out = [p.text for p in self.plan.eval_prompts]
-        return sorted({self.plan.train_prompts[i].text for i in ids} | set(held_out))
+        asked = [self.plan.train_prompts[i] for i in ids] + self.plan.eval_prompts
+        return sorted({p.text for p in asked})
 
     def run_epoch(self, epoch: int) -> dict[str, float]:
         """Sample, score, update. Returns the metrics of the epoch, the same on every process."""
         start, calls = time.monotonic(), self.policy.calls
         scored, scoring = self.reward.images, self.reward.seconds
         skipped = self.optimizer.skipped
+        self.sampling = sizes.fitted(self, self.sampler.size(epoch))
+        self.learner = replace(self.learner, sampling=self.sampling)
         data = self._sample(epoch)
         if isinstance(data, Rollout):
             metrics, meter, pictures = self._from_advantages(epoch, data)
