@@ -32,8 +32,8 @@ class ModelConfig(Section):
     """rank of the trained low-rank update; 0 = train all weights of the denoiser"""
     lora_alpha: float | None = None
     """the update is scaled by lora_alpha / lora_rank; null = lora_rank"""
-    lora_targets: list[str] | str | None = None
-    """layers with a LoRA: ends of names, or one regex for whole names; null = the family's own"""
+    lora_targets: list[str] | None = None
+    """linear layers that get a LoRA, by the end of their names; null = those of the model family"""
     gradient_checkpointing: bool = False
     """save memory in denoiser and VAE for about a third more time in the backward pass"""
     free_text_encoders: bool = True
