@@ -15,6 +15,7 @@ from diffusers import (
     AutoencoderKLQwenImage21,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
+    Flux2Pipeline,
     Flux2Transformer2DModel,
     QwenImage21Pipeline,
     QwenImage21Transformer2DModel,
@@ -26,6 +27,10 @@ from diffusers import (
 from families_flow import spread
 from tokenizers import pre_tokenizers
 from transformers import (
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PixtralImageProcessor,
+    PixtralProcessor,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
@@ -106,8 +111,14 @@ def build_z_image(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def build_klein(folder: Path, distilled: bool) -> None:
-    torch.manual_seed(0)
+def build_flux2(
+    folder: Path,
+    kind: type,
+    text_encoder: Any,
+    tokenizer: Any,
+    guidance: bool = False,
+    **options: Any,
+) -> None:
     network = Flux2Transformer2DModel(
         in_channels=16,
         num_layers=1,
@@ -117,7 +128,7 @@ def build_klein(folder: Path, distilled: bool) -> None:
         joint_attention_dim=3 * 16,
         timestep_guidance_channels=16,
         axes_dims_rope=(2, 2, 2, 2),
-        guidance_embeds=False,
+        guidance_embeds=guidance,
     )
     spread(network)
     for parameter in network.parameters():  # else its blocks hardly matter
@@ -132,14 +143,39 @@ def build_klein(folder: Path, distilled: bool) -> None:
     # as fresh they are 0 and 1, and their use would not be seen
     decoder.bn.running_mean.normal_()
     decoder.bn.running_var.uniform_(0.5, 4.0)
-    Flux2KleinPipeline(
+    kind(
         transformer=network,
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         vae=decoder,
-        text_encoder=qwen3(28),
-        tokenizer=qwen_tokenizer(96),
-        is_distilled=distilled,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        **options,
     ).save_pretrained(folder)
+
+
+def build_klein(folder: Path, distilled: bool) -> None:
+    torch.manual_seed(0)
+    how = {"is_distilled": distilled}
+    build_flux2(folder, Flux2KleinPipeline, qwen3(28), qwen_tokenizer(96), **how)
+
+
+def build_dev(folder: Path) -> None:
+    """Its prompts follow a long message of the system's."""
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in TEXT.items() if k != "max_position_embeddings"}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    config = Mistral3Config(
+        text_config={"model_type": "mistral", "num_hidden_layers": 31, **sizes},
+        vision_config={"model_type": "pixtral", "num_attention_heads": 2, **vision},
+        image_token_index=IDS["image_token_id"],
+    )
+    image, end = "<|image_pad|>", "<|vision_end|>"
+    processor = PixtralProcessor(
+        PixtralImageProcessor(), qwen_tokenizer(512), chat_template=TEMPLATE, image_token=image,
+        image_break_token=end, image_end_token=end,
+    )  # fmt: skip
+    encoder = Mistral3ForConditionalGeneration(config)
+    build_flux2(folder, Flux2Pipeline, encoder, processor, guidance=True)
 
 
 def statistics(channels: int) -> dict[str, list[float]]:
@@ -241,6 +277,7 @@ def build_qwen21(folder: Path, sigmas: list[float] | None = None) -> None:
 QWEN_BUILDERS: dict[str, Callable[[Path], None]] = {
     "z-image": build_z_image,
     "klein-base": partial(build_klein, distilled=False),
+    "flux2-dev": build_dev,
     "klein": partial(build_klein, distilled=True),
     "qwen": build_qwen,
     "qwen21": build_qwen21,

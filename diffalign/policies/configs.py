@@ -64,5 +64,6 @@ def text_options(pipe: Any) -> dict[str, int]:
         return {}
     name = max(k for k in pipe.components if k.startswith("tokenizer"))
     tokenizer = getattr(pipe, name)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # of FLUX.2-dev's processor
     most = default.default if tokenizer is None else tokenizer.model_max_length
     return {"max_sequence_length": min(default.default, most)}
