@@ -13,6 +13,7 @@ from conftest import load, perturb
 from diffalign.config.decoding import ConfigError
 from diffalign.dynamics import Levels, Prediction
 from diffalign.policies.guidance import Guidance
+from diffalign.policies.unet import UNetPolicy
 from diffalign.sampling.adjoint import Surrogate, adjoint_sweep
 from diffalign.sampling.guide import Guide
 from diffalign.sampling.rollout import Sampling, rollout
@@ -61,17 +62,17 @@ def test_a_cut_off_guides_the_first_steps(drawing, share):
     policy, cond, how = drawing
     cut = replace(how, guidance=Guidance(3.0).until(share, how.levels))
     first = math.ceil(share * STEPS)
-    assert cut.guided == [True] * first + [False] * (STEPS - first)
-    assert drawn(policy, cond, cut)[1] == 3 * sum(cut.branches) == 3 * (STEPS + first)
+    assert cut.guided(UNetPolicy) == [True] * first + [False] * (STEPS - first)
+    assert drawn(policy, cond, cut)[1] == 3 * sum(cut.branches(UNetPolicy)) == 3 * (STEPS + first)
 
 
 def test_an_interval_leaves_out_the_infinite_noise_level_of_the_start(drawing):
     _, _, how = drawing
     inner = replace(how, guidance=Guidance(3.0, 0.28, 5.42))
     ratio = (how.levels.sigma / how.levels.alpha)[:-1]
-    assert inner.guided == [0.28 < r <= 5.42 for r in ratio.tolist()]
-    assert not inner.guided[0]
-    assert any(inner.guided)
+    assert inner.guided(UNetPolicy) == [0.28 < r <= 5.42 for r in ratio.tolist()]
+    assert not inner.guided(UNetPolicy)[0]
+    assert any(inner.guided(UNetPolicy))
 
 
 def test_scoring_guides_where_the_rollout_did(drawing):
@@ -83,7 +84,7 @@ def test_scoring_guides_where_the_rollout_did(drawing):
     rows = torch.arange(3)
     before = policy.calls
     again = cut.transition(policy, paths.states[rows, steps], steps, cond)
-    assert policy.calls - before == 3 + sum(cut.guided[i] for i in steps.tolist()) == 5
+    assert policy.calls - before == 3 + sum(cut.guided(UNetPolicy)[i] for i in steps.tolist()) == 5
     log_prob = again.log_prob(paths.states[rows, steps + 1])
     assert (log_prob - paths.log_prob[rows, steps]).abs().max() < 1e-5
     everywhere = how.transition(policy, paths.states[rows, steps], steps, cond)
@@ -119,12 +120,12 @@ def test_the_scale_of_cfg_zero_star_is_of_each_sample():
 def test_reuse_is_exact_where_the_direction_is_constant(drawing, monkeypatch):
     policy, cond, how = drawing
     reuse = replace(how, kernel="ode", guidance=Guidance(3.0, reuse=2))
-    assert reuse.branches == [2, 2, 2, 2, 2, 1]
+    assert reuse.branches(UNetPolicy) == [2, 2, 2, 2, 2, 1]
     # the steps that count are those that are guided, wherever an interval puts them
     ratio = (how.levels.sigma / how.levels.alpha).tolist()
     late = replace(how, guidance=Guidance(3.0, -1.0, ratio[1], reuse=2))
-    assert late.branches == [1, 2, 2, 2, 2, 2]
-    assert drawn(policy, cond, replace(late, kernel="ode"))[1] == 3 * sum(late.branches)
+    assert late.branches(UNetPolicy) == [1, 2, 2, 2, 2, 2]
+    assert drawn(policy, cond, replace(late, kernel="ode"))[1] == 3 * sum(late.branches(UNetPolicy))
     direction = torch.randn(1, *policy.latent_shape)
 
     def call(x, t, text, guidance):
@@ -136,7 +137,7 @@ def test_reuse_is_exact_where_the_direction_is_constant(drawing, monkeypatch):
     plain, _ = drawn(policy, cond, replace(how, kernel="ode"))
     paths, calls = drawn(policy, cond, reuse)
     torch.testing.assert_close(paths.final, plain.final, atol=1e-4, rtol=1e-4)
-    assert calls == 3 * sum(reuse.branches)
+    assert calls == 3 * sum(reuse.branches(UNetPolicy))
 
 
 def test_what_is_remembered_depends_on_the_sample_alone(drawing):

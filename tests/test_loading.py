@@ -258,8 +258,8 @@ def test_one_choice_of_the_device(monkeypatch):
 
 def test_guidance_that_a_model_does_not_take_is_refused(pipelines):
     """FLUX.1-schnell ignores it, and a run that says otherwise misleads."""
-    assert policies.knows_guidance(pipelines["flux-dev"])
-    assert policies.knows_guidance(pipelines["sd-v"])
+    assert policies.guided_by(pipelines["flux-dev"]) == "input"
+    assert policies.guided_by(pipelines["sd-v"]) == "cfg"
     base = {"model": {"name": pipelines["flux-schnell"], "resolution": SIDE}}
     base |= {"rewards": {"jpeg": 1.0}, "algorithm": {"type": "flow_grpo"}}
     for section in ("sampler", "eval"):

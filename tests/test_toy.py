@@ -54,8 +54,12 @@ class ToyPolicy(FlowPolicy):
         self.base = copy.deepcopy(self.network).requires_grad_(False)
         self.schedule_config, self.latent_shape = {"num_train_timesteps": 1000}, (2, 1, 1)
         self.decode_batch, self.calls = 16, 0
+        self.made_for = self.resolution = None
         self._prompts, self._copies = {}, {}
         self.accelerated = lambda network: None
+
+    def resize(self, resolution):
+        assert resolution is None
 
     @classmethod
     def shape(cls, network, vae, resolution):
