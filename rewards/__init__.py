@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .combine import Ensemble, Floor, WeightedSum
     from .composition import Composition
     from .hps import HPS
+    from .hpsv3 import HPSv3
     from .imagereward import ImageReward
     from .jpeg import Jpeg, jpeg_kilobytes
     from .ocr import OCR
@@ -54,6 +55,7 @@ __all__ = [
     "Ensemble",
     "Floor",
     "FunctionReward",
+    "HPSv3",
     "ImageReward",
     "Jpeg",
     "PickScore",
@@ -82,6 +84,7 @@ REGISTRY: Registry[Callable[..., Reward]] = Registry(
         "composition": "composition:Composition",
         "ensemble": "combine:Ensemble",
         "hps": "hps:HPS",
+        "hpsv3": "hpsv3:HPSv3",
         "imagereward": "imagereward:ImageReward",
         "jpeg": "jpeg:Jpeg",
         "jpeg_incompressibility": "jpeg:incompressibility",
@@ -103,6 +106,7 @@ _MODULES = {
     "Floor": "combine",
     "FunctionReward": "base",
     "HPS": "hps",
+    "HPSv3": "hpsv3",
     "ImageReward": "imagereward",
     "Jpeg": "jpeg",
     "OCR": "ocr",
