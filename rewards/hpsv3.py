@@ -13,10 +13,9 @@ from .base import Reward
 from .files import check_file, fetch, read_tensors
 from .hpsv3_text import ABOUT, CHAT, REWARD
 from .loading import LoadingError, pretrained, reading
-from .qwen_pixels import qwen_patches
+from .qwen import IMAGE, qwen_patches, refuse_special_tokens
 
 AREA = 256 * 28 * 28  # pixels that every image is resized to, as in training: 448 x 448
-IMAGE = "<|image_pad|>"
 BATCH = 8  # images that the model sees at once
 EMBEDDING = "language_model.embed_tokens.weight"
 REMEDY = "give HPSv3.safetensors of huggingface.co/MizzenAI/HPSv3"
@@ -32,8 +31,7 @@ class HPSv3(Reward):
     instruction that quotes the prompt; the MLP is Linear(1024), ReLU, Linear(16), ReLU, Linear(2)
     in float32. Training took the preference to be N(m, exp(s)^2), so exp(s) is the model's own
     doubt. ``caution`` 0 is the published score m; above 0, doubtful images count for less (ours).
-    Unbounded; its authors' means of
-    models reach from -0.24 (SD 2) to 10.55 (Kolors).
+    Unbounded; its authors' means of models reach from -0.24 (SD 2) to 10.55 (Kolors).
 
     ``checkpoint`` is HPSv3.safetensors, local or as ORG/REPO:NAME on the hub, or a .pth of the same
     weights; ``base`` a folder or hub id that has the config and the tokenizer of the Qwen2-VL, of
@@ -41,16 +39,16 @@ class HPSv3(Reward):
     bits. Images of any size are resized to about 256 squares of 28 pixels, 448 x 448 if they are
     square. The gradient reaches the pixels, and needs memory for the activations of all layers.
 
-    Read in HPSv3's own code (packages hpsv3 1.0.0 and git d232ff8), and kept here: the instruction
-    and the chat template, the area, the head, that m is the score, and that positions simply count
-    all tokens, because its forward pass leaves out Qwen2-VL's rotary grid for images. Causality
-    allows to leave out what follows <|Reward|>, and the language head; both change nothing.
+    Read in HPSv3's own code (package 1.0.0 and git d232ff8) and kept here: the instruction in
+    Qwen2-VL's chat template, the area, the head, that m is the score, and that positions simply
+    count all tokens, because its forward pass leaves out Qwen2-VL's rotary grid for images. What
+    follows <|Reward|> is left out, as a causal model does not see it, and so is the language head.
     Deviations: the image is not rounded to 8 bits after resizing (see ``qwen_patches``), and a
     prompt that holds a special token such as <|Reward|> is refused. Not verified, for want of the
     16 GB file: the released weights' scores. That its names are those of old transformers (visual.,
     model.layers., rm_head.0, .3, .5) is what several loaders of the file say; today's names work
-    too. Source: Ma et al. 2025 (arXiv 2508.03789), https://github.com/MizzenAI/HPSv3; code MIT,
-    weights and Qwen2-VL-7B-Instruct Apache-2.0 by their pages.
+    too. Source: Ma et al. 2025 (arXiv 2508.03789), https://github.com/MizzenAI/HPSv3. Its code is
+    MIT; the weights, and Qwen2-VL-7B-Instruct's, are said to be Apache-2.0.
 
     Raises ValueError for a bad option, a prompt with a special token, and a checkpoint or base that
     is not HPSv3's, naming the first weight that differs.
@@ -100,12 +98,7 @@ class HPSv3(Reward):
 
     @classmethod
     def check_prompts(cls, prompts, metadata):
-        for prompt in prompts:
-            if found := re.search(r"<\|\w+\|>", prompt):
-                raise ValueError(
-                    f"prompt {prompt!r} holds {found[0]}, a special token of the model that reads "
-                    "it; remove it"
-                )
+        refuse_special_tokens(prompts)
 
     def forward(self, images, prompts, metadata=None):
         mean, doubt = self.distribution(images, prompts)
@@ -113,7 +106,7 @@ class HPSv3(Reward):
 
     def distribution(self, images: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """The mean and the standard deviation of the score of each image, (n,) float32 each."""
-        self.check_prompts(prompts, [])
+        refuse_special_tokens(prompts)
         rows = range(0, len(images), BATCH)
         parts = [self._some(images[i : i + BATCH], prompts[i : i + BATCH]) for i in rows]
         mean, log = torch.cat(parts).unbind(-1)

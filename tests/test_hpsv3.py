@@ -17,7 +17,7 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import Qwen2VLImageP
 from rewards import build, check, evaluate
 from rewards.hpsv3 import AREA, HPSv3
 from rewards.hpsv3_text import ABOUT, REWARD
-from rewards.qwen_pixels import qwen_patches
+from rewards.qwen import qwen_patches
 
 PROMPTS = ["a red cat", "two {text_prompt} dogs by the sea, {image}"]
 AFTER = "\n\nEND\n"  # what HPSv3's own text has after the token

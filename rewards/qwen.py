@@ -1,13 +1,16 @@
-"""Qwen2-VL's image processing in torch, with gradient to the pixels."""
+"""What Qwen2-VL and Qwen2.5-VL read: patches of an image with gradient to its pixels, and text."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .preprocess import CLIP_MEAN, CLIP_STD, quantize_pixels, resize
+
+IMAGE = "<|image_pad|>"  # stands in the text once for every token of the image
 
 
 def qwen_patches(
@@ -52,3 +55,26 @@ def qwen_patches(
     tiles = tiles.permute(0, 2, 5, 3, 6, 1, 4, 7)  # (n, rows, columns, merge, merge, 3, y, x)
     tiles = tiles[..., None, :, :].expand(*[-1] * 6, frames, -1, -1)
     return tiles.flatten(0, 4).flatten(1), torch.tensor([[1, rows, columns]] * len(images))
+
+
+def image_positions(before: int, rows: int, columns: int, length: int) -> Tensor:
+    """The rotary positions (time, row, column) of a text with one image, (3, length) int64.
+
+    ``before`` tokens of text count 0, 1, ... in all three; the ``rows`` x ``columns`` tokens of the
+    image have its start plus (0, row, column); the text after it goes on from the start plus the
+    longer side. Source: Qwen2-VL (arXiv 2409.12191).
+    """
+    grid = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    image = before + torch.stack([torch.zeros_like(grid[0]), *grid]).flatten(1)
+    after = before + max(rows, columns) + torch.arange(length - before - rows * columns)
+    return torch.cat([torch.arange(before).expand(3, -1), image, after.expand(3, -1)], 1)
+
+
+def refuse_special_tokens(prompts: Sequence[str]) -> None:
+    """Raise ValueError for a prompt that the model would not read as plain text."""
+    for prompt in prompts:
+        if found := re.search(r"<\|\w+\|>", prompt):
+            raise ValueError(
+                f"prompt {prompt!r} holds {found[0]}, a special token of the model that reads it; "
+                "remove it"
+            )
