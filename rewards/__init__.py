@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .clip import Clip
     from .combine import Ensemble, Floor, WeightedSum
     from .composition import Composition
+    from .geneval import GenEval
     from .hps import HPS
     from .hpsv3 import HPSv3
     from .imagereward import ImageReward
@@ -55,6 +56,7 @@ __all__ = [
     "Ensemble",
     "Floor",
     "FunctionReward",
+    "GenEval",
     "HPSv3",
     "ImageReward",
     "Jpeg",
@@ -83,6 +85,7 @@ REGISTRY: Registry[Callable[..., Reward]] = Registry(
         "clip": "clip:Clip",
         "composition": "composition:Composition",
         "ensemble": "combine:Ensemble",
+        "geneval": "geneval:GenEval",
         "hps": "hps:HPS",
         "hpsv3": "hpsv3:HPSv3",
         "imagereward": "imagereward:ImageReward",
@@ -105,6 +108,7 @@ _MODULES = {
     "Ensemble": "combine",
     "Floor": "combine",
     "FunctionReward": "base",
+    "GenEval": "geneval",
     "HPS": "hps",
     "HPSv3": "hpsv3",
     "ImageReward": "imagereward",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .base import Reward
-from .http import EXAMPLE, Http, check_http, check_whole, in_threads, png_base64, token_from
+from .http import Http, check_http, check_whole, in_threads, png_base64, token_from
 from .vlm_questions import AXES, CRITIQUE, PATTERNS, RANGES, REFINE, TEMPLATES, WIN, WORDS
 
 T = TypeVar("T")
@@ -133,7 +133,8 @@ class VLM(Reward):
         dtype="bfloat16",
         **options,
     ):
-        check_http(EXAMPLE if url == "local" else url, timeout, patience, api_key_env)
+        if url != "local":
+            check_http(url, timeout, patience, api_key_env)
         check_whole(0, retries=retries)
         check_whole(1, workers=workers, max_tokens=max_tokens)
         if mode not in TEMPLATES:

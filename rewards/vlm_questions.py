@@ -28,8 +28,8 @@ TEMPLATES = {
         "preservation, color accuracy, and overall aesthetic appeal.\nExtract key elements from "
         "the provided text caption, evaluate their presence in the generated image using the "
         "format: 'element (type): value' (where value=0 means not generated, and value=1 means "
-        "generated), and assign a score from 1 to 5 after 'Final Score:'.\nYour task is provided as "
-        "follows:\nText Caption: [{prompt}]"
+        "generated), and assign a score from 1 to 5 after 'Final Score:'.\nYour task is provided "
+        "as follows:\nText Caption: [{prompt}]"
     ),
     "unified_axes": (
         "You are presented with a generated image and its associated text caption. Your task is to "
