@@ -93,11 +93,12 @@ class VLM(Reward):
         }
         self.check_options(**options)
         super().__init__()
+        self.differentiable = url == "local"
         self.local: Any = None
-        if url == "local":
+        if self.differentiable:
             from .vlm_local import LocalVLM
 
-            self.local, self.differentiable = LocalVLM(model, dtype), True
+            self.local = LocalVLM(model, dtype)
         else:
             self.http = Http(url, token_from(api_key_env), timeout, patience)
         self.retries = retries
