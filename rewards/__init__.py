@@ -31,7 +31,9 @@ if TYPE_CHECKING:
     from .clip import Clip
     from .combine import Ensemble, Floor, WeightedSum
     from .composition import Composition
+    from .geneval import GenEval
     from .hps import HPS
+    from .hpsv3 import HPSv3
     from .imagereward import ImageReward
     from .jpeg import Jpeg, jpeg_kilobytes
     from .ocr import OCR
@@ -54,6 +56,8 @@ __all__ = [
     "Ensemble",
     "Floor",
     "FunctionReward",
+    "GenEval",
+    "HPSv3",
     "ImageReward",
     "Jpeg",
     "PickScore",
@@ -81,7 +85,9 @@ REGISTRY: Registry[Callable[..., Reward]] = Registry(
         "clip": "clip:Clip",
         "composition": "composition:Composition",
         "ensemble": "combine:Ensemble",
+        "geneval": "geneval:GenEval",
         "hps": "hps:HPS",
+        "hpsv3": "hpsv3:HPSv3",
         "imagereward": "imagereward:ImageReward",
         "jpeg": "jpeg:Jpeg",
         "jpeg_incompressibility": "jpeg:incompressibility",
@@ -102,7 +108,9 @@ _MODULES = {
     "Ensemble": "combine",
     "Floor": "combine",
     "FunctionReward": "base",
+    "GenEval": "geneval",
     "HPS": "hps",
+    "HPSv3": "hpsv3",
     "ImageReward": "imagereward",
     "Jpeg": "jpeg",
     "OCR": "ocr",

@@ -102,6 +102,7 @@ class Composition(Reward):
     """
 
     name = "composition"
+    modes = ("partial", "strict")  # the first is the default
     gradient_hint = "use rewards.{name}.soft=true, which counts by the detector's probabilities"
 
     def __init__(
@@ -131,10 +132,11 @@ class Composition(Reward):
 
     @classmethod
     def check_options(
-        cls, detector: Any = "", mode="partial", max_per_class=16, clip=None, soft=False, **options
+        cls, detector: Any = "", mode=None, max_per_class=16, clip=None, soft=False, **options
     ):
-        if mode not in ("partial", "strict"):
-            raise ValueError(f"mode={mode!r} is not one of partial, strict")
+        mode = cls.modes[0] if mode is None else mode
+        if mode not in cls.modes:
+            raise ValueError(f"mode={mode!r} is not one of {', '.join(cls.modes)}")
         if soft and (mode != "partial" or clip):
             raise ValueError(f"soft=true needs mode=partial and no clip; got {mode!r}, {clip!r}")
         for name, limit in options.items():
@@ -160,7 +162,7 @@ class Composition(Reward):
                 _check_clauses(known)
             except ValueError as error:
                 raise ValueError(
-                    f"prompt {prompt!r}: {error}; the composition reward needs in every prompt's "
+                    f"prompt {prompt!r}: {error}; the {cls.name} reward needs in every prompt's "
                     'metadata, as GenEval has it, "include": [{"class": "dog", "count": 1}, ...]'
                 ) from error
 
@@ -177,13 +179,18 @@ class Composition(Reward):
         scores = [self._score(*item) for item in zip(images, metadata, found, strict=True)]
         return torch.tensor(scores, dtype=torch.float32, device=images.device)
 
-    def _score(self, image: Tensor, known: dict, detections: list[Detection]) -> float:
+    def _seen(self, known: dict, detections: list[Detection]) -> dict[str, list[Detection]]:
+        """What counts of the detections of each class, the best first."""
         counting = known.get("tag") == "counting"
         limit = self.counting_threshold if counting else self.threshold
         seen: defaultdict[str, list[Detection]] = defaultdict(list)
         for one in sorted(detections, key=lambda d: -d.score):
             if one.score > limit and len(seen[one.label]) < self.max_per_class:
                 seen[one.label].append(one)
+        return seen
+
+    def _score(self, image: Tensor, known: dict, detections: list[Detection]) -> float:
+        seen = self._seen(known, detections)
         values: list[float] = []
         matched: list[list[Detection]] = []  # per clause; empty if any check failed
         for clause in known["include"]:

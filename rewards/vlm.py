@@ -1,4 +1,4 @@
-"""A vision-language model as the judge, behind an OpenAI-compatible endpoint."""
+"""A vision-language model as the judge, behind an OpenAI-compatible endpoint or loaded here."""
 
 from __future__ import annotations
 
@@ -13,38 +13,10 @@ from torch import Tensor
 
 from .base import Reward
 from .http import Http, check_http, check_whole, in_threads, png_base64, token_from
+from .vlm_questions import AXES, CRITIQUE, PATTERNS, RANGES, REFINE, TEMPLATES, WIN, WORDS
 
 T = TypeVar("T")
-
-TEMPLATES = {
-    "score": (
-        'The image was generated from the text "{prompt}". Rate how well it shows what the text '
-        "asks for (objects, their number, colours, positions, any written words) and how well it "
-        "is made, from {minimum} (nothing fits) to {maximum} (flawless). Reason briefly, then end "
-        "with <score>NUMBER</score>."
-    ),
-    "yes": 'Does the image show exactly this: "{prompt}"? Answer with one word, Yes or No.',
-    "pairwise": (
-        'Both images were generated from the text "{prompt}". Which shows better what the text '
-        "asks for (objects, their number, colours, positions, any written words) and is better "
-        "made? Reason briefly, then end with <answer>1</answer>, <answer>2</answer> or, only if "
-        "neither is better, <answer>tie</answer>."
-    ),
-}
-PATTERNS = {
-    "score": r"<score>\s*([-+]?\d+(?:\.\d+)?)\s*</score>",
-    "pairwise": r"<answer>\s*(1|2|tie)\s*</answer>",
-}
-CRITIQUE = (
-    'The image was generated from the text "{prompt}". List what in it does not match the text or '
-    "is badly made, most important first, in a few short sentences. If nothing is wrong, say so."
-)
-REFINE = (
-    'The image was generated from the text "{prompt}". A critic said of it: "{critique}" Rewrite '
-    "the text so that a text-to-image model avoids these faults. Keep everything the text asks "
-    "for, add nothing that changes its meaning. End with <prompt>NEW TEXT</prompt>."
-)
-WIN = {"1": 1.0, "2": 0.0, "tie": 0.5}
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 class VLM(Reward):
@@ -52,16 +24,34 @@ class VLM(Reward):
 
     ``mode`` "score": R = (x - minimum) / (maximum - minimum) in [0, 1], where x is the number that
         the last match of ``pattern`` in the answer captures. An x outside the range is unreadable.
+    ``mode`` "unified": UnifiedReward (arXiv 2503.05236), which answers with "Final Score: x"; R =
+        (x - 1) / 4. Its own question, so ``model`` should be one of its models.
+    ``mode`` "unified_axes": UnifiedReward 2.0, which answers with three such marks, "Alignment
+        Score (1-5): x", "Coherence ..." and "Style ..."; R is the mean of the three.
     ``mode`` "yes": R = P(Yes) / (P(Yes) + P(No)) of the first token, summed over the 20 most likely
         tokens, ignoring case and surrounding spaces. VQAScore (arXiv 2404.01291) is P(Yes) alone.
+    ``mode`` "levels": the quality of the picture whatever its prompt. With the probabilities of the
+        words read in the same way, R = sum_w v_w P(w) / sum_w P(w), v = 1, 3/4, 1/2, 1/4, 0 for
+        excellent, good, fair, poor, bad. This is how DeQA-Score (arXiv 2501.11561) reads its model,
+        as (score - 1) / 4; it sums over no other spellings. Its weights, an mPLUG-Owl2 whose code
+        transformers does not have, are not loaded here: serve them, or take another model.
     ``mode`` "pairwise": rows with the same prompt in one call form a group (``per_group``). The
         model picks the better image of every pair in a group, and is asked in both orders to cancel
         position bias: R_i = mean over the pairs of i of its mean win (1, tie 1/2, 0) over the
         answered orders. A missing answer is left out and does not count as a tie. N images cost
         N (N - 1) questions. Source: Pref-GRPO (arXiv 2508.20751), which asks in one order only.
 
-    ``template`` is the question, sent after the images. It must hold {prompt}, and may hold
-    {minimum} and {maximum}. ``pattern`` has one group; in pairwise mode it captures 1, 2 or tie.
+    ``url`` "local" loads ``model``, a folder or hub id of a Qwen2-VL or Qwen2.5-VL, in ``dtype``
+    onto this machine, for the modes "yes" and "levels": the same values of all tokens, not of 20,
+    with gradient to the pixels.
+
+    ``template`` is the question, sent after the images. It must hold {prompt} but in mode "levels",
+    and may hold {minimum} and {maximum}. ``pattern`` has one group; in pairwise mode it captures 1,
+    2 or tie, and AXIS in it stands for each axis of "unified_axes". ``minimum`` and ``maximum``
+    default to 0 and 10, in the modes of UnifiedReward to 1 and 5. ``answer_start`` begins the
+    answer of which the next token is read, such as DeQA-Score's "The quality of the image is"; an
+    endpoint must then know continue_final_message, as vLLM and SGLang do.
+
     The model answers at temperature 0 with at most ``max_tokens`` tokens. ``workers`` questions run
     at a time; the values keep the order of the images. ``api_key_env`` names the environment
     variable with the key. ``retries`` limits the repeats of a question whose answer is unreadable;
@@ -74,7 +64,10 @@ class VLM(Reward):
     """
 
     name = "vlm"
-    gradient_hint = "it is a judge's opinion; choose an algorithm that needs no reward gradient"
+    gradient_hint = (
+        "it is a judge's opinion; choose an algorithm that needs no reward gradient, or "
+        "rewards.{name}.url=local with mode yes or levels"
+    )
 
     def __init__(
         self,
@@ -83,8 +76,8 @@ class VLM(Reward):
         mode: str = "score",
         template: str | None = None,
         pattern: str | None = None,
-        minimum: float = 0,
-        maximum: float = 10,
+        minimum: float | None = None,
+        maximum: float | None = None,
         api_key_env: str | None = None,
         timeout: float = 120.0,
         retries: int = 3,
@@ -92,19 +85,33 @@ class VLM(Reward):
         max_failures: float = 0.1,
         max_tokens: int = 2048,
         patience: float = 600.0,
+        answer_start: str = "",
+        dtype: str = "bfloat16",
     ):
         options = {
             key: value for key, value in locals().items() if key not in ("self", "__class__")
         }
         self.check_options(**options)
         super().__init__()
-        self.http = Http(url, token_from(api_key_env), timeout, patience)
+        self.differentiable = url == "local"
+        self.local: Any = None
+        if self.differentiable:
+            from .vlm_local import LocalVLM
+
+            self.local = LocalVLM(model, dtype)
+        else:
+            self.http = Http(url, token_from(api_key_env), timeout, patience)
         self.retries = retries
         self.model, self.mode, self.per_group = model, mode, mode == "pairwise"
         self.template = template or TEMPLATES[mode]
         self.pattern = re.compile(pattern or PATTERNS.get(mode, "()"), re.IGNORECASE)
-        self.range = minimum, maximum
+        self.range = _range(mode, minimum, maximum)
+        self.answer_start = answer_start
         self.workers, self.max_failures, self.max_tokens = workers, max_failures, max_tokens
+
+    @classmethod
+    def has_gradient(cls, url="", **options):
+        return url == "local"
 
     @classmethod
     def check_options(
@@ -114,8 +121,8 @@ class VLM(Reward):
         mode="score",
         template=None,
         pattern=None,
-        minimum=0,
-        maximum=10,
+        minimum=None,
+        maximum=None,
         api_key_env=None,
         timeout=1.0,
         retries=0,
@@ -123,15 +130,26 @@ class VLM(Reward):
         max_failures=0.0,
         max_tokens=1,
         patience=0.0,
+        answer_start="",
+        dtype="bfloat16",
         **options,
     ):
-        check_http(url, timeout, patience, api_key_env)
+        if url != "local":
+            check_http(url, timeout, patience, api_key_env)
         check_whole(0, retries=retries)
         check_whole(1, workers=workers, max_tokens=max_tokens)
         if mode not in TEMPLATES:
             raise ValueError(f"mode={mode!r} is not one of {', '.join(TEMPLATES)}")
-        if template is not None and "{prompt}" not in str(template):
+        read = ", ".join(WORDS)
+        if url == "local" and mode not in WORDS:
+            raise ValueError(f"mode={mode!r} writes a text; url=local only reads, modes {read}")
+        if answer_start and mode not in WORDS:
+            raise ValueError(f"answer_start={answer_start!r} is only for the modes {read}")
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+        if template is not None and mode != "levels" and "{prompt}" not in str(template):
             raise ValueError(f"template={template!r} has no {{prompt}} in it")
+        minimum, maximum = _range(mode, minimum, maximum)
         if not _numbers(minimum, maximum) or not -math.inf < minimum < maximum < math.inf:
             raise ValueError(f"minimum={minimum!r} is not a number below maximum={maximum!r}")
         if not _numbers(max_failures) or not 0 <= max_failures <= 1:
@@ -144,6 +162,11 @@ class VLM(Reward):
             raise ValueError(f"pattern={pattern!r} has {groups} groups, it needs one")
 
     def forward(self, images, prompts, metadata=None):
+        if self.local:
+            texts = [self._question(prompt) for prompt in prompts]
+            words = WORDS[self.mode]
+            shares = self.local.shares(images, texts, self.answer_start, list(words))
+            return sum(shares[:, k] * value for k, value in enumerate(words.values()))
         files = png_base64(images)
         if self.mode == "pairwise":
             values = self._win_rates(files, prompts)
@@ -164,8 +187,8 @@ class VLM(Reward):
 
     def _value(self, file: str, prompt: str) -> float:
         text = self._question(prompt)
-        if self.mode == "yes":
-            return self._probability(text, file)
+        if self.mode in WORDS:
+            return self._expectation(text, file)
         return self._until_read(self._number, text, [file])
 
     def _win_rates(self, files: list[str], prompts: list[str]) -> list[float]:
@@ -212,11 +235,15 @@ class VLM(Reward):
 
     def _number(self, answer: str) -> float | None:
         low, high = self.range
+        axes = AXES if self.mode == "unified_axes" else ("",)
+        patterns = [re.compile(self.pattern.pattern.replace("AXIS", a), re.I) for a in axes]
         try:
-            value = float(_last(self.pattern)(answer) or "nan")
+            values = [float(_last(pattern)(answer) or "nan") for pattern in patterns]
         except ValueError:
             return None
-        return (value - low) / (high - low) if low <= value <= high else None
+        if not all(low <= value <= high for value in values):
+            return None
+        return (sum(values) / len(values) - low) / (high - low)
 
     def _winner(self, answer: str) -> float | None:
         return WIN.get((_last(self.pattern)(answer) or "").strip().lower())
@@ -233,24 +260,31 @@ class VLM(Reward):
             f"replies to {text!r}; the last ends with {answer[-300:]!r}"
         )
 
-    def _probability(self, text: str, file: str) -> float:
-        choice = self._ask(text, [file], max_tokens=1, logprobs=True, top_logprobs=20)
+    def _expectation(self, text: str, file: str) -> float:
+        options: dict[str, Any] = {"max_tokens": 1, "logprobs": True, "top_logprobs": 20}
+        choice = self._ask(text, [file], start=self.answer_start, **options)
         try:
             tokens = choice["logprobs"]["content"][0]["top_logprobs"]
             likely = [(t["token"].strip().lower(), math.exp(t["logprob"])) for t in tokens]
         except (KeyError, IndexError, TypeError) as error:
             raise RuntimeError(
-                f"{self.model} at {self.http.url} returns no top_logprobs, which mode yes needs"
+                f"{self.model} at {self.http.url} returns no top_logprobs, which mode {self.mode} "
+                "needs"
             ) from error
-        yes, no = (sum(p for token, p in likely if token == word) for word in ("yes", "no"))
-        if not yes + no > 0:
+        words = WORDS[self.mode]
+        shares = {word: sum(p for t, p in likely if t == word.lower()) for word in words}
+        if not (total := sum(shares.values())) > 0:
             raise UnreadableAnswer(
-                f"{self.model} at {self.http.url}: neither Yes nor No is among its likeliest first "
-                f"tokens {[token for token, _ in likely]} after {text!r}"
+                f"{self.model} at {self.http.url}: none of {', '.join(words)} is among its "
+                f"likeliest first tokens {[token for token, _ in likely]} after {text!r}"
             )
-        return yes / (yes + no)
+        return sum(words[word] * share for word, share in shares.items()) / total
 
-    def _ask(self, text: str, files: list[str], **options: Any) -> dict:
+    def _ask(self, text: str, files: list[str], start: str = "", **options: Any) -> dict:
+        if self.local:
+            raise RuntimeError(
+                f"{self.model} of url=local is only read and writes no text; give a server"
+            )
         content: list[dict] = []
         for number, file in enumerate(files, 1):
             if len(files) > 1:
@@ -258,7 +292,10 @@ class VLM(Reward):
             url = f"data:image/png;base64,{file}"
             content.append({"type": "image_url", "image_url": {"url": url}})
         content.append({"type": "text", "text": text})
-        messages = [{"role": "user", "content": content}]
+        messages: list[dict] = [{"role": "user", "content": content}]
+        if start:
+            messages.append({"role": "assistant", "content": start})
+            options |= {"continue_final_message": True, "add_generation_prompt": False}
         payload = {"model": self.model, "temperature": 0, "messages": messages, **options}
         reply = self.http.ask("/chat/completions", payload)
         try:
@@ -276,6 +313,11 @@ class VLM(Reward):
 
 class UnreadableAnswer(RuntimeError):
     """The model replied, but not in the requested format."""
+
+
+def _range(mode: str, minimum: float | None, maximum: float | None) -> tuple[float, float]:
+    low, high = RANGES.get(mode, (0, 10))
+    return low if minimum is None else minimum, high if maximum is None else maximum
 
 
 def _numbers(*values: Any) -> bool:

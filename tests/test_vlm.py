@@ -114,7 +114,7 @@ def test_vlm_yes():
         assert got == pytest.approx([0.6 / 0.7, 0.3 / 0.45], rel=1e-5)
     with (
         judged_by(lambda q, v: {"The": 0.9}, mode="yes") as (vlm, _),
-        pytest.raises(RuntimeError, match=r"neither Yes nor No .*\['the'\]"),
+        pytest.raises(RuntimeError, match=r"none of Yes, No is .*\['the'\]"),
     ):
         vlm(gray(1.0), ["a"])
     with (
@@ -212,7 +212,7 @@ def test_vlm_reports_the_endpoint():
 def test_vlm_options_are_checked():
     required = {"url": "http://localhost:1", "model": "judge", "type": "rewards.vlm:VLM"}
     for options, message in (
-        ({"mode": "rank"}, "not one of score, yes, pairwise"),
+        ({"mode": "rank"}, "not one of score, yes, levels, unified, unified_axes, pairwise"),
         ({"template": "How good?"}, r"no \{prompt\}"),
         ({"pattern": "("}, "pattern"),
         ({"pattern": r"\d"}, "has 0 groups"),

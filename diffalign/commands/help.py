@@ -94,7 +94,8 @@ def _algorithm_needs(subject: Subject) -> tuple[str, str]:
 
 def _reward_gradient(subject: Subject) -> tuple[str, str]:
     where = subject.assigned("differentiable")
-    if where is not None:
+    # the option of a base class's constructor may be none of this class
+    if where and (not where.isidentifier() or where in {o.name for o in subject.options}):
         return f"if `{where}`", f"a gradient to the pixels if `{where}`"
     if subject.attribute("differentiable") == "True":
         return "yes", "a gradient to the pixels"
