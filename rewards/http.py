@@ -129,6 +129,8 @@ class Http:
             response = self.client.request(method, address, content=content)
         except httpx.TransportError as error:
             raise Unavailable(f"{type(error).__name__}: {error}") from None
+        except httpx.RequestError as error:  # such as a reply that cannot be unpacked
+            raise RuntimeError(f"{address}: {type(error).__name__}: {error}") from None
         if response.is_success:
             return _decoded(response, address)
         reason = f"status {response.status_code}: {response.text[:500]}"

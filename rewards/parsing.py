@@ -24,6 +24,9 @@ def parse(
     A pixel counts once for every reward that scores it. Raises ValueError that names whatever is
     malformed or too large.
     """
+    most = 10_000 + 1_000 * max_images  # lists and the like, each of which is an object in memory
+    if (parts := sum(body.count(mark) for mark in (b"[", b"{", b","))) > most:
+        raise ValueError(f"the body has {parts} brackets and commas; a request holds up to {most}")
     try:
         data = json.loads(body, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:

@@ -46,6 +46,9 @@ def serve(arguments: Sequence[str] | None = None) -> int:
         "--connections", type=int, default=64, help="at a time; a request beyond them gets 503"
     )
     args = parser.parse_args(arguments)
+    args.token = (args.token or "").strip() or None  # as clients send it
+    if args.token and not args.token.isascii():
+        raise ValueError(f"--token or ${TOKEN_VARIABLE} holds what a header cannot; use ASCII")
     if not args.token and args.host not in ("127.0.0.1", "localhost", "::1"):
         raise ValueError(f"--host {args.host} is open to others: set --token or ${TOKEN_VARIABLE}")
     if not 0 <= args.port < 2**16:

@@ -107,7 +107,7 @@ def app(
                 parse, body, list(rewards), max_images, max_pixels
             )
         except ValueError as error:
-            raise HTTPException(422, str(error)) from error
+            raise HTTPException(422, _sendable(str(error))) from error
         del body  # not kept while waiting
         deadline, scores = time.monotonic() + timeout, {}
         for name in names:
@@ -120,7 +120,7 @@ def app(
                 message = f"reward {name!r} was {'busy' if waiting else 'too slow'}: {timeout:g} s"
                 raise HTTPException(503 if waiting else 504, message) from None
             if isinstance(scores[name], str):
-                raise HTTPException(500, scores[name])
+                raise HTTPException(500, _sendable(scores[name]))
         return scores
 
     async def answer(request: Request) -> dict[str, list[float]]:
@@ -215,8 +215,15 @@ class Queue:
             return scores
         except RewardError as error:
             return str(error)  # the error itself would hold the images
+        except BaseException as error:  # such as SystemExit, which would end the server
+            return f"reward {self.name!r} raised {type(error).__name__}: {error}"
         finally:
             self.seconds += time.monotonic() - start
+
+
+def _sendable(text: str) -> str:
+    """The first thousand characters of a message, without what UTF-8 cannot hold."""
+    return text[:1000].encode("utf-8", "backslashreplace").decode()
 
 
 class Memory:

@@ -122,13 +122,16 @@ def train(arguments: Sequence[str]) -> int:
             "there is no config file; give one first, such as configs/emoji_ddpo_jpeg.yaml"
         )
     config = TrainConfig.from_file(settings[0], settings[1:])
+    from ..training.engine import asked_for
     from ..training.plan import Plan
 
     # before the trainer, whose imports take seconds that a refusal need not wait for
-    plan = Plan.make(config, processes=int(os.environ.get("WORLD_SIZE", 1)))
+    plan, first = Plan.make(config, processes=asked_for()), os.environ.get("RANK", "0") == "0"
     from ..record import folder
 
     place = Path(os.path.expanduser(config.log.dir)), resume, flags["--overwrite"]
+    if flags["--dry-run"] and not first:
+        return 0
     if flags["--dry-run"]:
         print(plan.describe(), flush=True)
         try:
@@ -143,15 +146,12 @@ def train(arguments: Sequence[str]) -> int:
 
     try:
         trainer = Trainer(
-            config,
-            resume=resume,
-            overwrite=flags["--overwrite"],
-            force=flags["--force"],
+            config, resume=resume, overwrite=flags["--overwrite"], force=flags["--force"]
         )
         result = trainer.train()
     except KeyboardInterrupt as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"\nstopped by {error or 'Ctrl-C'}")
+        if first:
+            print(f"\nstopped by {str(error) or 'Ctrl-C'}")
         raise
     if trainer.main:
         print(summary(result, trainer.dir))

@@ -119,9 +119,10 @@ def measured(settings: Sequence[str]) -> str:
 
 def main() -> None:
     from ..algorithms import Needs
+    from ..training.engine import asked_for
     from ..training.plan import Plan
 
-    plan = Plan.make(TrainConfig.from_file(sys.argv[1], sys.argv[2:]))
+    plan = Plan.make(TrainConfig.from_file(sys.argv[1], sys.argv[2:]), processes=asked_for())
     try:
         from rewards.device import default_device
 

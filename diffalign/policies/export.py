@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.files import disk_errors
 from .lora_files import KOHYA
 from .run_folder import WEIGHTS
 
@@ -23,7 +24,7 @@ def save_lora(
 
     Each file is written whole and then replaces the previous one.
     """
-    with TemporaryDirectory(dir=folder) as temporary:
+    with TemporaryDirectory(dir=folder) as temporary, disk_errors(folder):
         pipe.save_lora_weights(temporary, **{f"{part}_lora_layers": layers})
         files = {WEIGHTS: Path(temporary) / WEIGHTS}
         if part == "unet":
@@ -41,7 +42,7 @@ def save_lora(
 def save_network(network: Any, part: str, folder: Path) -> Path:
     """Write a whole denoiser for `from_pretrained(folder, subfolder=part)`; returns its folder."""
     target = folder / part
-    with TemporaryDirectory(dir=folder) as temporary:
+    with TemporaryDirectory(dir=folder) as temporary, disk_errors(folder):
         written = Path(temporary) / part
         network.save_pretrained(written)
         target.mkdir(exist_ok=True)

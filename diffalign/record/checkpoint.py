@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..config.decoding import ConfigError
+from ..config.files import disk_errors
 from ..policies.sharding import Shard
 
 TENSORS, PLAIN, SUMS = FILES = ("state.safetensors", "state.json", "SHA256SUMS")
@@ -104,9 +105,10 @@ def save(
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise type(error)(error.errno, error.strerror, str(target)) from error
-        shutil.rmtree(previous, ignore_errors=True)
-        for path in found(run_dir)[keep:]:
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            _remove(previous)
+            for path in found(run_dir)[keep:]:
+                _remove(path)
     return target
 
 
@@ -137,7 +139,19 @@ def drop(run_dir: Path, after: int) -> None:
     """Remove checkpoints of later epochs, which will be run again."""
     for path in found(run_dir):
         if int(path.name.rpartition("-")[2]) > after:
-            shutil.rmtree(path)
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint, or a link to one, but no files that no run wrote."""
+    if path.is_symlink():
+        path.unlink()
+        return
+    for name in (TENSORS, PLAIN, SUMS, "state-*.safetensors"):
+        for file in path.glob(name):
+            file.unlink()
+    with suppress(OSError):  # somebody's own files are there
+        path.rmdir()
 
 
 def load(place: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -157,9 +171,10 @@ def load(place: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
             say("; ".join(damaged) + f"; going on from {path.name}")
         return state
     if damaged:
-        raise ConfigError(
-            "; ".join(damaged) + "; put back a copy of it, or start anew with --overwrite"
-        )
+        # of one that was asked for the others stand beside it
+        older = [p for p in found(place.parent) if p != place] if len(damaged) == 1 else []
+        instead = f"--resume {older[0]}" if older else "start anew with --overwrite"
+        raise ConfigError("; ".join(damaged) + f"; put back a copy of it, or {instead}")
     raise FileNotFoundError(f"{place} holds no checkpoint")
 
 
@@ -169,21 +184,15 @@ class _Damaged(Exception):
 
 def _write(folder: Path, content: Mapping[str, Tensor] | str, name: str) -> None:
     """A file on the disk, and when it is there one with its digest."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True)
     path = folder / name
-    try:
+    with disk_errors(folder):
         if isinstance(content, str):
             path.write_text(content, "utf-8")
         else:
             save_file(dict(content), path)
-    except SafetensorError as error:  # which says of the disk's errors the number alone
-        number = re.search(r"os error (\d+)", str(error))
-        if number is None:
-            raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
     path.chmod(0o644)  # safetensors makes files that only the owner can read
     _flush(path)
     digest = folder / f"{name}{DIGEST}.part"
@@ -211,7 +220,7 @@ def _collect(folder: Path, world: int, wait: float) -> None:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     try:
         lines = (folder / SUMS).read_text("utf-8").splitlines()
@@ -224,8 +233,8 @@ def _read(folder: Path) -> dict[str, Any]:
         state = _joined(json.loads((folder / PLAIN).read_text("utf-8")), files)
     except OSError as error:
         raise _Damaged(f"{Path(error.filename or folder).name}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise _Damaged(f"{SUMS} is not as the run wrote it") from error
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise _Damaged(f"its content is not what a run writes ({error!r:.200})") from error
     if not isinstance(state, dict) or not {"epoch", "adapter"} <= state.keys():
         raise _Damaged("it holds no state of a run")
     return state

@@ -22,6 +22,14 @@ def on(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
 
 
+def asked_for() -> int:
+    """The number of processes by the environment variable WORLD_SIZE. Raises ConfigError."""
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise ConfigError(f"WORLD_SIZE={text!r} is no number of processes; use 1 or more")
+    return int(text)
+
+
 def check_launch(config: TrainConfig) -> None:
     """Raises ConfigError for what accelerate's config asks for and a run would not do."""
     environ, model, sampler = os.environ, config.model, config.sampler
@@ -91,11 +99,12 @@ def make_accelerator(log: LogConfig, run_dir: Path) -> Any:
     accelerator = Accelerator(
         mixed_precision="no", log_with=[*log.trackers] or None, project_dir=str(run_dir)
     )
-    launched = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    launched = asked_for() if {"LOCAL_RANK", "RANK"} & os.environ.keys() else 1
     if launched > accelerator.num_processes:  # as torchrun does on CPUs: each would train alone
         raise ValueError(
             f"{launched} processes were launched, and accelerate sees "
-            f"{accelerator.num_processes}; on CPUs set ACCELERATE_USE_CPU=true"
+            f"{accelerator.num_processes}; start them by accelerate launch or torchrun; on CPUs set "
+            "ACCELERATE_USE_CPU=true"
         )
     if divides(accelerator) and getattr(accelerator.state, "fsdp_plugin", None) is None:
         # accelerate knows FSDP on accelerators alone, torch on CPUs too
