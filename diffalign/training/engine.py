@@ -103,8 +103,8 @@ def make_accelerator(log: LogConfig, run_dir: Path) -> Any:
     if launched > accelerator.num_processes:  # as torchrun does on CPUs: each would train alone
         raise ValueError(
             f"{launched} processes were launched, and accelerate sees "
-            f"{accelerator.num_processes}; start them by accelerate launch or torchrun; on CPUs set "
-            "ACCELERATE_USE_CPU=true"
+            f"{accelerator.num_processes}; start them by torchrun or accelerate launch; on CPUs "
+            "set ACCELERATE_USE_CPU=true"
         )
     if divides(accelerator) and getattr(accelerator.state, "fsdp_plugin", None) is None:
         # accelerate knows FSDP on accelerators alone, torch on CPUs too

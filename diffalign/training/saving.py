@@ -346,10 +346,7 @@ def _keep(trainer: Trainer, ruined: bool) -> str:
             restore(trainer, trainer.complete)
         save(trainer, LAST_WAIT)
     except Exception as error:  # what ended the run matters more
-        own = f"checkpoint-{done} is whole; " * checkpoint.named(trainer.dir, done).exists()
-        return (
-            f"epochs done: {done}, not saved ({error}); {own or before}mend that and use --resume"
-        )
+        return f"epochs done: {done}, not saved ({error}); {before}mend that and use --resume"
     return f"epochs done: {done}, saved in {trainer.dir}; --resume goes on"
 
 
