@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import SIDE, load, perturb
+from conftest import SIDE, load, perturb, side_of
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -69,17 +69,19 @@ def of_run(folder: Path, model: str, **evaluation) -> Path:
 def test_pictures_are_those_of_the_pipeline_itself(folder):
     sampler = Sampler(folder)
     texts, seeds = ["a cat", "a dog"], [3, 5]
-    drawn = sampler.draw(texts, seeds, 2, 2.0, SIDE)
+    side = side_of(folder)
+    drawn = sampler.draw(texts, seeds, 2, 2.0, side)
     expected = sampler.pipe(
-        texts, num_inference_steps=2, guidance_scale=2.0, height=SIDE, width=SIDE,
+        prompt=texts, num_inference_steps=2, height=side, width=side,
+        **policies.family(folder).guided(2.0, 2),
         generator=[torch.Generator().manual_seed(s) for s in seeds],
         **policies.text_options(sampler.pipe),
     ).images  # fmt: skip
     for ours, theirs in zip(drawn, expected, strict=True):
         assert np.array_equal(ours, theirs)
-    noise = sampler.noise(seeds, SIDE)
+    noise = sampler.noise(seeds, side)
     assert torch.equal(noise, Noise(seeds, noise.shape[1:], "cpu").draw())
-    other = sampler.draw(texts, seeds, 2, 2.0, SIDE, noise.flip(0))
+    other = sampler.draw(texts, seeds, 2, 2.0, side, noise.flip(0))
     assert not np.array_equal(other[0], drawn[0])
 
 

@@ -30,16 +30,16 @@ class Prompt:
         """Height and width in pixels that the metadata ask for by `resolution`, if they do. Raises
         ValueError."""
         asked = self.metadata.get("resolution")
-        return None if asked is None else sides(asked, f'"resolution" of {self.text[:40]!r}')
+        return None if asked is None else sides(asked, f'"resolution" of {self.text[:40]!r}: ')
 
 
-def sides(resolution: int | Sequence[int], what: str = "model.resolution") -> tuple[int, int]:
+def sides(resolution: int | Sequence[int], what: str = "model.resolution=") -> tuple[int, int]:
     """Height and width in pixels; one number is both. Raises ValueError."""
     pair = [resolution] * 2 if isinstance(resolution, int) else resolution
     whole = isinstance(pair, (list, tuple)) and len(pair) == 2
     if not whole or not all(type(side) is int and side > 0 for side in pair):
         raise ValueError(
-            f"{what}={resolution!r} is no size; use the side of a square in pixels, or "
+            f"{what}{resolution!r} is no size; use the side of a square in pixels, or "
             "[height, width]"
         )
     return pair[0], pair[1]

@@ -32,9 +32,11 @@ class Guide:
     on: Tensor | None = None  # the samples that are still guided, long
 
     def __call__(self, x: Tensor, i: int, cond: Cond) -> Prediction:
+        if not (Guidance.of(self.sampling.guidance).remembers and self.policy.uses_cfg):
+            return self.sampling.predict(self.policy, x, i, cond)
         how, level = self.policy.weighed(self.sampling.guidance), self.sampling.levels[i]
         guided = self.sampling.guided(type(self.policy))
-        if not (how.remembers and self.policy.uses_cfg and guided[i]):
+        if not guided[i]:
             return self.sampling.predict(self.policy, x, i, cond)
         if self.direction is not None and not how.again(sum(guided[:i])):
             c = self.policy.output(x, level, cond)

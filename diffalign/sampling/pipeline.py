@@ -151,7 +151,7 @@ def check_drawing(
     if not 0 <= guidance < math.inf:
         raise ValueError(f"--guidance {guidance:g} is no guidance scale; use 0 or more")
     if resolution is not None:
-        sides(resolution, "--resolution")
+        sides(resolution, "--resolution ")
     if grid is not None and not grid.lower().endswith(".png"):
         raise ValueError(f"{option} {grid!r} does not end in .png, and that is what is written")
     if grid is not None:
@@ -163,7 +163,7 @@ def check_drawing(
 
 def check_plain(model: str, resolution: policies.Size | None) -> None:
     """Refuse a size that diffusers' own pipeline does not draw, though the network could."""
-    asked = sides(resolution, "--resolution") if resolution is not None else ()
+    asked = sides(resolution, "--resolution ") if resolution is not None else ()
     if any(side % 8 for side in asked) and family_of(model) == "UNet":
         pair = [max(8, round(side / 8) * 8) for side in asked]
         near = pair[0] if isinstance(resolution, int) else pair

@@ -40,7 +40,7 @@ def fitted(trainer: Trainer, size: policies.Size | None) -> Sampling:
 def looked_at(config: TrainConfig, prompt: Prompt) -> tuple[int, int] | None:
     """The size of a prompt's pictures in evaluations, None = the policy's own."""
     asked = config.eval.resolution
-    return prompt.size if asked is None else sides(asked, "eval.resolution")
+    return prompt.size if asked is None else sides(asked, "eval.resolution=")
 
 
 def check(config: TrainConfig, trained: Sequence[Prompt], held_out: Sequence[Prompt]) -> None:
