@@ -15,8 +15,8 @@ class Server(uvicorn.Server):
     """Serves ``rewards.server.app`` until SIGTERM or SIGINT.
 
     A client has ``headers`` seconds for the headers of its request, from when it connects or, on a
-    connection in use, from their first byte; then it is disconnected. A request by more than
-    ``most`` connections gets 503.
+    connection in use, from their first byte; then it is disconnected. So is one that reads none of
+    its answers for as long. A request by more than ``most`` connections gets 503.
 
     Told to stop, the server still answers what it has, for ``grace`` seconds; new requests get 503
     meanwhile, and so does what is not done then. A second SIGINT ends it at once.
@@ -51,10 +51,12 @@ class Server(uvicorn.Server):
 
 
 class PromptHeaders(H11Protocol):
-    """Closes a connection that has no whole request, nor an answer due, for too long."""
+    """Closes a connection that has no whole request, nor an answer due, for too long, and one whose
+    client does not read its answers."""
 
     seconds: float
     _late: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -67,6 +69,20 @@ class PromptHeaders(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._forget()
+        self._read()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._unread = self.loop.call_later(self.seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._read()
+
+    def _read(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def _watch(self) -> None:
         if self.cycle and not self.cycle.response_complete:

@@ -73,7 +73,7 @@ class Http:
 
         self.addresses = [_Address(one.rstrip("/")) for one in addresses(url)]
         self.url = ", ".join(one.url for one in self.addresses)
-        self.patience = patience
+        self.timeout, self.patience = timeout, patience
         headers = {"Content-Type": "application/json"}
         if token:
             headers["Authorization"] = f"Bearer {token}"
@@ -124,16 +124,21 @@ class Http:
         """Raises Unavailable for what may pass and RuntimeError for what will not."""
         import httpx
 
-        method = "GET" if content is None else "POST"
+        method, body = "GET" if content is None else "POST", bytearray()
+        end = time.monotonic() + self.timeout  # httpx's own is for each read
         try:
-            response = self.client.request(method, address, content=content)
+            with self.client.stream(method, address, content=content) as response:
+                for chunk in response.iter_bytes():
+                    body += chunk
+                    if time.monotonic() > end:
+                        raise Unavailable(f"the reply took longer than {self.timeout:g} s")
         except httpx.TransportError as error:
             raise Unavailable(f"{type(error).__name__}: {error}") from None
         except httpx.RequestError as error:  # such as a reply that cannot be unpacked
             raise RuntimeError(f"{address}: {type(error).__name__}: {error}") from None
         if response.is_success:
-            return _decoded(response, address)
-        reason = f"status {response.status_code}: {response.text[:500]}"
+            return _decoded(body, address)
+        reason = f"status {response.status_code}: {_shown(body)}"
         if response.status_code in RETRIED:
             after = response.headers.get("retry-after", "")
             # the header's other form, a date, is rare
@@ -203,11 +208,15 @@ def in_threads(function: Callable[[T], R], items: Iterable[T], threads: int) -> 
     return [results[index] for index in sorted(results)]
 
 
-def _decoded(response: Any, address: str) -> Any:
+def _decoded(body: bytearray, address: str) -> Any:
     try:
-        return response.json()
+        return json.loads(body)
     except ValueError as error:
-        raise RuntimeError(f"{address}: the reply is not JSON: {response.text[:500]}") from error
+        raise RuntimeError(f"{address}: the reply is not JSON: {_shown(body)}") from error
+
+
+def _shown(body: bytearray) -> str:
+    return body.decode("utf-8", "replace")[:500]
 
 
 def addresses(url: str | Sequence[str]) -> list[str]:

@@ -1,16 +1,22 @@
 """What an attack on the server and on checkpoints found."""
 
+import asyncio
 import errno
 import hashlib
+import time
+from unittest.mock import Mock
 
 import httpx
 import pytest
 import torch
+import uvicorn
 from conftest import load
 from safetensors import SafetensorError
+from uvicorn.protocols.http.flow_control import FlowControl
 
 from diffalign.record import checkpoint
 from rewards.base import FunctionReward
+from rewards.connections import PromptHeaders
 from rewards.http import Http
 from rewards.parsing import parse
 from rewards.server import Queue, _sendable
@@ -49,6 +55,47 @@ def test_a_reply_that_cannot_be_unpacked_names_the_address():
     http.client = httpx.Client(transport=httpx.MockTransport(reply))
     with pytest.raises(RuntimeError, match=r"http://judge\.test.*DecodingError"):
         http.ask("/score", {})
+
+
+def test_a_reply_that_drips_is_given_up_in_time():
+    class Drip(httpx.SyncByteStream):
+        def __iter__(self):
+            for _ in range(50):
+                time.sleep(0.05)
+                yield b" "
+
+    http = Http("http://judge.test", None, 0.3, 0.0)
+    http.client = httpx.Client(
+        transport=httpx.MockTransport(lambda request: httpx.Response(200, stream=Drip()))
+    )
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"judge\.test.*took longer than 0\.3 s"):
+        http.ask("/score", {})
+    assert time.monotonic() - start < 2
+
+
+def test_a_client_that_reads_nothing_is_disconnected():
+    done = []
+
+    class Transport:
+        def abort(self):
+            done.append(True)
+
+    async def unread(resumes):
+        config = uvicorn.Config(lambda *_: None)
+        config.load()
+        protocol = PromptHeaders(config, uvicorn.server.ServerState(), {})
+        protocol.seconds, protocol.transport = 0.05, Transport()
+        protocol.flow = FlowControl(Mock())
+        protocol.pause_writing()
+        if resumes:
+            protocol.resume_writing()
+        await asyncio.sleep(0.15)
+
+    asyncio.run(unread(True))
+    assert not done
+    asyncio.run(unread(False))
+    assert done
 
 
 def test_going_back_removes_links_and_what_a_run_wrote_alone(tmp_path):

@@ -112,10 +112,7 @@ def test_qwen_keeps_the_norm_of_every_token(pipelines):
     u = policy.predict(x, level, Cond(cond.negative, cond.negative), 0.0).native
     n, channels, height, width = x.shape
     blocks = [
-        v.view(n, channels, height // 2, 2, width // 2, 2)
-        .transpose(2, 3)
-        .square()
-        .sum((1, 2, 4 + 1))
+        v.view(n, channels, height // 2, 2, width // 2, 2).transpose(2, 3).square().sum((1, 2, 5))
         for v in (c, guided)
     ]
     torch.testing.assert_close(*blocks)

@@ -3,13 +3,17 @@
 import json
 
 import pytest
+import torch
 from conftest import load, side_of
 from families import BUILDERS
 from families_qwen import ask
+from processes import FSDP, ROOT, run
 
 from diffalign import TrainConfig, Trainer, policies
 from diffalign.config.decoding import ConfigError
 from diffalign.config.prompts import Buckets, Prompt, PromptSampler
+from diffalign.record import checkpoint
+from diffalign.sampling.pipeline import settings
 from diffalign.sampling.rollout import Sampling, rollout
 from diffalign.training.plan import Plan
 
@@ -46,7 +50,7 @@ def test_sizes_alternate_as_their_shares(tmp_path):
     sampler = Buckets(prompts, 4, seed=3)
     drawn = [sampler.size(k) for k in range(40)]
     assert drawn.count((8, 8)) == 30
-    assert all(4 - 2 <= drawn[i : i + 4].count((8, 8)) + 1 <= 5 for i in range(36))
+    assert {drawn[i : i + 4].count((8, 8)) for i in range(0, 40, 4)} == {3}
     for k in range(40):
         ids = sampler.epoch(k)
         assert len(set(ids)) == 4
@@ -128,7 +132,7 @@ def test_evaluations_have_a_size_of_their_own(tree, tmp_path, monkeypatch):
         ),
         ("model", [8, 8, 8], r"model\.resolution=\[8, 8, 8\] is no size"),
         ("model", [8, 0], r"model\.resolution=\[8, 0\] is no size"),
-        ("eval", 9, r"eval\.resolution=9 is not a multiple of 2"),
+        ("eval", 9, r"eval\.resolution: \(9, 9\) is not a multiple of 2"),
     ],
 )
 def test_bad_sizes_are_refused(tree, section, value, said):
@@ -156,3 +160,57 @@ def test_sizes_on_the_command_line(pipelines, tmp_path, monkeypatch):
 
     (picture,) = out.glob("*.png")
     assert Image.open(picture).size == (16, 8)
+
+
+def test_pictures_on_request_have_the_size_of_evaluations(tree):
+    trainer = Trainer(TrainConfig.from_dict(tree))
+    while trainer.policy.resolution != (8, 16):  # an epoch of the other size
+        trainer.run_epoch(trainer.epoch)
+        trainer.epoch += 1
+    (picture,) = trainer.sample(["a red dog 0"], seeds=[1])
+    assert picture.size == (8, 8)
+    trainer.config.eval.resolution = [16, 8]
+    (picture,) = trainer.sample(["a red dog 0"], seeds=[1])
+    assert picture.size == (8, 16)
+    trainer.tracker.close()
+
+
+def test_sample_draws_a_run_at_the_size_it_was_looked_at(tree, tmp_path):
+    config = TrainConfig.from_dict(tree)
+    config.eval.resolution = [16, 8]
+    config.save(tmp_path / "run" / "config.yaml")
+    assert settings([str(tmp_path / "run")], {})["resolution"] == [16, 8]
+    config.eval.resolution = None
+    config.save(tmp_path / "run" / "config.yaml")
+    assert settings([str(tmp_path / "run")], {})["resolution"] == 8
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_a_run_of_several_sizes_resumes_bit_for_bit(tree, tmp_path, rank):
+    tree["model"]["lora_rank"] = rank
+    weights = []
+    for name, parts in (("whole", (4,)), ("parts", (1, 3, 4))):
+        for epochs in parts:
+            tree["train"]["epochs"], tree["log"]["dir"] = epochs, str(tmp_path / name)
+            Trainer(TrainConfig.from_dict(tree), resume="latest").train()
+        weights.append(checkpoint.load(tmp_path / name)["adapter"])
+    assert all(torch.equal(weights[0][k], weights[1][k]) for k in weights[0])
+
+
+@pytest.mark.parametrize(("environ", "rank"), [({}, 2), (FSDP, 0)])
+def test_two_processes_draw_several_sizes(tree, tmp_path, environ, rank):
+    tree["model"]["lora_rank"] = rank
+    tree["log"]["dir"] = str(tmp_path / "two")
+    TrainConfig.from_dict(tree).save(tmp_path / "c.yaml")
+    environ = {**environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    status, output = run(2, ["train.py", tmp_path / "c.yaml"], **environ)
+    if rank:
+        assert status == 0, output
+        assert checkpoint.load(tmp_path / "two")["epoch"] == 4
+        return
+    assert status == 1
+    assert "ask for several sizes" in output
+    how = [tmp_path / "c.yaml", "--eval.resolution", "8"]
+    status, output = run(2, ["train.py", *how], **environ)
+    assert status == 0, output
+    assert checkpoint.load(tmp_path / "two")["epoch"] == 4

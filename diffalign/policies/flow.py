@@ -20,6 +20,12 @@ ODD = (
 
 PATCH = 2  # side of a token in latents, in SD3, FLUX.1, Qwen-Image and Z-Image
 
+JOINT_ATTENTION = (
+    "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+    "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+)  # fmt: skip
+"""Attention of picture and text together, as diffusers names it in SD3, FLUX.1 and Qwen-Image."""
+
 
 class FlowPolicy(Policy):
     """A rectified flow, x = (1 - sigma) x0 + sigma noise, whose network gets t = 1000 sigma; 1000

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..dynamics import Levels
 from .configs import Size, latent_sides
-from .flow import PATCH, FlowPolicy, flow_levels, packed, unpacked
+from .flow import JOINT_ATTENTION, PATCH, FlowPolicy, flow_levels, packed, unpacked
 
 
 class FluxPolicy(FlowPolicy):
@@ -28,8 +28,7 @@ class FluxPolicy(FlowPolicy):
 
     repeated = ("FluxTransformerBlock", "FluxSingleTransformerBlock")
     lora_targets = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        *JOINT_ATTENTION,
         "ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2",
     )  # fmt: skip
 

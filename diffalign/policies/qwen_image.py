@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ..dynamics import Levels
 from .configs import Size, latent_sides
-from .flow import PATCH, FlowPolicy, flow_levels, packed, unpacked
+from .flow import JOINT_ATTENTION, PATCH, FlowPolicy, flow_levels, packed, unpacked
 
 
 class QwenPolicy(FlowPolicy):
@@ -34,9 +35,9 @@ class QwenPolicy(FlowPolicy):
     def guided(cls, guidance: float, n: int) -> dict[str, Any]:
         return {"true_cfg_scale": guidance, "negative_prompt": [cls.negative] * n}
 
+    @abstractmethod
     def encoded(self, prompts: list[str]) -> tuple[Tensor, Tensor | None]:
         """Padded embeddings (n, L, D) and a mask (n, L), None where nothing is padded."""
-        raise NotImplementedError
 
     def embed(self, prompts: list[str]) -> Mapping[str, Tensor | list[Tensor]]:
         embeds, mask = self.encoded(prompts)
@@ -71,8 +72,7 @@ class QwenImagePolicy(QwenPolicy):
     vaes = ("AutoencoderKLQwenImage",)
     repeated = ("QwenImageTransformerBlock",)
     lora_targets = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+        *JOINT_ATTENTION,
         "img_mlp.net.0.proj", "img_mlp.net.2", "txt_mlp.net.0.proj", "txt_mlp.net.2",
     )  # fmt: skip
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..dynamics import Levels
 from .configs import Size, latent_sides
-from .flow import PATCH, FlowPolicy, flow_levels
+from .flow import JOINT_ATTENTION, PATCH, FlowPolicy, flow_levels
 
 
 class SD3Policy(FlowPolicy):
@@ -21,10 +21,7 @@ class SD3Policy(FlowPolicy):
     """
 
     repeated = ("JointTransformerBlock",)
-    lora_targets = (
-        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
-        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
-    )  # fmt: skip
+    lora_targets = JOINT_ATTENTION
 
     @classmethod
     def shape(

@@ -104,7 +104,8 @@ def _evaluated(path: Path) -> dict[str, Any]:
     names = {"name": "model", "merge_lora": "merge_lora", "resolution": "resolution"}
     drawn = {"steps": "steps", "guidance": "guidance"}
     # in this order: settings of eval replace those of the sampler
-    sections = {"model": {**names, "dtype": "dtype"}, "sampler": drawn, "eval": drawn}
+    sections = {"model": {**names, "dtype": "dtype"}, "sampler": drawn}
+    sections["eval"] = {**drawn, "resolution": "resolution"}
     for section, keys in sections.items():
         said = {name: tree.get(section, {}).get(key) for key, name in keys.items()}
         found |= {name: value for name, value in said.items() if value is not None}

@@ -169,19 +169,19 @@ class Evaluation:
         the noise that diffusers draws with `torch.Generator().manual_seed(seed)`. Text encoders
         that were freed are read again where a text is new."""
         c, policy, size = self.config, self.policy, self.config.sampler.batch
-        how = evaluation_sampling(c, policy.levels(c.eval_steps if steps is None else steps))
-        if guidance is not None:
-            how = replace(how, guidance=guidance)
         read = not (policy.has_text_encoders or policy.knows(texts))
         if read:
             read_text_encoders(policy, self.config.model)
         rows, drawn = [(text, seed) for text in texts for seed in seeds], []
-        for start in range(0, len(rows), size):
-            chunk = rows[start : start + size]
-            cond = policy.encode([text for text, _ in chunk])
-            own = [seed for _, seed in chunk]
-            paths = rollout(policy, cond, how, own, batch=size, store=False)
-            drawn += [grids.to_pil(picture) for picture in policy.decode(paths.final)]
+        with policy.resized(c.eval.resolution):
+            how = evaluation_sampling(c, policy.levels(c.eval_steps if steps is None else steps))
+            how = how if guidance is None else replace(how, guidance=guidance)
+            for start in range(0, len(rows), size):
+                chunk = rows[start : start + size]
+                cond = policy.encode([text for text, _ in chunk])
+                own = [seed for _, seed in chunk]
+                paths = rollout(policy, cond, how, own, batch=size, store=False)
+                drawn += [grids.to_pil(picture) for picture in policy.decode(paths.final)]
         if read:
             policy.free_text_encoders()
         return drawn

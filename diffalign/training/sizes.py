@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from .. import policies
@@ -51,18 +52,19 @@ def check(config: TrainConfig, trained: Sequence[Prompt], held_out: Sequence[Pro
             "the held-out prompts ask for several sizes, and processes that share a divided "
             "denoiser must draw equally many batches; set eval.resolution"
         )
-    drawn = {p.size: (p, config.sampler.steps) for p in trained}
-    seen = {p.size: (p, config.eval_steps) for p in held_out} if not config.eval.resolution else {}
-    for size, (prompt, steps) in (drawn | seen).items():
-        if size is None:
-            continue
-        try:
-            policies.peek(name, steps, size)
-        except ValueError as error:
-            raise ValueError(f"the prompt {prompt.text[:40]!r}: {error}") from error
-    if config.eval.resolution and held_out:
-        try:
-            policies.peek(name, config.eval_steps, config.eval.resolution)
-        except ValueError as error:
-            text = str(error).replace("model.resolution", "eval.resolution")
-            raise ValueError(text) from error
+    for prompt in {p.size: p for p in trained if p.size}.values():
+        with _named(f"the prompt {prompt.text[:40]!r}: "):
+            training_sampling(config, policies.peek(name, config.sampler.steps, prompt.size)[0])
+    for prompt in {looked_at(config, p): p for p in held_out}.values():
+        if size := looked_at(config, prompt):
+            own = config.eval.resolution is None
+            with _named(f"the prompt {prompt.text[:40]!r}: " if own else "eval.resolution: "):
+                evaluation_sampling(config, policies.peek(name, config.eval_steps, size)[0])
+
+
+@contextmanager
+def _named(what: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(what + str(error).removeprefix("model.resolution=")) from error
